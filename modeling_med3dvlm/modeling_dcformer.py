@@ -1,0 +1,348 @@
+"""DCFormer: an encoder of 3D volumes whose convolutions are decomposed into three one-dimensional ones.
+
+Ates et al., "DCFormer: Efficient 3D Vision-Language Modeling with Decomposed Convolutions" (2025).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndNoAttention
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from ..configuration.configuration_dcformer import DCFormerConfig
+from .strict_loading import StrictLoadingMixin
+
+
+class DCFormerDecomposedConv(nn.Module):
+    """
+    A 3D convolution decomposed along the axes: the sum of three parallel one-dimensional convolutions, each with its
+    own batch normalisation (DCFormer, Equation 1).
+
+    Args:
+        config ([`DCFormerConfig`]):
+            Configuration of the encoder.
+        in_channels (`int`), out_channels (`int`):
+            Channels of the input and the output.
+        kernel_size (`int`):
+            Voxels each convolution spans on its own axis.
+        stride (`int`, *optional*, defaults to 1):
+            Step of the output grid on all three axes.
+        groups (`int`, *optional*, defaults to 1):
+            Groups of channels; as many as channels makes it depthwise.
+    """
+
+    def __init__(
+        self,
+        config: DCFormerConfig,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+    ):
+        super().__init__()
+        conv = partial(nn.Conv3d, in_channels, out_channels, stride=stride, groups=groups)
+        norm = partial(nn.BatchNorm3d, out_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+        size, padding = kernel_size, kernel_size // 2
+        # The biases do nothing in training, where the normalisation removes them, but published weights have them.
+        self.conv_depth = conv(kernel_size=(size, 1, 1), padding=(padding, 0, 0))
+        self.conv_height = conv(kernel_size=(1, size, 1), padding=(0, padding, 0))
+        self.conv_width = conv(kernel_size=(1, 1, size), padding=(0, 0, padding))
+        self.norm_depth = norm()
+        self.norm_height = norm()
+        self.norm_width = norm()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, depth, height, width)`):
+                The input grid.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, out_channels, depth', height', width')`, each axis divided by the
+            stride and rounded up.
+        """
+        return (
+            self.norm_height(self.conv_height(hidden_states))
+            + self.norm_width(self.conv_width(hidden_states))
+            + self.norm_depth(self.conv_depth(hidden_states))
+        )
+
+
+@contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Within it, batch normalisations in training use the batch's statistics and leave their running ones alone."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d) and norm.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class _StatisticsOnce:
+    """Calls `function`, a part of `module`, and moves the running statistics at the first call only."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., torch.Tensor]):
+        self.module, self.function, self.called = module, function, False
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+        if not self.called:
+            self.called = True
+            return self.function(*args)
+        with _running_statistics_kept(self.module):
+            return self.function(*args)
+
+
+class DCFormerCheckpointingLayer(GradientCheckpointingLayer):
+    """
+    A layer with batch normalisations that can be checkpointed. Checkpointing runs a layer a second time in the backward
+    pass, which would move the running statistics twice for each step.
+    """
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., torch.Tensor]:
+        def checkpoint(function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+            return self._checkpoint(_StatisticsOnce(self, function), *args)
+
+        return checkpoint
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., torch.Tensor]) -> None:
+        self._checkpoint = function
+
+
+class DCFormerStemLayer(DCFormerCheckpointingLayer, DCFormerDecomposedConv):
+    """A dense decomposed convolution of the stem, checkpointed on its own: the stem's activations are the largest."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return DCFormerDecomposedConv.forward(self, hidden_states)
+
+
+class DCFormerStem(nn.Module):
+    """
+    Four dense decomposed convolutions, the first of stride 4. No activation stands between them: published weights
+    were trained without one, which makes the stem an affine map at inference.
+    """
+
+    def __init__(self, config: DCFormerConfig):
+        super().__init__()
+        self.num_channels, width = config.num_channels, config.hidden_sizes[0]
+        self.layers = nn.ModuleList(
+            [DCFormerStemLayer(config, config.num_channels, width, config.kernel_sizes[0], stride=4)]
+            + [DCFormerStemLayer(config, width, width, kernel_size=3) for _ in range(3)]
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, num_channels, D, H, W) -> (B, hidden_sizes[0], D / 4, H / 4, W / 4), rounded up."""
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"Expected `pixel_values` of shape (batch_size, {self.num_channels}, depth, height, width), got "
+                f"{tuple(pixel_values.shape)}. Prepare volumes with Med3DVLMImageProcessor, which gives this shape."
+            )
+        hidden_states = pixel_values.to(next(self.parameters()).dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class DCFormerLayer(DCFormerCheckpointingLayer):
+    """One block: a depthwise decomposed convolution and an MLP over the channels, scaled and added to the input."""
+
+    def __init__(self, config: DCFormerConfig, channels: int, kernel_size: int):
+        super().__init__()
+        self.dwconv = DCFormerDecomposedConv(config, channels, channels, kernel_size, groups=channels)
+        self.pwconv1 = nn.Linear(channels, config.mlp_ratio * channels)
+        self.act = ACT2FN[config.hidden_act]
+        self.pwconv2 = nn.Linear(config.mlp_ratio * channels, channels)
+        self.layer_scale = nn.Parameter(torch.full((channels,), config.layer_scale_init_value))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) -> (B, C, D, H, W)."""
+        residual = hidden_states
+        hidden_states = self.dwconv(hidden_states).permute(0, 2, 3, 4, 1)  # (B, C, D, H, W) -> (B, D, H, W, C)
+        hidden_states = self.layer_scale * self.pwconv2(self.act(self.pwconv1(hidden_states)))
+        return residual + hidden_states.permute(0, 4, 1, 2, 3)  # (B, D, H, W, C) -> (B, C, D, H, W)
+
+
+class DCFormerStage(nn.Module):
+    """Max pooling that halves the grid, a pointwise convolution to the stage's channels, and the stage's blocks."""
+
+    def __init__(self, config: DCFormerConfig, stage: int):
+        super().__init__()
+        in_channels, channels = config.hidden_sizes[stage - 1], config.hidden_sizes[stage]
+        self.pool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
+        self.downsampling_layer = nn.Conv3d(in_channels, channels, kernel_size=1, bias=False)
+        self.layers = nn.ModuleList(
+            [DCFormerLayer(config, channels, config.kernel_sizes[stage]) for _ in range(config.depths[stage])]
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) -> (B, C', D / 2, H / 2, W / 2), rounded up."""
+        hidden_states = self.downsampling_layer(self.pool(hidden_states))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class DCFormerPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+    """Initialisation and capabilities shared by the DCFormer models."""
+
+    config: DCFormerConfig
+    base_model_prefix = "dcformer"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DCFormerStemLayer", "DCFormerLayer"]
+    # There is no attention to choose, but a composite model hands its choice to all parts, and each must accept it.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """PyTorch's own initial weights, with which the published encoders were trained; constants where raw."""
+        if isinstance(module, (nn.Conv3d, nn.Linear)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, DCFormerLayer):
+            init.constant_(module.layer_scale, self.config.layer_scale_init_value)
+
+
+class DCFormerModel(DCFormerPreTrainedModel):
+    """
+    The encoder of a 3D volume: a stem and four stages, each with half the grid of the one before.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from med3dvlm import DCFormerConfig, DCFormerModel
+
+    >>> model = DCFormerModel(DCFormerConfig.from_variant("nano")).eval()
+    >>> outputs = model(torch.rand(1, 1, 32, 64, 96), output_hidden_states=True)
+    >>> [tuple(hidden_state.shape[1:]) for hidden_state in outputs.hidden_states]
+    [(32, 8, 16, 24), (32, 4, 8, 12), (64, 2, 4, 6), (128, 1, 2, 3), (256, 1, 1, 2)]
+    >>> outputs.pooler_output.shape
+    torch.Size([1, 256])
+    ```"""
+
+    def __init__(self, config: DCFormerConfig):
+        super().__init__(config)
+        self.stem = DCFormerStem(config)
+        self.stages = nn.ModuleList([DCFormerStage(config, stage) for stage in range(1, len(config.depths))])
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem, which plays the part of an embedding."""
+        return self.stem
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, depth, height, width)`):
+                Volumes scaled to [0, 1], as the image processor gives them; any size.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the output of the stem and of every stage.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndNoAttention`]:
+
+            - **last_hidden_state** (`torch.Tensor` of shape `(batch_size, hidden_sizes[-1], D, H, W)`): the last stage.
+            - **pooler_output** (`torch.Tensor` of shape `(batch_size, hidden_sizes[-1])`): its mean over the grid.
+            - **hidden_states** (`tuple` of `torch.Tensor` of shape `(batch_size, hidden_sizes[i], D_i, H_i, W_i)`): the
+              stem and the stages, strides 4, 8, 16, 32 and 64; only with `output_hidden_states`.
+
+        Raises:
+            ValueError: `pixel_values` has another number of axes or channels.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        hidden_states = self.stem(pixel_values)
+        all_hidden_states = [hidden_states]
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+            all_hidden_states.append(hidden_states)
+
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states.mean(dim=(2, 3, 4)),  # (B, C, D, H, W) -> (B, C)
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+        )
+
+
+class DCFormerBackbone(BackboneMixin, DCFormerModel):
+    """
+    DCFormer as a backbone of dense predictors: returns the feature maps that `config.out_features` names. Its weights
+    are those of [`DCFormerModel`], key for key.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from med3dvlm import DCFormerBackbone, DCFormerConfig
+
+    >>> config = DCFormerConfig.from_variant("nano", out_features=["stage2", "stage3"])
+    >>> backbone = DCFormerBackbone(config).eval()
+    >>> [tuple(feature_map.shape) for feature_map in backbone(torch.rand(1, 1, 32, 64, 96)).feature_maps]
+    [(1, 64, 2, 4, 6), (1, 128, 1, 2, 3)]
+    ```"""
+
+    has_attentions = False
+
+    def __init__(self, config: DCFormerConfig):
+        super().__init__(config)
+        self.num_features = list(config.hidden_sizes)
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, depth, height, width)`):
+                Volumes scaled to [0, 1].
+            output_hidden_states (`bool`, *optional*):
+                Whether to return all stages beside the chosen ones.
+
+        Returns:
+            [`~transformers.modeling_outputs.BackboneOutput`] whose `feature_maps` are a `tuple` of `torch.Tensor` of
+            shape `(batch_size, channels, D_i, H_i, W_i)`, one for each name in `out_features`.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = DCFormerModel.forward(self, pixel_values, output_hidden_states=True, return_dict=True)
+        return BackboneOutput(
+            feature_maps=tuple(outputs.hidden_states[index] for index in self.out_indices),
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+        )
+
+
+__all__ = ["DCFormerBackbone", "DCFormerModel", "DCFormerPreTrainedModel"]

@@ -1,0 +1,399 @@
+"""Med3DVLM: a vision-language model that reads a whole 3D volume and answers in words (Xin et al. 2025)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
+
+from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+from .modeling_dcformer_siglip import VISION_MODELS
+from .modeling_projector import PROJECTORS
+from .strict_loading import StrictLoadingMixin
+
+
+@dataclass
+class Med3DVLMImageFeatures(BaseModelOutputWithPooling):
+    """
+    What the model sees of a batch of volumes, output of `get_image_features`. It can be kept and passed on as
+    `mm_encoder_outputs={"image": features}` in place of `pixel_values`.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(num_volumes, channels, D, H, W)`):
+            Last stage of the encoder; for a vision transformer of shape `(num_volumes, num_tokens, channels)`.
+        pooler_output (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`):
+            The image tokens, which take the places of the placeholders in the text.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+            All stages of the encoder.
+        low_level_states (`torch.Tensor` of shape `(num_volumes, low_tokens, low_channels)`):
+            The projector's low-level stream: the finer grid, tokens in raster order with depth slowest.
+        high_level_states (`torch.Tensor` of shape `(num_volumes, high_tokens, high_channels)`):
+            The projector's high-level stream.
+    """
+
+    low_level_states: torch.Tensor | None = None
+    high_level_states: torch.Tensor | None = None
+
+
+@dataclass
+class Med3DVLMModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`Med3DVLMModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`):
+            Last hidden states of the language model.
+        past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
+            Keys and values of the attention layers.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+            Hidden states of the language model.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned with `output_attentions=True`):
+            Attention weights of the language model.
+        image_hidden_states (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`, *optional*):
+            The image tokens.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class Med3DVLMCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`Med3DVLMForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+            Next-token cross-entropy.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the next token.
+        past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
+            Keys and values of the attention layers.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+            Hidden states of the language model.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned with `output_attentions=True`):
+            Attention weights of the language model.
+        image_hidden_states (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`, *optional*):
+            The image tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class Med3DVLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+    """Initialisation and capabilities shared by the vision-language models."""
+
+    config: Med3DVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+def stage_to_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
+    """(B, C, D, H, W) -> (B, D * H * W, C), tokens in raster order with depth slowest; tokens stay as they are."""
+    return hidden_state.flatten(2).transpose(1, 2) if hidden_state.ndim == 5 else hidden_state
+
+
+class Med3DVLMModel(Med3DVLMPreTrainedModel):
+    """
+    The vision-language model without a head: volume encoder, projector, language model.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel
+
+    >>> model = AutoModel.from_pretrained("org/med3dvlm", trust_remote_code=True)  # doctest: +SKIP
+    ```"""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # a generating model's checkpoint serves this one too
+
+    def __init__(self, config: Med3DVLMConfig):
+        super().__init__(config)
+        self.vision_tower = VISION_MODELS[config.vision_config.model_type]._from_config(config.vision_config)
+        self.multi_modal_projector = PROJECTORS[config.projector_type](config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Med3DVLMImageFeatures:
+        r"""
+        Encodes volumes and projects them to tokens of the language model.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_volumes, num_channels, depth, height, width)`):
+                Volumes of `config.image_size`, scaled to [0, 1], all texts' volumes one after the other.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return all stages of the encoder.
+
+        Returns:
+            [`Med3DVLMImageFeatures`], whose `pooler_output` holds the image tokens.
+
+        Raises:
+            ValueError: `pixel_values` has another shape than the model was built for.
+        """
+        expected = (self.config.vision_config.num_channels, *self.config.image_size)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"Expected `pixel_values` of shape (num_volumes, {', '.join(map(str, expected))}), that is one channel "
+                f"and `image_size` (depth, height, width), got {tuple(pixel_values.shape)}. Prepare volumes with the "
+                "model's own processor."
+            )
+        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
+        low_level_states, high_level_states = (
+            stage_to_tokens(outputs.hidden_states[layer]) for layer in self.config.vision_feature_layers
+        )
+        image_tokens = self.multi_modal_projector(low_level_states, high_level_states)
+        if self.config.prepend_image_token_embedding:
+            image_token_id = torch.full((len(image_tokens), 1), self.config.image_token_id, device=image_tokens.device)
+            embedding = self.get_input_embeddings()(image_token_id)
+            image_tokens = torch.cat([embedding.to(image_tokens), image_tokens], dim=1)
+        return Med3DVLMImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=image_tokens,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            low_level_states=low_level_states,
+            high_level_states=high_level_states,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Finds the places of the image tokens by the placeholder's id, or by its embedding where there are no ids.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+
+        Raises:
+            ValueError: the numbers of placeholders and image tokens differ.
+        """
+        if input_ids is None:
+            image_token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_placeholders, num_image_tokens = mask.sum(), image_tokens.shape[0] * image_tokens.shape[1]
+        torch_compilable_check(
+            num_placeholders == num_image_tokens,
+            lambda: (
+                f"The text has {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), the "
+                f"{image_tokens.shape[0]} volumes have {num_image_tokens} image tokens ({image_tokens.shape[1]} each). "
+                "Build both with the model's own processor, and do not truncate the placeholders."
+            ),
+        )
+        return mask.unsqueeze(-1)
+
+    def check_no_placeholder(self, input_ids: torch.LongTensor, past_key_values: Cache | None) -> None:
+        """Raises where a text that starts here has placeholders but came without volumes: it would be read blind."""
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_placeholders = (input_ids == self.config.image_token_id).sum()
+        torch_compilable_check(
+            (num_placeholders == 0) | (past_length > 0),
+            lambda: (
+                f"The text has {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), but no "
+                "volume was given: pass `pixel_values` or `mm_encoder_outputs`."
+            ),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Med3DVLMModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Tokens of the texts, `image_seq_length` placeholders for each volume.
+            pixel_values (`torch.Tensor` of shape `(num_volumes, num_channels, depth, height, width)`, *optional*):
+                The volumes in the order of their placeholders, all texts' one after the other.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions of the tokens.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of the tokens before these.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": features}` with what `get_image_features` returned, in place of `pixel_values`.
+
+        Returns:
+            [`Med3DVLMModelOutputWithPast`]
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, both of `pixel_values` and
+                `mm_encoder_outputs`, or another number of placeholders than image tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
+        image_features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("Expected `pixel_values` or `mm_encoder_outputs`, not both: they are the same volumes.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, return_dict=True)
+        image_tokens = None
+        if image_features is not None:
+            image_tokens = image_features.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_tokens)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            self.check_no_placeholder(input_ids, past_key_values)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return Med3DVLMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+
+class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin):
+    """
+    Med3DVLM with a language-model head: writes reports and answers questions about volumes.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> processor = AutoProcessor.from_pretrained("org/med3dvlm", trust_remote_code=True)  # doctest: +SKIP
+    >>> model = AutoModelForImageTextToText.from_pretrained("org/med3dvlm", trust_remote_code=True)  # doctest: +SKIP
+    >>> content = [{"type": "image", "path": "scan.nii.gz"}, {"type": "text", "text": "Is there a pleural effusion?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     add_generation_prompt=True,
+    ...     tokenize=True,
+    ...     return_dict=True,
+    ...     return_tensors="pt",
+    ... )  # doctest: +SKIP
+    >>> processor.post_process_image_text_to_text(model.generate(**inputs))  # doctest: +SKIP
+    ```"""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: Med3DVLMConfig):
+        super().__init__(config)
+        text_config = config.text_config.get_text_config(decoder=True)
+        self.model = Med3DVLMModel(config)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-model head."""
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> Med3DVLMImageFeatures:
+        """Encodes volumes once, for `generate(mm_encoder_outputs={"image": features})`: see [`Med3DVLMModel`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Med3DVLMCausalLMOutputWithPast:
+        r"""
+        Takes the arguments of [`Med3DVLMModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The tokens to learn, -100 elsewhere. They are shifted here, not by the caller.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Number of last positions to score; 0 scores all.
+
+        Returns:
+            [`Med3DVLMCausalLMOutputWithPast`]
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        last_positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, last_positions])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return Med3DVLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = [
+    "Med3DVLMCausalLMOutputWithPast",
+    "Med3DVLMForConditionalGeneration",
+    "Med3DVLMImageFeatures",
+    "Med3DVLMModel",
+    "Med3DVLMModelOutputWithPast",
+    "Med3DVLMPreTrainedModel",
+]

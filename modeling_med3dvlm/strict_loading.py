@@ -1,0 +1,66 @@
+"""Loading that fails where weights would stay random, instead of reporting it in passing."""
+
+from typing import Any
+
+
+class StrictLoadingMixin:
+    """
+    Makes `from_pretrained` raise when a checkpoint and the model do not hold the same tensors. transformers initialises
+    what is missing, drops what is left over and logs a table; a medical model that answers with a random part must not
+    come out of that. Stands before `PreTrainedModel` among the base classes.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        strict: bool = True,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ):
+        r"""
+        As `PreTrainedModel.from_pretrained`, and:
+
+        Args:
+            strict (`bool`, *optional*, defaults to `True`):
+                Whether to raise when tensors are missing, left over or of another shape. `False` loads what fits, for
+                instance to start another architecture from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint does not fit; the message lists the tensors.
+        """
+        # Left to itself, a tensor of another shape raises before the other faults are known.
+        kwargs["ignore_mismatched_sizes"] = kwargs.get("ignore_mismatched_sizes", False) or strict
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        faults = describe_faults(info)
+        if strict and faults:
+            raise ValueError(
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} does not fit {cls.__name__}:\n{faults}\n"
+                "Load it with the class and configuration it was saved with, or pass `strict=False` to keep what fits "
+                "and initialise the rest."
+            )
+        return (model, info) if output_loading_info else model
+
+
+def describe_faults(info: dict[str, Any], most: int = 20) -> str:
+    """The tensors that a loading report of transformers names as faulty, a line a kind; empty if there are none."""
+    kinds = {
+        "missing in the checkpoint": sorted(info["missing_keys"]),
+        "not part of the model": sorted(info["unexpected_keys"]),
+        "of another shape": [
+            f"{key} (checkpoint {tuple(found)}, model {tuple(expected)})"
+            for key, found, expected in sorted(info["mismatched_keys"])
+        ],
+    }
+    lines = []
+    for kind, keys in kinds.items():
+        if keys:
+            more = f", and {len(keys) - most} more" if len(keys) > most else ""
+            lines.append(f"- {len(keys)} {kind}: {', '.join(keys[:most])}{more}")
+    return "\n".join(lines)
+
+
+__all__ = ["StrictLoadingMixin"]
