@@ -82,14 +82,16 @@ class DCFormerDecomposedConv(nn.Module):
 @contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Within it, batch normalisations in training use the batch's statistics and leave their running ones alone."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d) and norm.track_running_stats]
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
-            norm.track_running_stats = False
+            # Not `track_running_stats = False`: that saves fewer tensors, and checkpointing insists on the same number.
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 class _StatisticsOnce:

@@ -1,0 +1,473 @@
+"""The one way from a scan to `pixel_values`: orientation, intensity, foreground, size."""
+
+import difflib
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .volume_io import (
+    InvalidVolumeError,
+    Volume,
+    check_orientation,
+    flatten_volumes,
+    open_volume,
+    orient,
+    read_voxels,
+    spacing_of,
+)
+
+
+# Windows in which CT is read, (lower, upper) in HU: level minus and plus half the usual width, as in radiology teaching
+# (Radiopaedia, "Windowing (CT)": soft tissue W400 L40, lung W1500 L-600, bone W1500 L300, brain W80 L40, mediastinum
+# W350 L50, liver W150 L30). "wide" spans from air to dense bone.
+CT_WINDOWS: dict[str, tuple[float, float]] = {
+    "wide": (-1000.0, 1000.0),
+    "soft_tissue": (-160.0, 240.0),
+    "lung": (-1350.0, 150.0),
+    "bone": (-450.0, 1050.0),
+    "brain": (0.0, 80.0),
+    "mediastinum": (-125.0, 225.0),
+    "liver": (-45.0, 105.0),
+}
+INTENSITY_MODES = ("auto", "window", "percentile", "minmax", "none")
+# A volume that reaches down to here has air in HU: fat, the darkest tissue, ends near -150.
+HU_OF_AIR = -200.0
+# The mean of a CT lies below dense bone, whatever is in it. MR that was resampled can undershoot zero, but not this.
+HU_OF_DENSE_BONE = 1000.0
+
+
+class Med3DVLMImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    Options of [`Med3DVLMImageProcessor`].
+
+    image_size (`list[int]`):
+        Voxels of the output along `(depth, height, width)`.
+    orientation (`str`):
+        Directions in which `(width, height, depth)` grow, or `"none"` for the stored axes.
+    intensity_mode (`str`):
+        `"auto"`, `"window"`, `"percentile"`, `"minmax"` or `"none"`.
+    hu_range (`str` or `list[float]`):
+        A name in `CT_WINDOWS`, or `(lower, upper)` in HU.
+    intensity_percentiles (`list[float]`):
+        `(lower, upper)` in percent.
+    do_crop_foreground (`bool`):
+        Whether to crop to the voxels above 0.
+    volume_index (`int`):
+        Which volume of a 4D series to take, from 0.
+    return_report (`bool`):
+        Whether to return what was done, as `preprocessing_report`.
+    """
+
+    image_size: list[int] | tuple[int, ...] | None
+    orientation: str | None
+    intensity_mode: str | None
+    hu_range: str | list[float | int] | tuple[float | int, ...] | None
+    intensity_percentiles: list[float | int] | tuple[float | int, ...] | None
+    do_crop_foreground: bool | None
+    volume_index: int | None
+    return_report: bool | None
+
+
+class Med3DVLMImageProcessor(BaseImageProcessor):
+    r"""
+    Prepares 3D scans as the M3D-Cap data were prepared, in this order:
+
+    1. orientation: axes `(depth, height, width)` that grow to superior, posterior and left, from the file's affine; an
+       array without an affine is taken as it is;
+    2. intensity: to [0, 1] in float32;
+    3. foreground: the smallest box around the voxels above 0;
+    4. size: trilinear to `image_size` (`align_corners=False`, no antialiasing), not rescaled afterwards.
+
+    Args:
+        image_size (`list[int]`, *optional*, defaults to `[128, 256, 256]`):
+            Voxels of the output along `(depth, height, width)`.
+        orientation (`str`, *optional*, defaults to `"LPS"`):
+            Directions in which `(width, height, depth)` grow; `"none"` keeps the stored axes, the last as the depth.
+        intensity_mode (`str`, *optional*, defaults to `"auto"`):
+            `"window"` clips to `hu_range` and scales to [0, 1], for CT in HU; `"minmax"` scales the volume's own range;
+            `"percentile"` clips to `intensity_percentiles` of all voxels and scales, for MR; `"none"` takes values that
+            are in [0, 1] already; `"auto"` is `"window"` for a volume with air in HU (a minimum of -200 or less, and a
+            mean of at most 1000), and `"minmax"` for every other.
+        hu_range (`str` or `list[float]`, *optional*, defaults to `[-1000.0, 1000.0]`):
+            Window in HU, `(lower, upper)` or a name: "wide", "soft_tissue", "lung", "bone", "brain", "mediastinum",
+            "liver".
+        intensity_percentiles (`list[float]`, *optional*, defaults to `[0.5, 99.5]`):
+            Percentiles of the mode `"percentile"`.
+        do_crop_foreground (`bool`, *optional*, defaults to `True`):
+            Whether to crop to the foreground.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            Whether to resize to `image_size`.
+
+    Raises:
+        ValueError: an option has a value that cannot be.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from med3dvlm import Med3DVLMImageProcessor
+
+    >>> processor = Med3DVLMImageProcessor(image_size=[16, 32, 48], hu_range="lung")
+    >>> scan = np.random.default_rng(0).integers(-1000, 1000, size=(20, 40, 40))
+    >>> inputs = processor(scan, return_report=True)
+    >>> inputs["pixel_values"].shape
+    torch.Size([1, 1, 16, 32, 48])
+    >>> inputs["preprocessing_report"][0]["intensity_mode"], inputs["preprocessing_report"][0]["intensity_range"]
+    ('window', [-1350.0, 150.0])
+    ```"""
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = Med3DVLMImageProcessorKwargs
+
+    image_size = [128, 256, 256]
+    orientation = "LPS"
+    intensity_mode = "auto"
+    hu_range = [-1000.0, 1000.0]
+    intensity_percentiles = [0.5, 99.5]
+    do_crop_foreground = True
+    do_resize = True
+    # The inherited values concern pictures, and would be written beside ours.
+    rescale_factor = None
+    default_to_square = None
+
+    def __init__(self, **kwargs: Unpack[Med3DVLMImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+        self.auto_map = {"AutoImageProcessor": "image_processing_med3dvlm.Med3DVLMImageProcessor"}
+
+    def fetch_images(self, images: Any) -> Any:
+        """
+        Finds volumes without reading their voxels; lists stay lists. Called before every other step, so this is the one
+        place that decides what counts as a volume: see `open_volume`.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(entry) for entry in images]
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 5:
+            return flatten_volumes(images)
+        return open_volume(images)
+
+    def _validate_preprocess_kwargs(
+        self,
+        image_size: Any = None,
+        orientation: Any = None,
+        intensity_mode: Any = None,
+        hu_range: Any = None,
+        intensity_percentiles: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if len(image_size) != 3 or not all(isinstance(size, int) and size > 0 for size in image_size):
+            raise ValueError(
+                f"`image_size` must be three positive numbers of voxels (depth, height, width), got {image_size}."
+            )
+        check_orientation(orientation)
+        if intensity_mode not in INTENSITY_MODES:
+            raise ValueError(f"`intensity_mode` {_unknown(intensity_mode, INTENSITY_MODES)}")
+        resolve_hu_range(hu_range)
+        lower, upper = intensity_percentiles if len(intensity_percentiles) == 2 else (0, 0)
+        if not 0 <= lower < upper <= 100:
+            raise ValueError(
+                "`intensity_percentiles` must be two numbers from 0 to 100, the lower first, got "
+                f"{intensity_percentiles}."
+            )
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: Any,
+        *args: Any,
+        volume_index: int | None = None,
+        return_report: bool | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        volumes = flatten_volumes(self.fetch_images(images))
+        if not volumes:
+            raise InvalidVolumeError("Expected at least one volume, got an empty list.")
+        pixel_values, reports = [], []
+        for volume in volumes:
+            prepared, report = self.prepare_volume(volume, volume_index, **kwargs)
+            pixel_values.append(prepared.unsqueeze(0))  # (D, H, W) -> (1, D, H, W)
+            reports.append(report)
+        shapes = sorted({tuple(prepared.shape[1:]) for prepared in pixel_values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Volumes of different sizes {shapes} (depth, height, width) do not make a batch: leave `do_resize` on, "
+                "or prepare them one at a time."
+            )
+        batch = BatchFeature({"pixel_values": torch.stack(pixel_values)}, tensor_type=return_tensors)
+        if return_report:
+            batch["preprocessing_report"] = reports
+        return batch
+
+    def prepare_volume(
+        self,
+        volume: Volume,
+        volume_index: int | None,
+        image_size: Any,
+        orientation: str,
+        intensity_mode: str,
+        hu_range: Any,
+        intensity_percentiles: Any,
+        do_crop_foreground: bool,
+        do_resize: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        r"""
+        Prepares one volume.
+
+        Returns:
+            `torch.Tensor` of shape `(depth, height, width)`, and the report, whose entries are plain numbers and texts:
+
+            - `source`, `source_dtype`, `source_shape` (stored axes), `source_spacing` (mm, stored axes),
+              `source_orientation` (directions of the stored axes) and `is_orientation_known`;
+            - `orientation`, `oriented_shape` and `oriented_spacing` (mm), in (depth, height, width);
+            - `source_range` (lowest and highest value), `intensity_mode` (the one used), `intensity_range` (what became
+              0 and 1, in the source's values) and `clipped_fraction`;
+            - `crop_box` (`[[start, stop], ...]` in the oriented volume);
+            - `shape`, `spacing` (mm) and `affine` of the result: the affine maps its voxel `(d, h, w, 1)` to RAS+ mm;
+            - `warnings`.
+
+            What depends on an affine is None where there is none.
+
+        Raises:
+            InvalidVolumeError: the voxels cannot be used with these options.
+        """
+        array, affine = orient(read_voxels(volume, volume_index), volume.affine, orientation)
+        oriented_shape = list(array.shape)
+        # The one float32 copy of the scan; everything after it works in place.
+        voxels = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+        check_values(voxels, volume.name)
+        source_range = [float(value) for value in voxels.aminmax()]
+        mode, intensity_range, clipped_fraction = scale_intensity(
+            voxels, volume.name, intensity_mode, resolve_hu_range(hu_range), intensity_percentiles
+        )
+
+        crop_box = (
+            foreground_box(voxels, volume.name) if do_crop_foreground else [[0, size] for size in oriented_shape]
+        )
+        voxels = voxels[tuple(slice(start, stop) for start, stop in crop_box)]
+        cropped_shape = voxels.shape
+        if do_resize:
+            voxels = nn.functional.interpolate(
+                voxels[None, None], size=tuple(image_size), mode="trilinear", align_corners=False
+            )[0, 0]
+        grid_affine = affine_of_grid(affine, crop_box, cropped_shape, voxels.shape)
+
+        report = {
+            "source": volume.name,
+            "source_dtype": str(volume.dtype),
+            "source_shape": list(volume.shape),
+            "source_spacing": _as_list(spacing_of(volume.affine)),
+            "source_orientation": volume.axis_codes,
+            "is_orientation_known": volume.is_orientation_known,
+            "orientation": orientation if affine is not None else "none",
+            "oriented_shape": oriented_shape,
+            "oriented_spacing": _as_list(spacing_of(affine)),
+            "source_range": source_range,
+            "intensity_mode": mode,
+            "intensity_range": intensity_range,
+            "clipped_fraction": clipped_fraction,
+            "crop_box": crop_box,
+            "shape": list(voxels.shape),
+            "spacing": _as_list(spacing_of(grid_affine)),
+            "affine": grid_affine.tolist() if grid_affine is not None else None,
+        }
+        report["warnings"] = find_warnings(report, requested_mode=intensity_mode)
+        return voxels, report
+
+
+def resolve_hu_range(hu_range: Any) -> tuple[float, float]:
+    """
+    `(lower, upper)` in HU of a window given by name or by numbers.
+
+    Raises:
+        ValueError: there is no window of that name, or the numbers make none.
+    """
+    if isinstance(hu_range, str):
+        if hu_range not in CT_WINDOWS:
+            raise ValueError(f"`hu_range` {_unknown(hu_range, CT_WINDOWS)}, or two numbers (lower, upper) in HU.")
+        return CT_WINDOWS[hu_range]
+    lower, upper = map(float, hu_range) if len(hu_range) == 2 else (0.0, 0.0)
+    if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
+        raise ValueError(f"`hu_range` must be two numbers (lower, upper) in HU, the lower first, got {hu_range}.")
+    return lower, upper
+
+
+def check_values(voxels: torch.Tensor, name: str) -> None:
+    """
+    Raises:
+        InvalidVolumeError: a voxel is not finite, or all have the same value.
+    """
+    if not bool(torch.isfinite(voxels.sum())) and (num_bad := int((~torch.isfinite(voxels)).sum())):
+        raise InvalidVolumeError(
+            f"{name}: {num_bad} of {voxels.numel()} voxels are NaN or infinite. Fill them first, e.g. with -1000 HU "
+            "outside the scanned region."
+        )
+    lowest, highest = voxels.aminmax()
+    if lowest == highest:
+        raise InvalidVolumeError(f"{name}: all voxels are {float(lowest):g}: the volume shows nothing.")
+
+
+def scale_intensity(
+    voxels: torch.Tensor,
+    name: str,
+    mode: str,
+    hu_range: tuple[float, float],
+    percentiles: list[float] | tuple[float, ...],
+) -> tuple[str, list[float], float]:
+    """
+    Scales a volume to [0, 1] in place.
+
+    Args:
+        voxels (`torch.Tensor` of shape `(depth, height, width)`):
+            The volume in float32, changed in place.
+        name (`str`):
+            What messages call it.
+        mode (`str`), hu_range (`tuple[float, float]`), percentiles (`list[float]`):
+            As in [`Med3DVLMImageProcessor`].
+
+    Returns:
+        The mode used, the source values that became 0 and 1, and the fraction of voxels outside them.
+
+    Raises:
+        InvalidVolumeError: the values contradict the mode, or nothing of the volume lies in its range.
+    """
+    lowest, highest = (float(value) for value in voxels.aminmax())
+    if mode == "auto":
+        is_ct = lowest <= HU_OF_AIR and float(voxels.mean()) <= HU_OF_DENSE_BONE
+        mode = "window" if is_ct else "minmax"
+    if mode == "none":
+        if lowest < 0 or highest > 1:
+            raise InvalidVolumeError(
+                f"{name}: `intensity_mode` 'none' expects values in [0, 1], got {lowest:g} to {highest:g}. Use 'window' "
+                "for CT in HU, 'minmax' or 'percentile' for other images, or 'auto'."
+            )
+        return mode, [0.0, 1.0], 0.0
+    if mode == "minmax":
+        voxels.sub_(lowest)
+        voxels.div_(max(float(voxels.max()), 1e-8))
+        return mode, [lowest, highest], 0.0
+
+    if mode == "window":
+        if lowest >= 0 and highest <= 255:
+            looks_like = "scaled to [0, 1] already" if highest <= 1 else "an 8-bit export"
+            raise InvalidVolumeError(
+                f"{name}: `intensity_mode` 'window' expects CT in HU, got values from {lowest:g} to {highest:g}, which "
+                f"look like {looks_like}. Use 'none' for values in [0, 1], 'minmax' for 8-bit images, or 'auto'."
+            )
+        lower, upper = hu_range
+    else:
+        lower, upper = (float(value) for value in np.percentile(voxels.numpy(), percentiles))
+        if lower == upper:
+            raise InvalidVolumeError(
+                f"{name}: the percentiles {tuple(percentiles)} are both {lower:g}: most voxels have one value. Use "
+                "'minmax', or percentiles further apart."
+            )
+    clipped_fraction = float(((voxels < lower) | (voxels > upper)).sum()) / voxels.numel()
+    voxels.clamp_(lower, upper).sub_(lower).div_(upper - lower)
+    if float(voxels.min()) == float(voxels.max()):
+        raise InvalidVolumeError(
+            f"{name}: no voxel lies within the window {lower:g} to {upper:g}; the values go from {lowest:g} to "
+            f"{highest:g}. Choose another `hu_range`, or check that the values are HU."
+        )
+    return mode, [lower, upper], clipped_fraction
+
+
+def foreground_box(voxels: torch.Tensor, name: str) -> list[list[int]]:
+    """
+    The smallest box around the voxels above 0, as `[[start, stop], ...]` along (depth, height, width).
+
+    Raises:
+        InvalidVolumeError: no voxel is above 0.
+    """
+    foreground = voxels > 0
+    if not foreground.any():
+        raise InvalidVolumeError(f"{name}: no voxel is above 0 after scaling: there is no foreground to crop to.")
+    occupied = [foreground.any(dim=other_axes).nonzero() for other_axes in ((1, 2), (0, 2), (0, 1))]
+    return [[int(positions[0]), int(positions[-1]) + 1] for positions in occupied]
+
+
+def affine_of_grid(
+    affine: np.ndarray | None, crop_box: list[list[int]], cropped_shape: Any, shape: Any
+) -> np.ndarray | None:
+    """
+    Affine of the cropped and resized grid. With `align_corners=False`, voxel `x` of the result lies at
+    `start + (x + 0.5) * scale - 0.5` of the oriented volume, where `scale` is the cropped size over the new one.
+    """
+    if affine is None:
+        return None
+    to_source = np.eye(4)
+    for axis, (start, _) in enumerate(crop_box):
+        scale = cropped_shape[axis] / shape[axis]
+        to_source[axis, axis] = scale
+        to_source[axis, 3] = start + 0.5 * scale - 0.5
+    return affine @ to_source
+
+
+def find_warnings(report: dict[str, Any], requested_mode: str) -> list[str]:
+    """What a reader of a report should look at twice."""
+    warnings = []
+    if report["source_orientation"] is not None and not report["is_orientation_known"]:
+        warnings.append("The file does not say how the patient lies: left and right are a convention, not a fact.")
+    if report["source_orientation"] is None:
+        warnings.append("An array has no affine: it was taken to be in the order (depth, height, width) of the model.")
+    spacing = report["oriented_spacing"]
+    if spacing is not None and max(spacing) > 10:
+        warnings.append(f"Voxels are up to {max(spacing):.3g} mm apart: check that the spacing is in mm.")
+    if requested_mode == "auto" and report["intensity_mode"] == "minmax" and report["source_range"][0] < 0:
+        warnings.append("Negative values, but not as in CT: scaled by their own range. For CT in HU ask for 'window'.")
+    return warnings
+
+
+def format_preprocessing_report(report: dict[str, Any]) -> str:
+    """
+    One volume's report as a table for a reader, lengths in mm and axes as (depth, height, width) unless said otherwise.
+
+    Args:
+        report (`dict`):
+            An entry of `preprocessing_report`.
+    """
+
+    def numbers(values: Any, unit: str = "") -> str:
+        return "not known" if values is None else " x ".join(f"{value:.4g}" for value in values) + unit
+
+    low, high = report["source_range"]
+    lower, upper = report["intensity_range"]
+    known = "" if report["is_orientation_known"] else " (not stated by the file)"
+    rows = {
+        "source": report["source"],
+        "stored": f"{numbers(report['source_shape'])} voxels of {report['source_dtype']}, "
+        f"{numbers(report['source_spacing'], ' mm')}, axes {report['source_orientation'] or 'of an array'}{known}",
+        "oriented": f"{numbers(report['oriented_shape'])} voxels (depth, height, width), "
+        f"{numbers(report['oriented_spacing'], ' mm')}, orientation {report['orientation']}",
+        "values": f"{low:.6g} to {high:.6g}",
+        "intensity": f"{report['intensity_mode']}: {lower:.6g} became 0 and {upper:.6g} became 1, "
+        f"{100 * report['clipped_fraction']:.1f} % of the voxels lay outside",
+        "foreground": ", ".join(
+            f"{axis} {start}:{stop}" for axis, (start, stop) in zip(("depth", "height", "width"), report["crop_box"])
+        ),
+        "given to model": f"{numbers(report['shape'])} voxels, {numbers(report['spacing'], ' mm')}",
+    }
+    for number, warning in enumerate(report["warnings"], start=1):
+        rows[f"warning {number}"] = warning
+    width = max(map(len, rows))
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
+
+
+def _unknown(value: Any, valid: Any) -> str:
+    nearest = difflib.get_close_matches(str(value), valid, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"must be one of {', '.join(map(repr, valid))}; got {value!r}{hint}"
+
+
+def _as_list(values: tuple[float, ...] | None) -> list[float] | None:
+    return None if values is None else list(values)
+
+
+__all__ = ["CT_WINDOWS", "Med3DVLMImageProcessor", "Med3DVLMImageProcessorKwargs", "format_preprocessing_report"]

@@ -1,0 +1,45 @@
+"""`pipeline("image-text-to-text")` for volumes."""
+
+from typing import Any
+
+from transformers.image_processing_base import BatchFeature
+from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
+
+
+class Med3DVLMPipeline(ImageTextToTextPipeline):
+    r"""
+    The image-text-to-text pipeline, for volumes in place of pictures: a path of a NIfTI file, its bytes, a nibabel
+    image, an array or a tensor, in chat messages or beside a text.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("image-text-to-text", model="org/med3dvlm", trust_remote_code=True)  # doctest: +SKIP
+    >>> pipe(images="scan.nii.gz", text="<image>\nIs there a pleural effusion?")  # doctest: +SKIP
+    >>> content = [{"type": "image", "path": "scan.nii.gz"}, {"type": "text", "text": "Is there a pleural effusion?"}]
+    >>> pipe(text=[{"role": "user", "content": content}], return_full_text=False)  # doctest: +SKIP
+    ```"""
+
+    def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
+        """
+        Prepares one conversation, or one text or list of texts with its volumes. The stock pipeline opens every image
+        as a picture before the processor sees it; here the processor does all the reading.
+        """
+        if not isinstance(inputs, dict):
+            return super().preprocess(inputs, timeout=timeout, **kwargs)
+        if missing := {"images", "text"} - inputs.keys():
+            raise ValueError(f"Expected a dictionary with `images` and `text`, {sorted(missing)} missing.")
+        kwargs.pop("continue_final_message", None)  # concerns conversations only
+        processor_kwargs = {**kwargs, **(kwargs.pop("processor_kwargs", None) or {})}
+        if isinstance(inputs["text"], (list, tuple)) and len(inputs["text"]) > 1:
+            processor_kwargs.setdefault("padding", True)
+        model_inputs = self.processor(
+            images=inputs["images"], text=inputs["text"], return_tensors="pt", **processor_kwargs
+        ).to(dtype=self.dtype)
+        model_inputs["text"] = inputs["text"]
+        return model_inputs
+
+
+__all__ = ["Med3DVLMPipeline"]

@@ -1,0 +1,162 @@
+"""Texts and volumes to model inputs: the chat template, the placeholders, and the one image processor."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.image_processing_base import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+from .image_processing_med3dvlm import Med3DVLMImageProcessorKwargs
+from .volume_io import flatten_volumes
+
+
+if TYPE_CHECKING:
+    # Nothing imports the pipeline when a model is loaded or saved; named here, its file travels with this one.
+    from .pipeline_med3dvlm import Med3DVLMPipeline  # noqa: F401
+
+
+# ChatML, the format of Qwen2.5. A content is a text or a list of volumes and texts in any order. The generation block
+# holds what the model is to say, its end token included: `assistant_masks` marks just these tokens for training.
+CHAT_TEMPLATE = """\
+{%- macro render_content(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] in ('image', 'image_url') -%}
+                {{- '<image>\\n' -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception('A content part must be of type "image" or "text", got ' + part['type'] + '.') -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '<|im_start|>assistant\\n' -}}
+        {%- generation -%}
+            {{- render_content(message['content']) + '<|im_end|>' -}}
+        {%- endgeneration -%}
+        {{- '\\n' -}}
+    {%- elif message['role'] in ('system', 'user') -%}
+        {{- '<|im_start|>' + message['role'] + '\\n' + render_content(message['content']) + '<|im_end|>\\n' -}}
+    {%- else -%}
+        {{- raise_exception('A role must be "system", "user" or "assistant", got "' + message['role'] + '".') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+class Med3DVLMProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of [`Med3DVLMProcessor`], those of the image processor included."""
+
+    images_kwargs: Med3DVLMImageProcessorKwargs
+
+
+class Med3DVLMProcessor(ProcessorMixin):
+    r"""
+    Prepares texts and volumes together.
+
+    Args:
+        image_processor ([`Med3DVLMImageProcessor`]):
+            Prepares the volumes.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Prepares the texts.
+        image_seq_length (`int`, *optional*):
+            Placeholders one volume takes, `config.image_seq_length` of the model. Left out for a dual encoder, whose
+            texts have no placeholders.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            What stands for a volume in a text; repeated `image_seq_length` times before tokenization. The tokenizer
+            must know it as one token, with the id `config.image_token_id`.
+        chat_template (`str`, *optional*):
+            Jinja template of conversations. By default ChatML, if the tokenizer has its tokens.
+
+    Raises:
+        ValueError: the tokenizer does not know `image_token`.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoProcessor
+
+    >>> processor = AutoProcessor.from_pretrained("org/med3dvlm", trust_remote_code=True)  # doctest: +SKIP
+    >>> inputs = processor(images="scan.nii.gz", text="<image>\nIs there a pleural effusion?")  # doctest: +SKIP
+    ```"""
+
+    valid_processor_kwargs = Med3DVLMProcessorKwargs
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "preprocessing_report"]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int | None = None,
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
+        self.image_seq_length = image_seq_length
+        self.image_token: Any = None  # None tells the base class that texts have no placeholders
+        self.image_token_id: int | None = None
+        if image_seq_length is not None:
+            self.image_token = image_token
+            self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+            if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"The tokenizer does not know the placeholder {image_token!r}: add it first, "
+                    f"`tokenizer.add_tokens([{image_token!r}], special_tokens=True)`, and give its id to the model's "
+                    "configuration as `image_token_id`."
+                )
+            # The next token follows the last one of every text only when the padding stands before.
+            tokenizer.padding_side = "left"
+            if chat_template is None and "<|im_start|>" in tokenizer.get_vocab():
+                chat_template = CHAT_TEMPLATE.replace("<image>", image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        # Set here, because loading drops it: a processor saved without it would load as a bare tokenizer.
+        self.auto_map = {"AutoProcessor": "processing_med3dvlm.Med3DVLMProcessor"}
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """
+        Checks that every placeholder has a volume and every volume a placeholder.
+
+        Raises:
+            ValueError: neither `images` nor `text` was given, or the counts differ; with a list of volumes for each
+                text, in any one of them.
+        """
+        if images is None and text is None:
+            raise ValueError("Expected `images`, `text` or both, got neither.")
+        if text is None or self.image_token is None:
+            return
+        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"Expected `text` to be a string or a list of strings, got {type(text).__name__}.")
+        placeholders = [sample.count(self.image_token) for sample in text]
+        volumes = len(flatten_volumes(images)) if images is not None else 0
+        if sum(placeholders) != volumes:
+            raise ValueError(
+                f"Expected as many volumes as placeholders {self.image_token!r} in the text, got {volumes} volumes and "
+                f"{sum(placeholders)} placeholders. Write {self.image_token!r} where each volume belongs, or use "
+                "`apply_chat_template`, which does."
+            )
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+        if is_nested and [len(flatten_volumes(entry)) for entry in images] != placeholders:
+            raise ValueError(
+                f"The texts have {placeholders} placeholders, but their lists of volumes have "
+                f"{[len(flatten_volumes(entry)) for entry in images]}: give each text the volumes it shows."
+            )
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        if self.image_token is None:
+            return processed, []
+        return processed, [self.replace_image_token(processed, index) for index in range(len(flatten_volumes(images)))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """What stands in the text for one volume: `image_seq_length` placeholders."""
+        return self.image_token * self.image_seq_length
+
+
+__all__ = ["CHAT_TEMPLATE", "Med3DVLMProcessor", "Med3DVLMProcessorKwargs"]

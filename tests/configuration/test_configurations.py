@@ -1,0 +1,121 @@
+import math
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+
+from med3dvlm import DCFormerConfig, DCFormerSiglipConfig, Med3DVLMConfig, Vit3DConfig
+from med3dvlm.configuration.configuration_dcformer import DCFORMER_VARIANTS
+
+
+# Three different axis lengths: a swapped axis cannot pass unnoticed.
+VISION = {"image_size": (32, 64, 96), "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 2, 1)}
+TEXT = {"model_type": "qwen2", "vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def tiny_config(**overrides):
+    fields = {"vision_config": VISION, "text_config": TEXT, "image_token_id": 7}
+    return Med3DVLMConfig(**{**fields, **overrides})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DCFormerConfig(**VISION),
+        DCFormerConfig.from_variant("base", out_features=["stage2", "stage4"]),
+        Vit3DConfig(image_size=(32, 64, 96)),
+        DCFormerSiglipConfig(vision_config=VISION, loss_type="softmax", loss_exchange="ring", loss_chunk_size=3),
+        DCFormerSiglipConfig(vision_config={"model_type": "vit3d"}, text_config={"model_type": "bert"}),
+        tiny_config(projector_type="low_high_mlp"),
+        tiny_config(vision_config={"model_type": "vit3d"}, projector_type="linear"),
+        Med3DVLMConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_config_survives_save_and_load(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_defaults_are_the_model_of_the_paper():
+    config = Med3DVLMConfig()
+    assert config.vision_config.to_dict() == DCFormerConfig.from_variant("small").to_dict()
+    assert (config.low_level_tokens, config.high_level_tokens) == ((192, 128), (64, 128))
+    assert config.image_size == (128, 256, 256) and config.image_seq_length == 256
+    text = config.text_config
+    assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (3584, 28, 152064)
+    assert text.rope_parameters["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize("stage, expected", [(0, (8, 16, 24)), (-2, (1, 2, 3)), (-1, (1, 1, 2))])
+def test_grid_follows_the_stride_rounded_up(stage, expected):
+    config = DCFormerConfig(**VISION)
+    assert config.grid(stage) == expected
+    assert config.num_tokens(stage) == math.prod(expected)
+
+
+@pytest.mark.parametrize(
+    "projector_type, expected",
+    [("mixer", 128 + 128), ("low_high_mlp", 6 + 2), ("mlp", 2), ("linear", 2)],
+)
+def test_image_seq_length_follows_the_projector(projector_type, expected):
+    assert tiny_config(projector_type=projector_type).image_seq_length == expected
+    prepended = tiny_config(projector_type=projector_type, prepend_image_token_embedding=True)
+    assert prepended.image_seq_length == expected + 1
+
+
+def test_image_size_is_written_once_and_leaves_the_callers_config_alone():
+    vision_config = DCFormerConfig(**VISION)
+    config = tiny_config(vision_config=vision_config, image_size=(64, 32, 16))
+    assert config.image_size == tuple(config.vision_config.image_size) == (64, 32, 16)
+    assert vision_config.image_size == (32, 64, 96)
+    assert "image_size" not in {key for key in config.to_dict() if key != "vision_config"}
+
+
+def test_tied_embeddings_of_the_text_config_are_kept():
+    assert tiny_config(text_config={**TEXT, "tie_word_embeddings": True}).tie_word_embeddings
+    assert not tiny_config().tie_word_embeddings
+
+
+@pytest.mark.parametrize("loss_type, expected", [("sigmoid", math.log(10)), ("softmax", math.log(1 / 0.07))])
+def test_temperature_starts_where_the_loss_was_published(loss_type, expected):
+    assert DCFormerSiglipConfig(loss_type=loss_type).logit_scale_init_value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variant", DCFORMER_VARIANTS)
+def test_variants_have_one_entry_a_stage(variant):
+    config = DCFormerConfig.from_variant(variant, image_size=(64, 64, 128))
+    assert len(config.depths) == len(config.hidden_sizes) == len(config.kernel_sizes) == 5
+    assert config.image_size == (64, 64, 128)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: DCFormerConfig(depths=(1, 2)), "one entry for the stem and one per stage, got 5, 2 and 5"),
+        (lambda: DCFormerConfig(image_size=(64, 64)), r"three positive numbers of voxels.*\(64, 64\)"),
+        (lambda: DCFormerConfig(image_size=(64, 0, 64)), "three positive numbers"),
+        (lambda: DCFormerConfig(kernel_sizes=(7, 12, 11, 9, 7)), "must be odd.*12"),
+        (lambda: DCFormerConfig(depths=(2, 2, 3, 6, 2)), r"`depths\[0\]` must be 1.*got 2"),
+        (lambda: DCFormerConfig(hidden_sizes=(64, 96, 0, 384, 768)), "must be positive"),
+        (lambda: DCFormerConfig(image_size="big"), "image_size"),
+        (lambda: DCFormerConfig.from_variant("huge"), "nano.*got 'huge'"),
+        (lambda: Vit3DConfig(image_size=(100, 256, 256)), r"\(100, 256, 256\).*multiple of `patch_size`"),
+        (lambda: Vit3DConfig(num_attention_heads=0), "`num_attention_heads` must be positive, got 0"),
+        (lambda: DCFormerSiglipConfig(loss_type="triplet"), "'sigmoid', 'softmax'"),
+        (lambda: DCFormerSiglipConfig(loss_chunk_size=0), "positive number of texts"),
+        (lambda: DCFormerSiglipConfig(projection_dim=0), "`projection_dim` must be positive"),
+        (lambda: tiny_config(image_token_id=99), "99 lies outside the vocabulary of 99 tokens"),
+        (lambda: tiny_config(vision_config={"model_type": "resnet"}), r"\['dcformer', 'vit3d'\].*got 'resnet'"),
+        (lambda: tiny_config(projector_type="qformer"), "'mixer'.*got qformer"),
+        (lambda: tiny_config(projector_depth=0), "at least 1, got 0"),
+        (lambda: tiny_config(low_level_tokens=()), "one positive number for each Mixer layer"),
+        (lambda: tiny_config(low_level_tokens=(4,) * 7), "7 Mixer layers.*hidden size 32"),
+        (lambda: tiny_config(vision_feature_layers=(-1,)), "two hidden states"),
+        (lambda: tiny_config(projector_type="mhsa"), "8 attention heads.*12 channels"),
+    ],
+)
+def test_impossible_values_are_refused_with_a_remedy(build, message):
+    # `@strict` wraps the ValueError of a validator in its own type, which is not a ValueError.
+    errors = (StrictDataclassClassValidationError, StrictDataclassFieldValidationError, ValueError)
+    with pytest.raises(errors, match=message):
+        build()

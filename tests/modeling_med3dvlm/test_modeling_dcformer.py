@@ -1,0 +1,124 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from transformers import AutoBackbone
+
+from med3dvlm import DCFormerBackbone, DCFormerModel
+
+
+def tiny_model(**overrides):
+    torch.manual_seed(0)
+    return DCFormerModel(tiny.tiny_dcformer_config(**overrides)).eval()
+
+
+def test_hidden_states_are_grids_of_every_stage():
+    model = tiny_model()
+    outputs = model(tiny.random_volumes(2), output_hidden_states=True)
+    shapes = [tuple(hidden_state.shape) for hidden_state in outputs.hidden_states]
+    assert shapes == [(2, 4, 8, 16, 24), (2, 6, 4, 8, 12), (2, 8, 2, 4, 6), (2, 10, 1, 2, 3), (2, 12, 1, 1, 2)]
+    for stage, hidden_state in enumerate(outputs.hidden_states):
+        assert tuple(hidden_state.shape[2:]) == model.config.grid(stage)
+    assert torch.equal(outputs.last_hidden_state, outputs.hidden_states[-1])
+    assert torch.allclose(outputs.pooler_output, outputs.last_hidden_state.flatten(2).mean(-1))
+
+
+def test_hidden_states_are_returned_only_when_asked_for():
+    assert tiny_model()(tiny.random_volumes(1)).hidden_states is None
+    assert len(tiny_model(output_hidden_states=True)(tiny.random_volumes(1)).hidden_states) == 5
+    assert len(tiny_model()(tiny.random_volumes(1), return_dict=False)) == 2
+
+
+@pytest.mark.parametrize("image_size", [(17, 33, 50), (4, 4, 4), (96, 40, 8)])
+def test_any_size_runs_and_the_grid_is_rounded_up(image_size):
+    model = tiny_model(image_size=image_size)
+    outputs = model(tiny.random_volumes(1, image_size=image_size), output_hidden_states=True)
+    for stage, hidden_state in enumerate(outputs.hidden_states):
+        assert tuple(hidden_state.shape[2:]) == model.config.grid(stage)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_each_branch_works_along_its_own_axis(axis):
+    conv = tiny_model().stem.layers[0]
+    name = ["depth", "height", "width"][axis - 2]
+    impulse = torch.zeros(1, 1, 33, 33, 33)
+    impulse[..., 16, 16, 16] = 1
+    response = getattr(conv, f"conv_{name}")(impulse) - getattr(conv, f"conv_{name}")(torch.zeros_like(impulse))
+    touched = response.abs().sum(1).nonzero()[:, 1:]  # positions (d, h, w) of the output grid
+    assert {len(touched[:, other - 2].unique()) for other in (2, 3, 4) if other != axis} == {1}
+    assert len(touched[:, axis - 2].unique()) == 1  # a kernel of 7 at stride 4 sees the voxel at one output position
+    kernel = getattr(conv, f"conv_{name}").weight
+    assert kernel.shape[axis] == 7 and kernel[0].numel() == 7
+
+
+def test_stem_is_affine_at_inference():
+    stem = tiny_model().stem
+    first, second = tiny.random_volumes(1, seed=1), tiny.random_volumes(1, seed=2)
+    mean = stem((first + second) / 2)
+    torch.testing.assert_close(mean, (stem(first) + stem(second)) / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [((1, 32, 64, 96), r"\(batch_size, 1, depth, height, width\), got \(1, 32, 64, 96\)"), ((1, 3, 8, 8, 8), "got")],
+)
+def test_other_shapes_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(torch.zeros(shape))
+
+
+def test_initial_weights_are_those_of_pytorch():
+    torch.manual_seed(0)
+    model = DCFormerModel(tiny.tiny_dcformer_config(hidden_sizes=(64, 64, 64, 64, 64), layer_scale_init_value=1e-6))
+    bound = 1 / (64 * 3) ** 0.5  # of a kernel of 3 over 64 channels: kaiming uniform with a = sqrt(5)
+    weight = model.stem.layers[1].conv_depth.weight
+    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert (model.stages[0].layers[0].layer_scale == 1e-6).all()
+
+
+def test_backbone_gives_the_named_stages_with_the_models_weights(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    backbone = DCFormerBackbone.from_pretrained(tmp_path, out_features=["stage1", "stage3"]).eval()
+    volumes = tiny.random_volumes(1)
+    hidden_states = model(volumes, output_hidden_states=True).hidden_states
+    feature_maps = backbone(volumes).feature_maps
+    assert torch.equal(feature_maps[0], hidden_states[1]) and torch.equal(feature_maps[1], hidden_states[3])
+    assert backbone.channels == [6, 10]
+    assert isinstance(AutoBackbone.from_config(tiny.tiny_dcformer_config()), DCFormerBackbone)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_neither_gradients_nor_running_statistics(use_reentrant):
+    plain = tiny_model().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    volumes = tiny.random_volumes(2).requires_grad_()
+    for model in (plain, checkpointed):
+        model(volumes).last_hidden_state.square().sum().backward()
+    for (name, ours), (_, theirs) in zip(plain.named_parameters(), checkpointed.named_parameters()):
+        assert torch.equal(ours.grad, theirs.grad), name
+    for (name, ours), (_, theirs) in zip(plain.named_buffers(), checkpointed.named_buffers()):
+        assert torch.equal(ours, theirs), name
+    assert int(plain.stem.layers[0].norm_depth.num_batches_tracked) == 1
+
+
+def test_every_weight_is_trained():
+    model = tiny_model().train()
+    model(tiny.random_volumes(2)).pooler_output.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_save_and_load_is_exact_to_the_bit(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = DCFormerModel.from_pretrained(tmp_path)
+    volumes = tiny.random_volumes(1)
+    assert torch.equal(model(volumes).last_hidden_state, loaded(volumes).last_hidden_state)
+
+
+def test_half_precision_input_is_cast_to_the_weights():
+    model = tiny_model()
+    assert model(tiny.random_volumes(1).half()).last_hidden_state.dtype == torch.float32
+    assert model.bfloat16()(tiny.random_volumes(1)).last_hidden_state.dtype == torch.bfloat16

@@ -1,0 +1,79 @@
+"""The embedded default: a tiny, untrained model made on the spot, so that every command runs on a fresh machine."""
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
+
+from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ..processing.processing_med3dvlm import Med3DVLMProcessor
+
+
+UNTRAINED_NOTE = (
+    "This model is untrained: its weights are random and its answers mean nothing. It exists to try the software."
+)
+
+
+def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 260 tokens made without any file: one for each byte, and the special ones of a conversation."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    for token in special_tokens:
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+    tokenizer.add_tokens(special_tokens, special_tokens=True)
+    return tokenizer
+
+
+def build_tiny_model(
+    image_size: tuple[int, int, int] = (32, 64, 96), seed: int = 0
+) -> tuple[Med3DVLMForConditionalGeneration, Med3DVLMProcessor]:
+    """
+    An untrained vision-language model of the paper's design with few weights, and its processor.
+
+    Args:
+        image_size (`tuple[int, int, int]`, *optional*, defaults to `(32, 64, 96)`):
+            Voxels along `(depth, height, width)`.
+        seed (`int`, *optional*, defaults to 0):
+            Of the random weights.
+
+    Returns:
+        The model, in evaluation mode, and the processor.
+    """
+    tokenizer = build_tiny_tokenizer()
+    config = Med3DVLMConfig(
+        vision_config={"image_size": image_size, "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 2, 1)},
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        low_level_tokens=(6, 5),
+        high_level_tokens=(2, 3),
+    )
+    state = torch.random.get_rng_state()
+    set_seed(seed)
+    model = Med3DVLMForConditionalGeneration(config).eval()
+    torch.random.set_rng_state(state)
+    # The weights are random, and without this the answers would be broken characters.
+    printable = {symbol for symbol in map(chr, range(ord("!"), ord("~") + 1))} | {"Ġ", "<|im_end|>"}
+    suppressed = [index for token, index in tokenizer.get_vocab().items() if token not in printable]
+    model.generation_config.suppress_tokens = sorted(suppressed)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_new_tokens = 32
+    processor = Med3DVLMProcessor(
+        Med3DVLMImageProcessor(image_size=list(image_size)), tokenizer, image_seq_length=config.image_seq_length
+    )
+    return model, processor
