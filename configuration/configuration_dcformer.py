@@ -7,8 +7,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
-# The six published sizes: blocks and channels of the stem and the four stages (DCFormer, Ates et al. 2025, Table 1;
-# parameter counts 0.8 M, 5.9 M, 14.7 M, 18.2 M, 33.9 M, 185.1 M). Med3DVLM uses "small".
+# The six published sizes (Ates et al. 2025, and the implementation released with Med3DVLM): blocks and channels of the
+# stem and the four stages. They have 0.8, 5.9, 14.7, 18.2, 33.9 and 185.1 million parameters; Med3DVLM uses "small".
 DCFORMER_VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "nano": {"depths": (1, 1, 1, 1, 1), "hidden_sizes": (32, 32, 64, 128, 256)},
     "naive": {"depths": (1, 2, 2, 2, 2), "hidden_sizes": (32, 64, 128, 256, 512)},

@@ -7,6 +7,8 @@ when it is first used.
 import importlib
 from typing import Any
 
+from .hub_cards.registration import install as _install_registration
+
 
 __version__ = "0.1.0"
 
@@ -41,3 +43,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_install_registration()

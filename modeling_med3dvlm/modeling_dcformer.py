@@ -26,7 +26,7 @@ from .strict_loading import StrictLoadingMixin
 class DCFormerDecomposedConv(nn.Module):
     """
     A 3D convolution decomposed along the axes: the sum of three parallel one-dimensional convolutions, each with its
-    own batch normalisation (DCFormer, Equation 1).
+    own batch normalisation (Ates et al. 2025).
 
     Args:
         config ([`DCFormerConfig`]):

@@ -84,7 +84,7 @@ class DCFormerSiglipPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 
 class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
     """
-    A volume encoder and a text encoder with a shared embedding space (Xin et al. 2025, Section 3.1).
+    A volume encoder and a text encoder with a shared embedding space (Xin et al. 2025).
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The projectors that turn encoder stages into tokens of the language model (Xin et al. 2025, Section 3.2, Table 6)."""
+"""The projectors that turn encoder stages into tokens of the language model (Xin et al. 2025)."""
 
 import torch
 from torch import nn

@@ -31,7 +31,7 @@ class StrictLoadingMixin:
             ValueError: the checkpoint does not fit; the message lists the tensors.
         """
         # Left to itself, a tensor of another shape raises before the other faults are known.
-        kwargs["ignore_mismatched_sizes"] = kwargs.get("ignore_mismatched_sizes", False) or strict
+        kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )

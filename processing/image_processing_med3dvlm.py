@@ -40,6 +40,11 @@ INTENSITY_MODES = ("auto", "window", "percentile", "minmax", "none")
 HU_OF_AIR = -200.0
 # The mean of a CT lies below dense bone, whatever is in it. MR that was resampled can undershoot zero, but not this.
 HU_OF_DENSE_BONE = 1000.0
+# Options every image processor of transformers knows, and what does the same for a volume.
+OPTIONS_OF_PICTURES = {
+    **dict.fromkeys(("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"), "image_size"),
+    **dict.fromkeys(("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"), "intensity_mode"),
+}
 
 
 class Med3DVLMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -64,14 +69,15 @@ class Med3DVLMImageProcessorKwargs(ImagesKwargs, total=False):
         Whether to return what was done, as `preprocessing_report`.
     """
 
-    image_size: list[int] | tuple[int, ...] | None
-    orientation: str | None
-    intensity_mode: str | None
-    hu_range: str | list[float | int] | tuple[float | int, ...] | None
-    intensity_percentiles: list[float | int] | tuple[float | int, ...] | None
-    do_crop_foreground: bool | None
-    volume_index: int | None
-    return_report: bool | None
+    # In quotes, transformers leaves the checks to the processor, whose errors say what to do.
+    image_size: "list[int] | tuple[int, ...]"
+    orientation: "str"
+    intensity_mode: "str"
+    hu_range: "str | list[float] | tuple[float, ...]"
+    intensity_percentiles: "list[float] | tuple[float, ...]"
+    do_crop_foreground: "bool"
+    volume_index: "int | None"
+    return_report: "bool | None"
 
 
 class Med3DVLMImageProcessor(BaseImageProcessor):
@@ -140,6 +146,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+        self.volume_index = self.return_report = None  # of one call, not of a processor
         self.auto_map = {"AutoImageProcessor": "image_processing_med3dvlm.Med3DVLMImageProcessor"}
 
     def fetch_images(self, images: Any) -> Any:
@@ -160,22 +167,33 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         intensity_mode: Any = None,
         hu_range: Any = None,
         intensity_percentiles: Any = None,
+        do_crop_foreground: Any = None,
+        do_resize: Any = None,
+        volume_index: Any = None,
         **kwargs: Any,
     ) -> None:
-        if len(image_size) != 3 or not all(isinstance(size, int) and size > 0 for size in image_size):
+        for name, ours in OPTIONS_OF_PICTURES.items():
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` is an option of pictures, and does nothing to a volume: use `{ours}`.")
+        if not is_sequence_of(image_size, int, 3) or min(image_size) < 1:
             raise ValueError(
-                f"`image_size` must be three positive numbers of voxels (depth, height, width), got {image_size}."
+                f"`image_size` must be three positive numbers of voxels (depth, height, width), got {image_size!r}."
             )
         check_orientation(orientation)
         if intensity_mode not in INTENSITY_MODES:
             raise ValueError(f"`intensity_mode` {_unknown(intensity_mode, INTENSITY_MODES)}")
         resolve_hu_range(hu_range)
-        lower, upper = intensity_percentiles if len(intensity_percentiles) == 2 else (0, 0)
-        if not 0 <= lower < upper <= 100:
+        if not (is_sequence_of(intensity_percentiles, (int, float), 2)
+                and 0 <= intensity_percentiles[0] < intensity_percentiles[1] <= 100):  # fmt: skip
             raise ValueError(
                 "`intensity_percentiles` must be two numbers from 0 to 100, the lower first, got "
-                f"{intensity_percentiles}."
+                f"{intensity_percentiles!r}."
             )
+        for name, value in {"do_crop_foreground": do_crop_foreground, "do_resize": do_resize}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        if volume_index is not None and (isinstance(volume_index, bool) or not isinstance(volume_index, int)):
+            raise ValueError(f"`volume_index` must be a whole number, counted from 0, got {volume_index!r}.")
 
     def _preprocess_image_like_inputs(
         self,
@@ -195,12 +213,13 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             pixel_values.append(prepared.unsqueeze(0))  # (D, H, W) -> (1, D, H, W)
             reports.append(report)
         shapes = sorted({tuple(prepared.shape[1:]) for prepared in pixel_values})
-        if len(shapes) > 1:
+        if len(shapes) > 1 and return_tensors is not None:
             raise ValueError(
                 f"Volumes of different sizes {shapes} (depth, height, width) do not make a batch: leave `do_resize` on, "
-                "or prepare them one at a time."
+                "or leave out `return_tensors` for a list."
             )
-        batch = BatchFeature({"pixel_values": torch.stack(pixel_values)}, tensor_type=return_tensors)
+        data = {"pixel_values": torch.stack(pixel_values) if len(shapes) == 1 else pixel_values}
+        batch = BatchFeature(data, tensor_type=return_tensors)
         if return_report:
             batch["preprocessing_report"] = reports
         return batch
@@ -282,6 +301,15 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         return voxels, report
 
 
+def is_sequence_of(value: Any, types: Any, length: int) -> bool:
+    """Whether `value` is a list or tuple of that length whose entries are of these types, and no booleans."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == length
+        and all(isinstance(entry, types) and not isinstance(entry, bool) for entry in value)
+    )
+
+
 def resolve_hu_range(hu_range: Any) -> tuple[float, float]:
     """
     `(lower, upper)` in HU of a window given by name or by numbers.
@@ -293,10 +321,10 @@ def resolve_hu_range(hu_range: Any) -> tuple[float, float]:
         if hu_range not in CT_WINDOWS:
             raise ValueError(f"`hu_range` {_unknown(hu_range, CT_WINDOWS)}, or two numbers (lower, upper) in HU.")
         return CT_WINDOWS[hu_range]
-    lower, upper = map(float, hu_range) if len(hu_range) == 2 else (0.0, 0.0)
+    lower, upper = hu_range if is_sequence_of(hu_range, (int, float), 2) else (math.nan, math.nan)
     if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
-        raise ValueError(f"`hu_range` must be two numbers (lower, upper) in HU, the lower first, got {hu_range}.")
-    return lower, upper
+        raise ValueError(f"`hu_range` must be two numbers (lower, upper) in HU, the lower first, got {hu_range!r}.")
+    return float(lower), float(upper)
 
 
 def check_values(voxels: torch.Tensor, name: str) -> None:

@@ -6,7 +6,6 @@ from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .image_processing_med3dvlm import Med3DVLMImageProcessorKwargs
-from .volume_io import flatten_volumes
 
 
 if TYPE_CHECKING:
@@ -49,6 +48,11 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+def count_volumes(volumes: Any) -> int:
+    """Number of volumes in what `fetch_images` of the image processor returns: one, or nested lists of them."""
+    return sum(map(count_volumes, volumes)) if isinstance(volumes, (list, tuple)) else 1
 
 
 class Med3DVLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -134,7 +138,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
             raise ValueError(f"Expected `text` to be a string or a list of strings, got {type(text).__name__}.")
         placeholders = [sample.count(self.image_token) for sample in text]
-        volumes = len(flatten_volumes(images)) if images is not None else 0
+        volumes = 0 if images is None else count_volumes(images)
         if sum(placeholders) != volumes:
             raise ValueError(
                 f"Expected as many volumes as placeholders {self.image_token!r} in the text, got {volumes} volumes and "
@@ -142,17 +146,17 @@ class Med3DVLMProcessor(ProcessorMixin):
                 "`apply_chat_template`, which does."
             )
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
-        if is_nested and [len(flatten_volumes(entry)) for entry in images] != placeholders:
+        if is_nested and (counts := [count_volumes(entry) for entry in images]) != placeholders:
             raise ValueError(
-                f"The texts have {placeholders} placeholders, but their lists of volumes have "
-                f"{[len(flatten_volumes(entry)) for entry in images]}: give each text the volumes it shows."
+                f"The texts have {placeholders} placeholders, but their lists of volumes have {counts}: give each text "
+                "the volumes it shows."
             )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)
         if self.image_token is None:
             return processed, []
-        return processed, [self.replace_image_token(processed, index) for index in range(len(flatten_volumes(images)))]
+        return processed, [self.replace_image_token(processed, index) for index in range(count_volumes(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What stands in the text for one volume: `image_seq_length` placeholders."""

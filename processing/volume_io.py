@@ -4,6 +4,7 @@ import gzip
 import io
 import math
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from transformers.utils import logging
 try:
     import nibabel
 except ImportError:
-    nibabel = None
+    nibabel = None  # type: ignore[assignment]
 
 
 logger = logging.get_logger(__name__)
@@ -29,10 +30,7 @@ MAX_VOXELS = 2**30
 # Deflate, the algorithm in gzip, cannot shrink data further than 1032 : 1.
 MAX_GZIP_RATIO = 1100
 
-UNKNOWN_ORIENTATION = (
-    "The file does not say how the patient lies in it (qform_code and sform_code are 0). The default of the NIfTI "
-    "standard was assumed: left and right may be swapped."
-)
+AXIS_OF_LETTER = {"L": 0, "R": 0, "P": 1, "A": 1, "I": 2, "S": 2}
 
 
 class InvalidVolumeError(ValueError):
@@ -42,7 +40,7 @@ class InvalidVolumeError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Volume:
     """
-    Reference to one 3D volume, or to a series of them, whose voxels [`~Volume.read`] reads when they are needed.
+    Reference to one 3D volume, or to a series of them; [`read_voxels`] reads the voxels when they are needed.
 
     Attributes:
         name (`str`):
@@ -56,10 +54,8 @@ class Volume:
             As stored, before the scale slope and intercept.
         affine (`np.ndarray` of shape `(4, 4)`, *optional*):
             Maps a voxel index `(i, j, k, 1)` to RAS+ mm. `None` for plain arrays.
-        orientation_known (`bool`, *optional*, defaults to `True`):
+        is_orientation_known (`bool`, *optional*, defaults to `False`):
             Whether the source says how its axes lie in the patient.
-        notes (`tuple[str, ...]`, *optional*):
-            Remarks on the source that its user should read.
     """
 
     name: str
@@ -67,52 +63,17 @@ class Volume:
     shape: tuple[int, ...]
     dtype: np.dtype
     affine: np.ndarray | None = None
-    orientation_known: bool = True
-    notes: tuple[str, ...] = ()
+    is_orientation_known: bool = False
 
     @property
-    def orientation(self) -> str | None:
+    def axis_codes(self) -> str | None:
         """Directions in which the stored axes grow, such as `"RAS"`; oblique axes count as the closest ones."""
         return None if self.affine is None else "".join(nibabel.aff2axcodes(self.affine))
-
-    @property
-    def num_volumes(self) -> int:
-        """Volumes in the series; 1 for a single volume."""
-        return math.prod(self.shape[3:])
-
-    def read(self, volume_index: int | None = None) -> np.ndarray:
-        """
-        Reads the voxels, with the scale slope and intercept applied. Of a series, only the wanted part is read.
-
-        Args:
-            volume_index (`int`, *optional*):
-                Which volume of a series, from 0. May be left out for a single volume.
-
-        Returns:
-            `np.ndarray` of three axes in stored order: real numbers of any type, possibly memory of the source.
-
-        Raises:
-            InvalidVolumeError: a series without `volume_index`, an index out of range, or damaged data.
-        """
-        if volume_index is None and self.num_volumes > 1:
-            raise InvalidVolumeError(
-                f"{self.name} is a series of {self.num_volumes} volumes, of shape {self.shape}: pick one with "
-                f"`volume_index=`, from 0 to {self.num_volumes - 1}."
-            )
-        if volume_index is not None and not 0 <= volume_index < self.num_volumes:
-            raise InvalidVolumeError(
-                f"`volume_index` {volume_index} is out of range: {self.name} holds {self.num_volumes} volume(s), "
-                f"so it must be from 0 to {self.num_volumes - 1}."
-            )
-        # First axis of the series fastest, as the volumes lie in a file.
-        index = np.unravel_index(volume_index or 0, self.shape[3:], order="F") if self.shape[3:] else ()
-        with _errors_naming(self.name):
-            return np.asarray(self.data[(slice(None),) * 3 + tuple(map(int, index))])
 
 
 def open_volume(source: Any) -> Volume:
     """
-    Checks a source and refers to it, without reading its voxels.
+    Checks a source and refers to it. The voxels of a file stay unread.
 
     Args:
         source (`str`, `Path`, `bytes`, nibabel image, `np.ndarray`, `torch.Tensor` or [`Volume`]):
@@ -126,7 +87,6 @@ def open_volume(source: Any) -> Volume:
         FileNotFoundError: the path leads to no file.
         ImportError: a file is to be read and nibabel is not installed.
         InvalidVolumeError: the source is not a usable 3D volume.
-        TypeError: the source is of another type.
 
     Example:
 
@@ -142,20 +102,87 @@ def open_volume(source: Any) -> Volume:
     if isinstance(source, (bytes, bytearray)):
         return _open_file(bytes(source))
     if isinstance(source, torch.Tensor):
-        # NumPy knows none of the shorter floating-point types but float16.
+        # Of the floating-point types shorter than float32, NumPy knows but one.
         tensor = source.float() if source.is_floating_point() and source.itemsize < 4 else source
         return _open_array(tensor.numpy(force=True), f"tensor of shape {tuple(source.shape)}")
     if isinstance(source, np.ndarray):
         return _open_array(source, f"array of shape {source.shape}")
     if nibabel is not None and isinstance(source, nibabel.spatialimages.SpatialImage):
         return _open_image(source)
-    raise TypeError(
+    raise InvalidVolumeError(
         "Expected a volume as the path of a NIfTI file, the bytes of one, a nibabel image, a NumPy array or a torch "
         f"tensor, got {type(source).__name__}."
     )
 
 
-def orient(array: np.ndarray, affine: np.ndarray | None, orientation: str) -> tuple[np.ndarray, np.ndarray | None]:
+def flatten_volumes(sources: Any) -> list[Volume]:
+    """
+    Opens every volume in nested lists, in order.
+
+    Args:
+        sources (`Any`):
+            What [`open_volume`] takes, or lists of it, nested or not. An array of shape
+            `(batch_size, 1, depth, height, width)` counts as a list.
+
+    Returns:
+        `list[Volume]`.
+    """
+    is_batch = isinstance(sources, (np.ndarray, torch.Tensor)) and sources.ndim == 5
+    if is_batch or isinstance(sources, (list, tuple)):
+        return [volume for source in sources for volume in flatten_volumes(source)]
+    return [open_volume(sources)]
+
+
+def read_voxels(volume: Volume, volume_index: int | None = None) -> np.ndarray:
+    """
+    Reads the voxels of one volume, with the scale slope and intercept applied. Of a series, only the part wanted.
+
+    Args:
+        volume ([`Volume`]):
+            As [`open_volume`] returned it.
+        volume_index (`int`, *optional*):
+            Which volume of a series, from 0. May be left out for a single volume.
+
+    Returns:
+        `np.ndarray` of three axes in stored order: real numbers of any type, possibly memory of the source.
+
+    Raises:
+        InvalidVolumeError: a series without `volume_index`, an index out of range, or damaged data.
+    """
+    count = math.prod(volume.shape[3:])
+    if volume_index is None and count > 1:
+        raise InvalidVolumeError(
+            f"{volume.name}: a series of {count} volumes, of shape {volume.shape}. Pick one with `volume_index`, from 0 "
+            f"to {count - 1}."
+        )
+    if volume_index is not None and not 0 <= volume_index < count:
+        raise InvalidVolumeError(
+            f"{volume.name}: `volume_index` {volume_index} is not in this file, which has {count} "
+            f"{'volume' if count == 1 else 'volumes'}, counted from 0."
+        )
+    # In a file, the first axis of a series is the fastest.
+    index = np.unravel_index(volume_index or 0, volume.shape[3:], order="F") if volume.shape[3:] else ()
+    with _errors_naming(volume.name):
+        return np.asarray(volume.data[(slice(None),) * 3 + tuple(map(int, index))])
+
+
+def check_orientation(orientation: str | None) -> None:
+    """
+    Raises:
+        ValueError: `orientation` is neither a code such as `"LPS"` nor `"none"` or `None`.
+    """
+    if orientation is None or orientation == "none":
+        return
+    if len(orientation) != 3 or {AXIS_OF_LETTER.get(letter) for letter in orientation} != {0, 1, 2}:
+        raise ValueError(
+            "`orientation` must have one letter each of L/R, P/A and I/S, the directions in which (width, height, "
+            f'depth) grow, such as "LPS", or be "none" for the stored axes; got {orientation!r}.'
+        )
+
+
+def orient(
+    array: np.ndarray, affine: np.ndarray | None, orientation: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """
     Brings a volume to `(depth, height, width)` by swapping and flipping axes. Nothing is interpolated or copied.
 
@@ -163,11 +190,11 @@ def orient(array: np.ndarray, affine: np.ndarray | None, orientation: str) -> tu
         array (`np.ndarray` of three axes):
             In stored order: `(i, j, k)` with an affine, `(depth, height, width)` without.
         affine (`np.ndarray` of shape `(4, 4)`, *optional*):
-            Maps `(i, j, k, 1)` to RAS+ mm. Without it, the array is taken as it is.
-        orientation (`str`):
-            Directions in which width, height and depth are to grow, one letter each of L/R, P/A, S/I: with `"LPS"`
-            width grows to the patient's left, height to posterior and depth to superior. Oblique axes count as the
-            closest ones. `"none"` keeps the file's directions: width is its first axis and depth its last.
+            Maps `(i, j, k, 1)` to RAS+ mm. Without it, the array is returned as it is.
+        orientation (`str`, *optional*):
+            Directions in which `(width, height, depth)` are to grow: with `"LPS"` to the patient's left, to posterior
+            and to superior. Oblique axes count as the closest ones. `"none"` or `None` keeps the stored directions:
+            the first axis becomes the width, the last the depth.
 
     Returns:
         The array as a view of shape `(depth, height, width)`, and the affine that maps its index `(d, h, w, 1)` to
@@ -175,32 +202,32 @@ def orient(array: np.ndarray, affine: np.ndarray | None, orientation: str) -> tu
     """
     if affine is None:
         return array, None
-    if orientation != "none":
-        wanted = nibabel.orientations.axcodes2ornt(tuple(orientation))
-        transform = nibabel.orientations.ornt_transform(nibabel.orientations.io_orientation(affine), wanted)
+    if orientation is not None and orientation != "none":
+        transform = nibabel.orientations.ornt_transform(
+            nibabel.orientations.io_orientation(affine), nibabel.orientations.axcodes2ornt(tuple(orientation))
+        )
         affine = affine @ nibabel.orientations.inv_ornt_aff(transform, array.shape)
         array = nibabel.orientations.apply_orientation(array, transform)
     return array.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]]  # (W, H, D) -> (D, H, W)
 
 
-def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
-    """Distances in mm between neighbouring voxels, in the order of the axes that the affine maps."""
-    first, second, third = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    return first, second, third
+def spacing_of(affine: np.ndarray | None) -> tuple[float, ...] | None:
+    """Distances in mm between neighbouring voxels, along the three axes that the affine maps; `None` without one."""
+    return None if affine is None else tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
 
 
 def _open_array(array: np.ndarray, name: str) -> Volume:
-    if array.ndim == 4 and len(array) == 1:
-        array = array[0]  # (1, D, H, W) -> (D, H, W)
     if array.ndim == 4:
-        raise InvalidVolumeError(
-            f"Expected one channel, (1, depth, height, width), got an {name}, which has {len(array)}. Pick one, e.g. "
-            "`volume[0]`, and pass several volumes as a list."
-        )
+        if len(array) != 1:
+            raise InvalidVolumeError(
+                f"{name}: expected one channel, (1, depth, height, width), got {len(array)}; pick one channel, e.g. "
+                "`volume[0]`. Several volumes are passed as a list."
+            )
+        array = array[0]  # (1, D, H, W) -> (D, H, W)
     if array.ndim != 3:
         raise InvalidVolumeError(
-            f"Expected a volume of shape (depth, height, width), got an {name}. Stack slices first, e.g. "
-            "`np.stack(slices)`, and pass several volumes as a list."
+            f"{name}: expected a volume of shape (depth, height, width), got {array.shape}. Stack slices first, e.g. "
+            "`np.stack(slices)`; several volumes are passed as a list."
         )
     _check_shape_and_dtype(array.shape, array.dtype, name)
     return Volume(name, array, array.shape, array.dtype)
@@ -215,7 +242,7 @@ def _open_image(image: Any) -> Volume:
     else:
         is_known = not isinstance(image, nibabel.AnalyzeImage)  # the one format that has no place for it
     affine = image.header.get_best_affine() if image.affine is None else np.asarray(image.affine, dtype=np.float64)
-    return _oriented_volume(name, image.dataobj, image.shape, dtype, affine, is_known)
+    return _volume_with_affine(name, image.dataobj, image.shape, dtype, affine, is_known)
 
 
 def _open_file(content: Path | bytes) -> Volume:
@@ -224,8 +251,7 @@ def _open_file(content: Path | bytes) -> Volume:
         raise ImportError(f"{name}: reading NIfTI files needs nibabel. Install it: pip install nibabel")
     with _errors_naming(name):
         file = _NiftiFile(content, name)
-    header, notes = file.header, ()
-    is_known = bool(header["qform_code"] or header["sform_code"])
+    header = file.header
     if header["pixdim"][0] not in (-1, 1):
         header["pixdim"][0] = 1  # the sign of the third axis; the standard reads any other value as 1
     try:
@@ -233,32 +259,35 @@ def _open_file(content: Path | bytes) -> Volume:
             affine = header.get_best_affine()
     except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
         raise InvalidVolumeError(
-            f"{name} has an invalid orientation in its header ({error}). Export the scan again."
-        ) from error
-    _check_affine(affine, name)
-    if not np.allclose(spacing_of(affine), header["pixdim"][1:4], rtol=0.01):
-        notes = (
-            f"The header gives voxels of {_lengths(header['pixdim'][1:4])} mm, its affine of "
-            f"{_lengths(spacing_of(affine))} mm. The affine was used.",
-        )
-    return _oriented_volume(name, file, file.shape, file.dtype, affine, is_known, notes)
+            f"{name}: the orientation in its header is invalid ({error}). Export it again."
+        ) from (error)
+    is_known = bool(header["qform_code"] or header["sform_code"])
+    return _volume_with_affine(name, file, file.shape, file.dtype, affine, is_known)
 
 
-def _oriented_volume(
-    name: str,
-    data: Any,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    affine: np.ndarray,
-    is_known: bool,
-    notes: tuple[str, ...] = (),
+def _volume_with_affine(
+    name: str, data: Any, shape: tuple[int, ...], dtype: np.dtype, affine: np.ndarray, is_known: bool
 ) -> Volume:
-    """A volume with an affine, checked."""
-    _check_affine(affine, name)
+    if not np.isfinite(affine).all():
+        raise InvalidVolumeError(
+            f"{name}: expected an affine of finite numbers, got NaN or infinity. Export it again."
+        )
+    with np.errstate(all="ignore"):
+        matrix = affine[:3, :3]
+        box = np.prod(np.linalg.norm(matrix, axis=0))  # what axes at right angles would span
+        is_singular = not abs(np.linalg.det(matrix)) > 1e-6 * box
+        # An axis may also be lost to rounding next to a far longer one; nibabel then finds no direction for it.
+        is_singular = is_singular or bool(np.isnan(nibabel.orientations.io_orientation(affine)).any())
+    if is_singular:
+        raise InvalidVolumeError(
+            f"{name}: the affine is singular: two axes are parallel, or one has no length. Export it again."
+        )
     if not is_known:
-        logger.warning_once(UNKNOWN_ORIENTATION)
-        notes = (UNKNOWN_ORIENTATION, *notes)
-    return Volume(name, data, tuple(shape), dtype, affine, is_known, notes)
+        logger.warning_once(
+            "A volume does not say how the patient lies (qform_code and sform_code are 0); the convention of nibabel "
+            "is assumed, and left and right may be swapped. The preprocessing report names the file."
+        )
+    return Volume(name, data, tuple(shape), dtype, affine, is_known)
 
 
 class _NiftiFile:
@@ -272,22 +301,35 @@ class _NiftiFile:
         self.is_compressed = False
         with self._open() as stream:
             self.is_compressed = stream.read(2) == b"\x1f\x8b"
+        if isinstance(content, Path) and self.is_compressed and content.suffix.lower() != ".gz":
+            raise InvalidVolumeError(
+                f"{name}: it is gzip-compressed, which its name denies, and other software would stumble over it. "
+                "Rename it to end in .nii.gz."
+            )
         with self._open() as stream:
             self.header = _read_header(stream.read(540), name)
         self.shape = tuple(int(length) for length in self.header["dim"][1 : int(self.header["dim"][0]) + 1])
         try:
             self.dtype = self.header.get_data_dtype()
             self.slope, self.intercept = self.header.get_slope_inter()
-        except nibabel.spatialimages.HeaderDataError as error:
-            raise InvalidVolumeError(f"{name} has an invalid header: {error}. Export the scan again.") from error
+        except (nibabel.spatialimages.HeaderDataError, KeyError) as error:  # KeyError: a data type that does not exist
+            raise InvalidVolumeError(
+                f"{name}: its header is invalid, in the data type or the scaling ({error}). Export it again."
+            ) from error
         _check_shape_and_dtype(self.shape, self.dtype, name)
         spacing = self.header["pixdim"][1:4]
         if not (np.isfinite(spacing).all() and (spacing > 0).all()):
             raise InvalidVolumeError(
-                f"{name} has an invalid voxel size in its header, {spacing.tolist()} mm: expected three positive "
-                "lengths. Export the scan again, or correct `pixdim`."
+                f"{name}: expected a positive voxel size in mm on each axis, the header has {spacing.tolist()}. Export "
+                "it again, or correct `pixdim`."
             )
-        self.offset = self._checked_offset()
+        self.offset, size = self._find_voxels()
+        if self.is_compressed and isinstance(content, bytes):
+            # In memory anyway, so unpacked once. Not before the size is known to be sane.
+            with self._open() as stream:
+                self.content = stream.read(size)
+                _read_to_the_checksum(stream)
+            self.is_compressed = False
 
     def __getitem__(self, index: tuple) -> np.ndarray:
         scaling = (1.0, 0.0) if self.slope is None else (self.slope, self.intercept)
@@ -295,72 +337,69 @@ class _NiftiFile:
             proxy = nibabel.arrayproxy.ArrayProxy(stream, (self.shape, self.dtype, self.offset, *scaling))
             array = proxy[index]
             if self.is_compressed and array.size == math.prod(self.shape):
-                while stream.read(2**20):  # to the end, where the checksum is
-                    pass
+                _read_to_the_checksum(stream)
         return array
 
     def _open(self) -> IO[bytes]:
-        file = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content.open("rb")
-        # Told by the content: files compressed by hand often keep the wrong ending.
-        return _GzipStream(file) if self.is_compressed else file  # type: ignore[return-value]
+        if isinstance(self.content, bytes):
+            stream: Any = io.BytesIO(self.content)
+            return gzip.GzipFile(fileobj=stream) if self.is_compressed else stream  # type: ignore[return-value]
+        return gzip.open(self.content) if self.is_compressed else self.content.open("rb")  # type: ignore[return-value]
 
-    def _checked_offset(self) -> int:
-        """Where the voxels start, once the file has been found large enough to hold them."""
+    def _find_voxels(self) -> tuple[int, int]:
+        """Bytes before the voxels and bytes in all, once the file has been found large enough to hold them."""
         offset = float(self.header["vox_offset"])
         minimum = self.header.single_vox_offset
         if offset == 0:  # means "right after the header"
             offset = minimum
         if not minimum <= offset < 2**62:  # not for NaN either
             raise InvalidVolumeError(
-                f"{self.name} has an invalid header: its voxels start at byte {offset:g}, expected {minimum} or more. "
-                "Export the scan again."
+                f"{self.name}: its header is invalid: the voxels start at byte {offset:g}, expected {minimum} or more. "
+                "Export it again."
             )
         claimed = int(offset) + math.prod(self.shape) * self.dtype.itemsize
         size = len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
         if claimed > size * (MAX_GZIP_RATIO if self.is_compressed else 1):
             raise InvalidVolumeError(
-                f"{self.name} is truncated or damaged: its header claims {self.shape} voxels, {claimed} bytes, more "
-                f"than a file of {size} bytes can hold. Copy or download it again."
+                f"{self.name}: truncated or damaged: the header claims {self.shape} voxels, {claimed} bytes, and a file "
+                f"of {size} bytes cannot hold them. Copy or download it again."
             )
-        return int(offset)
-
-
-class _GzipStream(gzip.GzipFile):
-    """A gzip stream that closes the file below it, too."""
-
-    def __init__(self, file: IO[bytes]):
-        super().__init__(fileobj=file)
-        self._file = file
-
-    def close(self) -> None:
-        super().close()
-        self._file.close()
+        return int(offset), claimed
 
 
 def _read_header(raw: bytes, name: str) -> Any:
-    """The NIfTI-1 or NIfTI-2 header in the first bytes of a file, unrepaired."""
-    sizes = {int.from_bytes(raw[:4], order): code for order, code in (("little", "<"), ("big", ">"))}
-    size = 348 if 348 in sizes else 540
-    if size not in sizes:
+    """The NIfTI-1 or NIfTI-2 header at the beginning of a file, unrepaired."""
+    codes = {int.from_bytes(raw[:4], "little"): "<", int.from_bytes(raw[:4], "big"): ">"}
+    size = 348 if 348 in codes else 540
+    if size not in codes:
         raise InvalidVolumeError(
-            f"{name} is not a NIfTI file. Expected a .nii or .nii.gz file with one volume; convert a DICOM series with "
+            f"{name}: not a NIfTI file. Expected a .nii or .nii.gz file with one volume; convert a DICOM series with "
             "dcm2niix, and other formats with the software that wrote them."
         )
     if len(raw) < size:
-        raise InvalidVolumeError(f"{name} is truncated or damaged: it ends in the header. Copy or download it again.")
+        raise InvalidVolumeError(
+            f"{name}: truncated or damaged: it ends within the header. Copy or download it again."
+        )
     header_class = nibabel.Nifti1Header if size == 348 else nibabel.Nifti2Header
-    header = header_class(raw[:size], endianness=sizes[size], check=False)
+    header = header_class(raw[:size], endianness=codes[size], check=False)
     magic = header["magic"].item()
     if not magic.startswith(b"n+"):
-        kind = "the header of a .hdr and .img pair" if magic.startswith(b"ni") else "an Analyze file or damaged"
+        kind = "a header whose voxels lie in a second file" if magic.startswith(b"ni") else "Analyze, or damaged"
         raise InvalidVolumeError(
-            f"{name} is not a single-file NIfTI: it is {kind}. Save it as one .nii or .nii.gz file, e.g. with nibabel."
+            f"{name}: expected one file with header and voxels, got {kind}. Save it as .nii or .nii.gz, e.g. with "
+            "nibabel."
         )
     if not 1 <= header["dim"][0] <= 7:
         raise InvalidVolumeError(
-            f"{name} is truncated or damaged: its header claims {header['dim'][0]} axes. Copy or download it again."
+            f"{name}: truncated or damaged: the header claims {header['dim'][0]} axes. Copy or download it again."
         )
     return header
+
+
+def _read_to_the_checksum(stream: IO[bytes]) -> None:
+    """Reads a gzip stream to its end, where the checksum of what came before is compared."""
+    while stream.read(2**20):
+        pass
 
 
 def _existing_file(source: str | Path) -> Path:
@@ -368,53 +407,51 @@ def _existing_file(source: str | Path) -> Path:
     shown = text if len(text) <= 300 else f"{text[:300]}..."
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise InvalidVolumeError(
-            f"{shown} is an address, and this processor never opens a network: download the file first, then pass its "
+            f"{shown}: expected a local file, got an address. Nothing is downloaded here: fetch it first, and pass its "
             "path or its bytes."
         )
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise InvalidVolumeError(
-            f"{shown} is a folder. Expected one NIfTI file for each volume; convert a DICOM series with dcm2niix."
-        )
+    path = Path(source)
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except PermissionError as error:
-        raise InvalidVolumeError(f"{shown} could not be read: {error.strerror}.") from error
+        raise InvalidVolumeError(f"{shown}: it could not be read: {error.strerror}.") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in it
         raise FileNotFoundError(
-            f"There is no file {shown!r}. Check the path; a relative one starts at {Path.cwd()}."
+            f"{shown}: there is no such file. Check the path; a relative one starts at {Path.cwd()}."
         ) from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "something that is not a file"
+        raise InvalidVolumeError(
+            f"{shown}: expected one NIfTI file for each volume, got {kind}. Convert a DICOM series with dcm2niix."
+        )
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise InvalidVolumeError(
+            f"{shown}: expected a NIfTI file, .nii or .nii.gz, got {path.suffix or 'a name without ending'}. Convert a "
+            "DICOM series with dcm2niix, and other formats with the software that wrote them."
+        )
     return path
 
 
 def _check_shape_and_dtype(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     if len(shape) < 3:
-        raise InvalidVolumeError(f"Expected a volume of three axes, got {name} of shape {shape}, a single image.")
+        raise InvalidVolumeError(f"{name}: expected three axes, got {len(shape)}, of shape {shape}: a single image.")
     if min(shape) <= 0:
-        raise InvalidVolumeError(f"{name} has no voxels: its shape is {shape}. Export or load the scan again.")
+        raise InvalidVolumeError(f"{name}: the volume is empty: expected voxels on every axis, got {shape}.")
+    if min(shape[:3]) == 1:
+        raise InvalidVolumeError(f"{name}: expected a volume, got a single slice, of shape {shape[:3]}.")
     if math.prod(shape[:3]) > MAX_VOXELS:
         raise InvalidVolumeError(
-            f"{name} claims {shape[:3]} voxels, more than the {MAX_VOXELS} one volume may have: its header is damaged, "
-            "or the scan must be resampled first."
+            f"{name}: {shape[:3]} voxels are more than any scan has (at most {MAX_VOXELS}): the header is damaged, or the "
+            "volume must be resampled first."
         )
     if dtype.fields is not None:
-        raise InvalidVolumeError(f"{name} holds colours ({dtype}), expected one real number for each voxel.")
+        raise InvalidVolumeError(f"{name}: it holds colours ({dtype}), expected one channel: save it as grey values.")
     if dtype.kind == "c":
         raise InvalidVolumeError(
-            f"{name} holds complex numbers ({dtype}), expected real ones: save the magnitude, e.g. `np.abs(volume)`."
+            f"{name}: it holds complex numbers ({dtype}), expected real ones: save the magnitude, e.g. `np.abs(volume)`."
         )
     if dtype.kind not in "biuf":
-        raise InvalidVolumeError(f"{name} holds {dtype} values, expected integers or floating-point numbers.")
-
-
-def _check_affine(affine: np.ndarray, name: str) -> None:
-    if not np.isfinite(affine).all():
-        raise InvalidVolumeError(f"{name} has NaN or infinite numbers in its affine. Export the scan again.")
-    volume_ratio = abs(np.linalg.det(affine[:3, :3])) / max(math.prod(spacing_of(affine)), 1e-30)
-    if volume_ratio < 1e-6:
-        raise InvalidVolumeError(
-            f"{name} has a singular affine: two of its axes are parallel, or one has no length. Export the scan again."
-        )
+        raise InvalidVolumeError(f"{name}: expected one real number a voxel, got {dtype}.")
 
 
 @contextmanager
@@ -425,13 +462,16 @@ def _errors_naming(name: str) -> Iterator[None]:
     except InvalidVolumeError:
         raise
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise InvalidVolumeError(f"{name} could not be read: {error.strerror}.") from error
-        raise InvalidVolumeError(f"{name} is truncated or damaged ({error}): copy or download it again.") from error
+        raise InvalidVolumeError(f"{name}: truncated or damaged ({error}). Copy or download it again.") from error
 
 
-def _lengths(values: Any) -> str:
-    return " x ".join(f"{float(value):.4g}" for value in values)
-
-
-__all__ = ["MAX_VOXELS", "InvalidVolumeError", "Volume", "open_volume", "orient", "spacing_of"]
+__all__ = [
+    "InvalidVolumeError",
+    "Volume",
+    "check_orientation",
+    "flatten_volumes",
+    "open_volume",
+    "orient",
+    "read_voxels",
+    "spacing_of",
+]

@@ -1,6 +1,12 @@
 """The embedded default: a tiny, untrained model made on the spot, so that every command runs on a fresh machine."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
+from nibabel.testing import data_path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
 
@@ -67,7 +73,7 @@ def build_tiny_model(
     model = Med3DVLMForConditionalGeneration(config).eval()
     torch.random.set_rng_state(state)
     # The weights are random, and without this the answers would be broken characters.
-    printable = {symbol for symbol in map(chr, range(ord("!"), ord("~") + 1))} | {"Ġ", "<|im_end|>"}
+    printable = set(map(chr, range(ord("!"), ord("~") + 1))) | {"Ġ", "<|im_end|>"}
     suppressed = [index for token, index in tokenizer.get_vocab().items() if token not in printable]
     model.generation_config.suppress_tokens = sorted(suppressed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -77,3 +83,61 @@ def build_tiny_model(
         Med3DVLMImageProcessor(image_size=list(image_size)), tokenizer, image_seq_length=config.image_seq_length
     )
     return model, processor
+
+
+# Runs in a process of its own, where importing our package fails as it would where it was never installed.
+CLEAN_PROCESS = """
+import json, sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "med3dvlm":
+            raise ModuleNotFoundError("No module named 'med3dvlm' (blocked by the demonstration)")
+
+sys.meta_path.insert(0, NotInstalled())
+from transformers import pipeline
+
+folder, scan, question = sys.argv[1:]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+content = [{"type": "image", "path": scan}, {"type": "text", "text": question}]
+answer = pipe(text=[{"role": "user", "content": content}], return_full_text=False)
+print(json.dumps(answer[0]["generated_text"]))
+"""
+
+
+def run_demo(output: Path) -> None:
+    """
+    Makes, publishes and asks the tiny model, and says on stdout what each thing is.
+
+    Args:
+        output (`Path`):
+            Folder for the published model; what an earlier demonstration left there is replaced.
+
+    Raises:
+        RuntimeError: the published folder did not answer in the clean process.
+    """
+    from ..hub_cards.publish import publish
+    from ..processing.image_processing_med3dvlm import format_preprocessing_report
+
+    scan, question = Path(str(data_path)) / "anatomical.nii", "What does this scan show?"
+    model, processor = build_tiny_model()
+    print(f"Model: made on the spot, {model.num_parameters():,} random weights (the paper's has 7.7 billion).")
+    print(f"       {UNTRAINED_NOTE}")
+    folder = publish(model, output / "model", processor=processor, overwrite=True, notes=UNTRAINED_NOTE)
+    print(f"Published: {folder} ({', '.join(sorted(path.name for path in Path(folder).iterdir()))})")
+
+    report = processor.image_processor(scan, return_report=True)["preprocessing_report"][0]
+    print(f"\nScan: a real MRI of a head, {scan.name} from nibabel's test data. What is done to it before the model:")
+    print("\n".join(f"    {line}" for line in format_preprocessing_report(report).splitlines()))
+
+    print("\nAsking the published folder, in a process that cannot import this package ...")
+    command = [sys.executable, "-c", CLEAN_PROCESS, str(folder), str(scan), question]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"The published folder did not answer:\n{result.stderr}")
+    print(f"Question: {question}")
+    print(f"Answer of the untrained model (meaningless): {json.loads(result.stdout.splitlines()[-1])}")
+    print(f"\nAsk it yourself: med3dvlm ask {scan} {question!r} --model {folder}")
+
+
+__all__ = ["UNTRAINED_NOTE", "build_tiny_model", "build_tiny_tokenizer", "run_demo"]

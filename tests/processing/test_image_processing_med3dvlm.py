@@ -269,6 +269,13 @@ def test_volumes_that_cannot_be_used_are_refused(source, options, message):
     [
         ({"image_size": [16, 32]}, "three positive numbers"),
         ({"image_size": [16, 32, 0]}, "three positive numbers"),
+        ({"image_size": 16}, "three positive numbers.*got 16"),
+        ({"hu_range": 80}, "two numbers.*got 80"),
+        ({"intensity_percentiles": 99}, "two numbers.*got 99"),
+        ({"do_crop_foreground": "no"}, "True or False, got 'no'"),
+        ({"volume_index": 1.5}, "a whole number"),
+        ({"do_rescale": True}, "`do_rescale` is an option of pictures.*use `intensity_mode`"),
+        ({"size": {"height": 8, "width": 8}}, "`size` is an option of pictures.*use `image_size`"),
         ({"orientation": "LPL"}, "one letter each"),
         ({"intensity_mode": "windw"}, "did you mean 'window'"),
         ({"hu_range": "lungs"}, "did you mean 'lung'"),
@@ -314,7 +321,15 @@ def test_the_source_is_not_changed():
 
 def test_volumes_of_different_sizes_do_not_make_a_batch():
     with pytest.raises(ValueError, match="different sizes.*leave `do_resize` on"):
-        whole()([ct_array(), ct_array((5, 6, 7))])
+        whole()([ct_array(), ct_array((5, 6, 7))], return_tensors="pt")
+    assert [tuple(entry.shape) for entry in whole()([ct_array(), ct_array((5, 6, 7))])["pixel_values"]] == [
+        (1, 10, 12, 14),
+        (1, 5, 6, 7),
+    ]
+
+
+def test_options_of_one_call_are_not_saved():
+    assert not {"volume_index", "return_report"} & set(processor(volume_index=1, return_report=True).to_dict())
 
 
 @needs_data

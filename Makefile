@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all set-up on a fresh machine, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+# The tested release. Installed first, so that nothing after it chooses another build.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow check style goldens coverage api build clean
+
+help:  ## Show the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed  ## Answer on a real scan with an embedded tiny model
+	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo
+
+test: $(VENV)/.installed  ## Run the test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed  ## Run the tests that need minutes or gigabytes
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed  ## Lint, formatting and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.installed  ## Mend lint and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+goldens: $(VENV)/.installed  ## Print the differences from the original implementation
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/golden_cases.py
+
+coverage: $(VENV)/.installed  ## Run the test suite and print what it covers
+	$(BIN)/python -m pytest -m "not slow" --cov=med3dvlm --cov-report=term
+
+api: $(VENV)/.installed  ## Print the share of public definitions that are documented, typed and tested
+	$(BIN)/python tests/api_summary.py
+
+build: $(VENV)/.installed  ## Build the wheel and the source distribution
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,354 @@
+import copy
+
+import peft
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from med3dvlm import Med3DVLMConfig, Med3DVLMForConditionalGeneration, Med3DVLMModel
+
+
+TEXT = [11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_vlm()
+
+
+def one_volume(model, seed=0, text=TEXT):
+    input_ids = tiny.text_with_volumes(model.config, [10], 1, text)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": tiny.random_volumes(1, seed),
+    }
+
+
+def padded_batch(model):
+    """One text with a volume, a longer one with two, and one without, padded on the left."""
+    rows = [
+        tiny.text_with_volumes(model.config, [10], 1, TEXT)[0],
+        tiny.text_with_volumes(model.config, [10, 14], 1, [15], 1, TEXT)[0],
+        torch.tensor([20, 21, 22, 23]),
+    ]
+    length = max(map(len, rows))
+    input_ids = torch.stack([nn.functional.pad(row, (length - len(row), 0), value=tiny.PAD_TOKEN_ID) for row in rows])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (length - len(row), 0)) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": mask, "pixel_values": tiny.random_volumes(3, seed=5)}, rows
+
+
+def generate(model, **inputs):
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **inputs}
+    return model.generate(**settings)[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else None
+
+
+def test_image_tokens_take_the_places_of_the_placeholders(model):
+    inputs = one_volume(model)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    image_tokens = model.get_image_features(inputs["pixel_values"]).pooler_output
+    embeds[0, 1 : 1 + model.config.image_seq_length] = image_tokens[0]
+    expected = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)
+    outputs = model(**inputs)
+    torch.testing.assert_close(outputs.logits, expected)
+    assert torch.equal(outputs.image_hidden_states, image_tokens)
+
+
+def test_image_features_are_the_towers_last_two_stages_projected(model):
+    volumes = tiny.random_volumes(2)
+    features = model.get_image_features(volumes, output_hidden_states=True)
+    stages = model.model.vision_tower(volumes, output_hidden_states=True).hidden_states
+    low, high = (stage.flatten(2).transpose(1, 2) for stage in stages[-2:])
+    assert torch.equal(features.low_level_states, low) and torch.equal(features.high_level_states, high)
+    assert torch.equal(features.pooler_output, model.model.multi_modal_projector(low, high))
+    assert features.pooler_output.shape == (2, model.config.image_seq_length, 32)
+    assert len(features.hidden_states) == 5
+    assert model.get_image_features(volumes).hidden_states is None
+
+
+def test_answers_depend_on_the_volume(model):
+    assert not torch.allclose(model(**one_volume(model, 0)).logits[:, -1], model(**one_volume(model, 1)).logits[:, -1])
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_next_tokens(model):
+    inputs = one_volume(model)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    outputs = model(**inputs, labels=labels)
+    expected = nn.functional.cross_entropy(outputs.logits[0, -4:-1], inputs["input_ids"][0, -3:])
+    torch.testing.assert_close(outputs.loss, expected)
+    counted = model(**inputs, labels=labels, num_items_in_batch=6).loss
+    torch.testing.assert_close(counted, expected * 3 / 6)
+
+
+def test_several_volumes_go_to_their_own_places(model):
+    input_ids = tiny.text_with_volumes(model.config, [10], 1, [14], 1, TEXT)
+    volumes = tiny.random_volumes(2)
+    logits = model(input_ids=input_ids, pixel_values=volumes).logits
+    swapped = model(input_ids=input_ids, pixel_values=volumes.flip(0)).logits
+    assert not torch.allclose(logits, swapped)
+    adjacent = tiny.text_with_volumes(model.config, [10], 2, TEXT)
+    assert model(input_ids=adjacent, pixel_values=volumes).logits.isfinite().all()
+
+
+def test_padded_batch_gives_the_logits_of_single_texts(model):
+    batch, rows = padded_batch(model)
+    logits = model(**batch).logits
+    volumes = batch["pixel_values"].split([1, 2, 0])
+    for index, (row, own) in enumerate(zip(rows, volumes)):
+        alone = model(input_ids=row[None], pixel_values=own if len(own) else None).logits[0]
+        torch.testing.assert_close(logits[index, -len(row) :], alone, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_padded_batch_generates_what_single_texts_do(model, settings):
+    batch, rows = padded_batch(model)
+    together = generate(model, **batch, **settings)
+    volumes = batch["pixel_values"].split([1, 2, 0])
+    for index, (row, own) in enumerate(zip(rows, volumes)):
+        inputs = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
+        alone = generate(model, **inputs, **({"pixel_values": own} if len(own) else {}), **settings)
+        assert torch.equal(together[index], alone[0])
+
+
+def test_greedy_decoding_is_the_argmax_of_the_whole_text_each_time(model):
+    inputs = one_volume(model)
+    generated = generate(model, **inputs)
+    input_ids = inputs["input_ids"]
+    for token in generated[0]:
+        assert model(input_ids=input_ids, pixel_values=inputs["pixel_values"]).logits[0, -1].argmax() == token
+        input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_cache_gives_the_same_answer(model, settings):
+    inputs = one_volume(model)
+    assert torch.equal(generate(model, **inputs, **settings), generate(model, **inputs))
+
+
+def test_assisted_decoding_gives_the_greedy_answer(model):
+    inputs = one_volume(model)
+    text_config = copy.deepcopy(model.config.text_config)
+    text_config.image_token_id = None
+    assistant = AutoModelForCausalLM.from_config(text_config).eval()
+    assert torch.equal(generate(model, **inputs, assistant_model=assistant), generate(model, **inputs))
+
+
+def test_sampling_follows_the_seed_and_returns_several_answers(model):
+    batch, _ = padded_batch(model)
+    answers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        answers.append(generate(model, **batch, do_sample=True, num_return_sequences=2))
+    assert answers[0].shape == (6, 6) and torch.equal(*answers)
+
+
+def test_several_volumes_keep_their_order_in_every_returned_sequence(model):
+    input_ids = tiny.text_with_volumes(model.config, [10], 1, [14], 1, TEXT)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    volumes = tiny.random_volumes(2, seed=3)
+    beams = generate(model, **inputs, pixel_values=volumes, num_beams=2, num_return_sequences=2)
+    greedy = generate(model, **inputs, pixel_values=volumes, num_beams=2)
+    assert torch.equal(beams[0], greedy[0])
+
+
+def test_volumes_are_encoded_once_for_a_whole_answer(model):
+    calls = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, **one_volume(model), num_beams=2)
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_features_encoded_before_serve_in_place_of_the_volumes(model):
+    inputs = one_volume(model)
+    expected, expected_answer = model(**inputs).logits, generate(model, **inputs)
+    features = model.get_image_features(inputs.pop("pixel_values"))
+    assert torch.equal(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
+    assert torch.equal(generate(model, **inputs, mm_encoder_outputs={"image": features}), expected_answer)
+
+
+def test_embeddings_serve_in_place_of_ids(model):
+    inputs = one_volume(model)
+    expected, expected_answer = model(**inputs).logits, generate(model, **inputs)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model(**inputs, inputs_embeds=embeds).logits, expected)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, inputs_embeds=embeds, **settings), expected_answer)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_handed_to_the_parts(attention):
+    overrides = {"vision_config": tiny.tiny_vit3d_config()}
+    config = tiny.tiny_vlm_config(**overrides)
+    model = Med3DVLMForConditionalGeneration._from_config(config, attn_implementation=attention)
+    assert model.model.language_model.config._attn_implementation == attention
+    assert model.model.vision_tower.config._attn_implementation == attention
+
+
+def test_attention_implementations_agree(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    logits = [
+        Med3DVLMForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)(
+            **one_volume(model)
+        ).logits
+        for attention in ("eager", "sdpa")
+    ]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_checkpointing_keeps_loss_and_gradients():
+    plain = tiny.tiny_vlm().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable()
+    inputs = one_volume(plain)
+    for model in (plain, checkpointed):
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    for (name, ours), (_, theirs) in zip(plain.named_parameters(), checkpointed.named_parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_every_weight_is_trained():
+    model = tiny.tiny_vlm().train()
+    inputs = one_volume(model)
+    inputs["pixel_values"] = tiny.random_volumes(1).repeat(1, 1, 1, 1, 1)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_save_and_load_is_exact_to_the_bit(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    inputs = one_volume(model)
+    expected = model(**inputs).logits
+    for auto_class in (
+        Med3DVLMForConditionalGeneration,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    ):
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert isinstance(loaded, Med3DVLMForConditionalGeneration)
+        assert torch.equal(loaded(**inputs).logits, expected)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is Med3DVLMModel
+    assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_base_models_checkpoint_lacks_only_the_head(tmp_path, model):
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 missing in the checkpoint: lm_head.weight"):
+        Med3DVLMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_tied_embeddings_share_one_tensor_and_survive(tmp_path):
+    model = tiny.tiny_vlm(text_config={"tie_word_embeddings": True})
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(**one_volume(model)).logits, model(**one_volume(model)).logits)
+    model.model.save_pretrained(tmp_path / "base")  # the head is the embedding: nothing is missing
+    Med3DVLMForConditionalGeneration.from_pretrained(tmp_path / "base")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resizing_embeddings_keeps_the_answers(tied):
+    model = tiny.tiny_vlm(text_config={"tie_word_embeddings": tied})
+    expected = model(**one_volume(model)).logits
+    model.resize_token_embeddings(tiny.VOCAB_SIZE + 5)
+    assert model.config.text_config.vocab_size == tiny.VOCAB_SIZE + 5
+    logits = model(**one_volume(model)).logits
+    assert logits.shape[-1] == tiny.VOCAB_SIZE + 5
+    torch.testing.assert_close(logits[..., : tiny.VOCAB_SIZE], expected)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_device_map_places_parts_and_keeps_the_answers(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    devices = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model": "disk"}
+    for device_map in ("auto", {**devices, "lm_head": "cpu"}):
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=str(tmp_path / "offload")
+        )
+        assert torch.equal(generate(loaded, **one_volume(model)), generate(model, **one_volume(model)))
+
+
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def test_lora_trains_the_language_model_and_the_whole_projector(tmp_path):
+    base = tiny.tiny_vlm()
+    base.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"])
+    model = peft.get_peft_model(base, settings).train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(("lora_" in name and "language_model" in name) or "multi_modal_projector" in name for name in trained)
+    projector = {name for name, _ in base.named_parameters() if "multi_modal_projector.modules_to_save" in name}
+    assert projector and {f"base_model.model.{name}" for name in projector} <= trained
+    inputs = one_volume(base)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    expected = model(**inputs).logits
+    fresh = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path / "base")
+    fresh.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())  # the statistics of the step
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is Med3DVLMForConditionalGeneration
+    torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_first_placeholder_can_keep_its_embedding_as_in_the_original():
+    model = tiny.tiny_vlm(prepend_image_token_embedding=True)
+    inputs = one_volume(model)
+    assert model.config.image_seq_length == 5 + 3 + 1
+    image_tokens = model(**inputs).image_hidden_states
+    embedding = model.get_input_embeddings().weight[tiny.IMAGE_TOKEN_ID]
+    assert torch.equal(image_tokens[0, 0], embedding)
+    generate(model, **inputs, num_beams=2)
+
+
+@pytest.mark.parametrize("config", [tiny.tiny_vlm_config(), Med3DVLMConfig()], ids=["tiny", "paper"])
+def test_model_is_built_from_its_configuration_alone(config):
+    with torch.device("meta"):
+        model = Med3DVLMForConditionalGeneration(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    if config.text_config.hidden_size == 3584:  # the paper's: Qwen2.5-7B, DCFormer-small and the Mixer projector
+        assert sum(parameter.numel() for parameter in model.model.vision_tower.parameters()) == 18_244_800
+        assert sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters()) == 47_221_248
+
+
+def test_dtype_reaches_all_parts(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    loaded = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded(**one_volume(model)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda inputs: inputs.update(pixel_values=tiny.random_volumes(2)), "8 image placeholders.*16 image tokens"),
+        (lambda inputs: inputs.update(input_ids=inputs["input_ids"][:, 3:]), "6 image placeholders.*8 image tokens"),
+        (lambda inputs: inputs.pop("pixel_values"), "8 image placeholders .*no volume was given"),
+        (lambda inputs: inputs.pop("input_ids"), "exactly one of `input_ids` and `inputs_embeds`"),
+        (lambda inputs: inputs.update(inputs_embeds=torch.zeros(1, 12, 32)), "exactly one of"),
+        (lambda inputs: inputs.update(mm_encoder_outputs={"image": object()}), "not both"),
+        (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 1, 32, 96, 64)), r"1, 32, 64, 96\).*got"),
+        (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 3, 32, 64, 96)), "one channel.*got"),
+        (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 32, 64, 96)), "got"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(model, change, message):
+    inputs = one_volume(model)
+    del inputs["attention_mask"]
+    change(inputs)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)

@@ -1,0 +1,71 @@
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from med3dvlm import DCFormerModel, DCFormerSiglipModel, Med3DVLMForConditionalGeneration
+
+
+def save_changed(model, folder, change):
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def remove(key):
+    return lambda state: state.pop(key)
+
+
+def add(key):
+    return lambda state: state.update({key: torch.zeros(2)})
+
+
+def reshape(key):
+    return lambda state: state.update({key: torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (remove("stages.1.layers.0.layer_scale"), "- 1 missing in the checkpoint: stages.1.layers.0.layer_scale"),
+        (remove("stem.layers.0.norm_depth.running_mean"), "missing.*stem.layers.0.norm_depth.running_mean"),
+        (add("head.weight"), "- 1 not part of the model: head.weight"),
+        (
+            reshape("stages.0.layers.0.pwconv1.weight"),
+            r"- 1 of another shape: stages.0.layers.0.pwconv1.weight \(checkpoint \(3, 3\), model \(24, 6\)\)",
+        ),
+    ],
+    ids=["missing parameter", "missing buffer", "unexpected", "misshapen"],
+)
+def test_checkpoint_that_does_not_fit_is_refused_and_listed(change, message, tmp_path):
+    model = DCFormerModel(tiny.tiny_dcformer_config())
+    save_changed(model, tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        DCFormerModel.from_pretrained(tmp_path)
+    assert "strict=False" in str(caught.value)
+    DCFormerModel.from_pretrained(tmp_path, strict=False)
+
+
+def test_all_kinds_of_models_are_strict(tmp_path):
+    for model, key in (
+        (tiny.tiny_siglip(), "logit_scale"),
+        (tiny.tiny_vlm(), "model.multi_modal_projector.low_mixer.0.token_norm.bias"),
+    ):
+        folder = tmp_path / type(model).__name__
+        save_changed(model, folder, remove(key))
+        with pytest.raises(ValueError, match=f"missing in the checkpoint: {key}"):
+            type(model).from_pretrained(folder)
+
+
+def test_loading_report_is_still_returned_when_asked_for(tmp_path):
+    tiny.tiny_siglip().save_pretrained(tmp_path)
+    model, info = DCFormerSiglipModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, DCFormerSiglipModel) and not info["missing_keys"]
+
+
+def test_long_lists_are_cut_with_a_count(tmp_path):
+    tiny.tiny_vlm().save_pretrained(tmp_path)
+    config = tiny.tiny_vlm_config(vision_config=tiny.tiny_dcformer_config(depths=(1, 1, 1, 3, 1)))
+    with pytest.raises(ValueError, match=r"missing in the checkpoint: .*, and \d+ more"):
+        Med3DVLMForConditionalGeneration.from_pretrained(tmp_path, config=config)

@@ -1,0 +1,202 @@
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from nibabel.testing import data_path
+from transformers import AutoProcessor
+
+from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
+from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+
+
+SCAN = Path(data_path) / "anatomical.nii"
+SEQUENCE = 8  # placeholders of the tiny model: 5 low-level and 3 high-level tokens
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_tiny_model()[1]
+
+
+def volume(seed=0):
+    return np.random.default_rng(seed).random((12, 14, 16), dtype=np.float32)
+
+
+def image(source):
+    return {"type": "image", "image": source}
+
+
+def text(content):
+    return {"type": "text", "text": content}
+
+
+def render(processor, messages, **kwargs):
+    return processor.apply_chat_template(messages, **kwargs)
+
+
+def tokenize(processor, messages, **kwargs):
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **kwargs}
+    return processor.apply_chat_template(messages, **settings)
+
+
+def test_placeholder_is_expanded_to_the_models_tokens(processor):
+    inputs = processor(images=volume(), text="<image>\nWhat?", return_tensors="pt")
+    placeholders = inputs["input_ids"] == processor.image_token_id
+    assert placeholders.sum() == SEQUENCE and placeholders[0, :SEQUENCE].all()
+    assert inputs["pixel_values"].shape == (1, 1, 32, 64, 96)
+    assert processor.tokenizer.decode(inputs["input_ids"][0, SEQUENCE:]) == "\nWhat?"
+
+
+def test_volumes_go_to_the_placeholders_in_order(processor):
+    inputs = processor(images=[volume(0), volume(1)], text=["<image>A<image>"], return_tensors="pt")
+    for index in range(2):
+        expected = processor.image_processor(volume(index))["pixel_values"][0]
+        assert torch.equal(inputs["pixel_values"][index], expected)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * SEQUENCE
+
+
+def test_padding_stands_on_the_left_for_generation_and_where_asked_for_training(processor):
+    texts = ["<image>A", "<image>A longer one"]
+    left = processor(images=[volume(), volume()], text=texts, padding=True, return_tensors="pt")
+    assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][:, -1].all()
+    right = processor(images=[volume(), volume()], text=texts, padding=True, padding_side="right", return_tensors="pt")
+    assert right["attention_mask"][0, -1] == 0 and right["attention_mask"][:, 0].all()
+
+
+def test_chat_template_writes_system_turns_and_volumes_in_any_order(processor):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [text("First "), image(volume()), text("then "), image(volume()), text("?")]},
+        {"role": "assistant", "content": [text("Stable.")]},
+        {"role": "user", "content": "Why?"},
+    ]
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nFirst <image>\nthen <image>\n?<|im_end|>\n"
+        "<|im_start|>assistant\nStable.<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n"
+    )
+    assert render(processor, messages) == expected
+    assert render(processor, messages, add_generation_prompt=True) == f"{expected}<|im_start|>assistant\n"
+    inputs = tokenize(processor, messages)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * SEQUENCE
+    assert len(inputs["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize("key", ["path", "image", "url"])
+def test_chat_message_takes_a_nifti_path(processor, key):
+    inputs = tokenize(processor, [{"role": "user", "content": [{"type": "image", key: str(SCAN)}, text("?")]}])
+    assert torch.equal(inputs["pixel_values"], processor.image_processor(SCAN)["pixel_values"])
+
+
+def test_chat_message_takes_images_arrays_and_tensors(processor):
+    for source in (nibabel.load(SCAN), volume(), torch.from_numpy(volume()), SCAN.read_bytes()):
+        inputs = tokenize(processor, [{"role": "user", "content": [image(source), text("?")]}])
+        assert torch.equal(inputs["pixel_values"], processor.image_processor(source)["pixel_values"])
+
+
+def test_assistant_masks_mark_the_answers_and_their_end(processor):
+    messages = [
+        {"role": "user", "content": [image(volume()), text("One?")]},
+        {"role": "assistant", "content": "First."},
+        {"role": "user", "content": [image(volume(1)), text("Two?")]},
+        {"role": "assistant", "content": "Second."},
+    ]
+    inputs = tokenize(processor, messages, return_assistant_tokens_mask=True)
+    mask = inputs["assistant_masks"][0].bool()
+    assert processor.tokenizer.decode(inputs["input_ids"][0, mask]) == "First.<|im_end|>Second.<|im_end|>"
+
+
+def test_batch_of_conversations_may_mix_numbers_of_volumes(processor):
+    conversations = [
+        [{"role": "user", "content": [image(volume(0)), text("A?")]}],
+        [{"role": "user", "content": [text("B?")]}],
+        [{"role": "user", "content": [image(volume(1)), image(volume(2)), text("C?")]}],
+    ]
+    inputs = tokenize(processor, conversations, processor_kwargs={"padding": True})
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [SEQUENCE, 0, 2 * SEQUENCE]
+    assert len(inputs["pixel_values"]) == 3
+
+
+def test_report_and_options_of_a_scan_pass_through(processor):
+    inputs = processor(
+        images=volume(), text="<image>?", intensity_mode="percentile", return_report=True, return_tensors="pt"
+    )
+    assert inputs["preprocessing_report"][0]["intensity_mode"] == "percentile"
+    assert "preprocessing_report" not in processor(images=volume(), text="<image>?", return_tensors="pt")
+
+
+def test_post_processing_gives_the_words(processor):
+    ids = processor.tokenizer("Stable.<|im_end|>", return_tensors="pt")["input_ids"]
+    assert processor.post_process_image_text_to_text(ids) == ["Stable."]
+
+
+def test_save_and_load_gives_the_same_inputs(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, Med3DVLMProcessor)
+    assert loaded.to_dict() == processor.to_dict()
+    assert loaded.chat_template == processor.chat_template
+    messages = [{"role": "user", "content": [image(volume()), text("?")]}]
+    ours, theirs = tokenize(processor, messages), tokenize(loaded, messages)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_dual_encoders_texts_have_no_placeholders(tmp_path):
+    processor = Med3DVLMProcessor(Med3DVLMImageProcessor(image_size=[8, 9, 10]), build_tiny_tokenizer())
+    processor.save_pretrained(tmp_path)
+    for ours in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        assert ours.image_token is None and ours.image_seq_length is None
+        inputs = ours(images=[volume()], text=["Normal.", "Stable."], padding=True, return_tensors="pt")
+        assert inputs["pixel_values"].shape == (1, 1, 8, 9, 10) and len(inputs["input_ids"]) == 2
+
+
+def test_template_follows_another_placeholder():
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.add_tokens(["<scan>"], special_tokens=True)
+    processor = Med3DVLMProcessor(Med3DVLMImageProcessor(), tokenizer, image_seq_length=2, image_token="<scan>")
+    rendered = render(processor, [{"role": "user", "content": [image(volume())]}])
+    assert rendered == "<|im_start|>user\n<scan>\n<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    "images, texts, message",
+    [
+        ([0], "What?", "got 1 volumes and 0 placeholders.*Write '<image>' where"),
+        (None, "<image>What?", "got 0 volumes and 1 placeholders"),
+        ([0], "<image><image>", "got 1 volumes and 2 placeholders"),
+        ([[0, 1], []], ["<image>", "<image>"], r"have \[1, 1\] placeholders, but .*\[2, 0\]"),
+        (None, None, "got neither"),
+        ([0], [["<image>"]], "a string or a list of strings"),
+    ],
+)
+def test_placeholders_and_volumes_must_match(processor, images, texts, message):
+    def load(entry):
+        return [load(inner) for inner in entry] if isinstance(entry, list) else volume(entry)
+
+    with pytest.raises(ValueError, match=message):
+        processor(images=None if images is None else load(images), text=texts)
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([{"role": "doctor", "content": "?"}], 'must be "system", "user" or "assistant", got "doctor"'),
+        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], 'type "image" or "text", got video'),
+    ],
+)
+def test_unknown_parts_of_a_conversation_are_refused(processor, messages, message):
+    with pytest.raises(Exception, match=message):
+        render(processor, messages)
+
+
+def test_tokenizer_must_know_the_placeholder():
+    with pytest.raises(ValueError, match="does not know the placeholder '<scan>': add it first"):
+        Med3DVLMProcessor(Med3DVLMImageProcessor(), build_tiny_tokenizer(), image_seq_length=2, image_token="<scan>")
+
+
+def test_truncation_that_cuts_placeholders_is_refused(processor):
+    with pytest.raises(ValueError, match="[Mm]ismatch"):
+        processor(images=volume(), text="<image>What?", truncation=True, max_length=4)

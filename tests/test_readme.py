@@ -1,0 +1,41 @@
+"""The README's snippets run, in order, beside a published model and a scan with the names they use."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from nibabel.testing import data_path
+
+from med3dvlm.hub_cards.publish import publish
+from med3dvlm.train.demo import build_tiny_model
+
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    model, processor = build_tiny_model()
+    publish(model, folder / "org" / "med3dvlm", processor=processor)
+    shutil.copy(Path(data_path) / "standard.nii.gz", folder / "scan.nii.gz")
+    return folder
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 4
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs(number, surroundings, monkeypatch, capsys):
+    monkeypatch.chdir(surroundings)
+    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands_of_the_readme_exist():
+    makefile = (README.parent / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README.read_text()):
+        assert f"\n{target}:" in makefile

@@ -1,0 +1,123 @@
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from nibabel.testing import data_path
+from typer.testing import CliRunner
+
+from med3dvlm.train.cli import app, parse_hu_range
+from med3dvlm.train.demo import build_tiny_model
+
+
+SCAN = str(Path(data_path) / "anatomical.nii")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    for part in build_tiny_model():
+        part.save_pretrained(path)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_ask_prints_the_answer_and_reports_on_stderr(folder):
+    result = run("ask", SCAN, "What is this?", "--model", folder, "--max-new-tokens", 5)
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.strip()) > 0
+    assert "33 x 41 x 25 voxels" in result.stderr and "LAS -> LPS" in result.stderr
+    assert "intensity" in result.stderr and "answering: done in" in result.stderr
+
+
+def test_ask_prints_one_json_object(folder):
+    result = run(
+        "ask", SCAN, "What is this?", "--model", folder, "--json", "--hu-range=-160,240", "--max-new-tokens", 5
+    )
+    answer = json.loads(result.stdout)
+    assert set(answer) == {"question", "answer", "model", "preprocessing"}
+    assert answer["preprocessing"]["source_shape"] == [33, 41, 25]
+    plain = run("ask", SCAN, "What is this?", "--model", folder, "--max-new-tokens", 5)
+    assert answer["answer"].strip() == plain.stdout.strip()
+
+
+def test_ask_takes_the_options_of_a_scan(folder, tmp_path):
+    ct = nibabel.Nifti1Image(np.random.default_rng(0).integers(-1000, 900, (12, 14, 16)).astype(np.int16), np.eye(4))
+    nibabel.save(ct, tmp_path / "ct.nii.gz")
+    options = ("--model", folder, "--json", "--max-new-tokens", 2)
+    report = json.loads(run("ask", tmp_path / "ct.nii.gz", "?", "--hu-range", "lung", *options).stdout)[
+        "preprocessing"
+    ]
+    assert report["intensity_mode"] == "window" and report["intensity_range"] == [-1350, 150]
+    report = json.loads(run("ask", tmp_path / "ct.nii.gz", "?", "--orientation", "none", *options).stdout)[
+        "preprocessing"
+    ]
+    assert report["orientation"] != "LPS"
+    series = Path(data_path) / "example4d.nii.gz"
+    report = json.loads(run("ask", series, "?", "--volume-index", 1, *options).stdout)["preprocessing"]
+    assert report["source_shape"][-1] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("ask", "missing.nii.gz", "?", "--model", "FOLDER"), "missing.nii.gz"),
+        (("ask", __file__, "?", "--model", "FOLDER"), "NIfTI"),
+        (("ask", SCAN, "?", "--model", "./nowhere"), "there is no such folder"),
+        (("ask", SCAN, "?", "--model", str(Path(__file__).parent)), "no config.json"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--hu-range", "lungs"), "lung"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--hu-range", "1,x"), "LOWER,UPPER"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--intensity-mode", "windw"), "window"),
+        (("ask", Path(data_path) / "example4d.nii.gz", "?", "--model", "FOLDER"), "series of 2"),
+        (("ask", SCAN, "?"), "--model"),
+        (("ask",), "Missing argument"),
+        (("publish", "FOLDER", "DESTINATION", "--private"), "--push"),
+        (("publish", "./nowhere", "DESTINATION"), "there is no such folder"),
+        (("publish", "FOLDER", "FOLDER"), "overwrite"),
+        (("answer", SCAN), "No such command"),
+    ],
+    ids=str,
+)
+def test_wrong_use_and_bad_input_end_with_code_2_and_one_clear_line(arguments, message, folder, tmp_path):
+    places = {"FOLDER": folder, "DESTINATION": str(tmp_path / "published")}
+    result = run(*(places.get(str(argument), argument) for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_publish_makes_a_folder_that_loads(folder, tmp_path):
+    destination = tmp_path / "published"
+    result = run("publish", folder, destination, "--license", "mit", "--dataset", "org/data", "--notes", "Untrained.")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(destination)
+    card = (destination / "README.md").read_text()
+    assert "license: mit" in card and "org/data" in card and "Untrained." in card
+    assert run("publish", folder, destination).exit_code == 2
+    again = run("publish", folder, destination, "--overwrite", "--json")
+    assert json.loads(again.stdout)["published"] == str(destination)
+    assert run("ask", SCAN, "?", "--model", destination, "--max-new-tokens", 2).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [(), ("ask",), ("publish",), ("demo",)])
+def test_help_teaches(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout and len(result.stdout) > 400
+
+
+@pytest.mark.parametrize("text, expected", [(None, None), ("lung", "lung"), ("-160,240", [-160.0, 240.0])])
+def test_hu_range_is_a_name_or_two_numbers(text, expected):
+    assert parse_hu_range(text) == expected
+
+
+def test_demo_answers_from_the_published_folder(tmp_path):
+    result = run("demo", "--output", tmp_path / "demo")
+    assert result.exit_code == 0, result.stderr
+    assert "untrained" in result.stdout and "anatomical.nii" in result.stdout
+    assert "Answer of the untrained model (meaningless): " in result.stdout
+    assert (tmp_path / "demo" / "model" / "modeling_med3dvlm.py").exists()
