@@ -1,6 +1,7 @@
 """Configuration of the DCFormer encoder."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -79,7 +80,7 @@ class DCFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any):
         self.auto_map = {
             "AutoConfig": "configuration_dcformer.DCFormerConfig",
             "AutoModel": "modeling_dcformer.DCFormerModel",
@@ -92,7 +93,7 @@ class DCFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_variant(cls, variant: str, **kwargs) -> "DCFormerConfig":
+    def from_variant(cls, variant: str, **kwargs: Any) -> "DCFormerConfig":
         """
         Configuration of one of the published sizes.
 

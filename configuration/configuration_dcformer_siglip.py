@@ -1,7 +1,7 @@
 """Configuration of the dual encoder that aligns volumes with reports."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -95,7 +95,7 @@ class DCFormerSiglipConfig(PreTrainedConfig):
     logit_scale_init_value: float | None = None
     logit_bias_init_value: float = -10.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any):
         self.auto_map = {
             "AutoConfig": "configuration_dcformer_siglip.DCFormerSiglipConfig",
             "AutoModel": "modeling_dcformer_siglip.DCFormerSiglipModel",

@@ -1,7 +1,7 @@
 """Configuration of the vision-language model."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -92,7 +92,7 @@ class Med3DVLMConfig(PreTrainedConfig):
     prepend_image_token_embedding: bool = False
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any):
         self.auto_map = {
             "AutoConfig": "configuration_med3dvlm.Med3DVLMConfig",
             "AutoModel": "modeling_med3dvlm.Med3DVLMModel",

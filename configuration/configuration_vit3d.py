@@ -1,6 +1,7 @@
 """Configuration of the 3D vision transformer, the baseline encoder."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -60,7 +61,7 @@ class Vit3DConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any):
         self.auto_map = {"AutoConfig": "configuration_vit3d.Vit3DConfig", "AutoModel": "modeling_vit3d.Vit3DModel"}
         super().__post_init__(**kwargs)
 

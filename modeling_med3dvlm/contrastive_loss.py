@@ -4,7 +4,7 @@ Sigmoid: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), Alg
 "Learning Transferable Visual Models From Natural Language Supervision" (2021), Figure 3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -108,7 +108,7 @@ def sum_of_logsumexp(
     return total.sum()
 
 
-def recomputed(function, columns: torch.Tensor) -> torch.Tensor:
+def recomputed(function: Callable[[torch.Tensor], torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
     """`function(columns)`, whose intermediate tensors are computed again in the backward pass instead of kept."""
     return checkpoint(function, columns, use_reentrant=False)
 

@@ -130,6 +130,7 @@ class DCFormerStemLayer(DCFormerCheckpointingLayer, DCFormerDecomposedConv):
     """A dense decomposed convolution of the stem, checkpointed on its own: the stem's activations are the largest."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As [`DCFormerDecomposedConv`]; named here because checkpointing wraps the `forward` of the layer's own class."""
         return DCFormerDecomposedConv.forward(self, hidden_states)
 
 

@@ -280,7 +280,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
 
         report = {
             "source": volume.name,
-            "source_dtype": str(volume.dtype),
+            "source_dtype": volume.dtype.name,
             "source_shape": list(volume.shape),
             "source_spacing": _as_list(spacing_of(volume.affine)),
             "source_orientation": volume.axis_codes,

@@ -30,7 +30,8 @@ def test_ask_prints_the_answer_and_reports_on_stderr(folder):
     result = run("ask", SCAN, "What is this?", "--model", folder, "--max-new-tokens", 5)
     assert result.exit_code == 0, result.stderr
     assert len(result.stdout.strip()) > 0
-    assert "33 x 41 x 25 voxels" in result.stderr and "LAS -> LPS" in result.stderr
+    assert "33 x 41 x 25 voxels of int16, 2 x 2 x 2 mm, axes LAS" in result.stderr
+    assert "orientation LPS" in result.stderr
     assert "intensity" in result.stderr and "answering: done in" in result.stderr
 
 
