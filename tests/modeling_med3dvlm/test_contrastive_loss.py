@@ -1,11 +1,10 @@
-import socket
 from functools import partial
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_processes
 from torch import nn
 
 from med3dvlm import contrastive_loss
@@ -76,9 +75,7 @@ def test_unequal_numbers_of_volumes_and_texts_are_refused():
         contrastive_loss(unit_vectors(2, 0), unit_vectors(3, 1), torch.zeros(1))
 
 
-def run_rank(rank, world_size, port, batch_sizes, settings, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    torch.set_num_threads(1)
+def compute_on_a_share(rank, batch_sizes, settings, result):
     start, stop = sum(batch_sizes[:rank]), sum(batch_sizes[: rank + 1])
     outcomes = []
     for loss_type, exchange, chunk_size in settings:
@@ -96,12 +93,10 @@ def run_rank(rank, world_size, port, batch_sizes, settings, results):
         gradients = [tensor.grad for tensor in (images, texts, scale, bias) if tensor.grad is not None]
         for tensor in (loss := loss.detach(), *gradients):  # what data parallelism does: the mean over processes
             dist.all_reduce(tensor)
-            tensor /= world_size
+            tensor /= len(batch_sizes)
         outcomes.append((loss, gradients))
     if rank == 0:
-        torch.save(outcomes, results)
-    dist.barrier()
-    dist.destroy_process_group()
+        torch.save(outcomes, result)
 
 
 @pytest.mark.parametrize("batch_sizes", [(4, 4), (5, 2), (2, 3, 1)], ids=str)
@@ -112,41 +107,35 @@ def test_many_processes_give_the_loss_and_gradients_of_one(batch_sizes, tmp_path
         for exchange in ("gather", "ring")
         for chunk_size in (None, 3)  # 3 divides neither a process's batch nor the global one: an uneven last chunk
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = tmp_path / "results.pt"
-    mp.spawn(run_rank, (len(batch_sizes), port, batch_sizes, settings, results), nprocs=len(batch_sizes))
-    for (loss_type, exchange, chunk_size), (loss, gradients) in zip(settings, torch.load(results), strict=True):
+    result = tmp_path / "result.pt"
+    run_processes(compute_on_a_share, len(batch_sizes), tmp_path, batch_sizes, settings, result)
+    for (loss_type, exchange, chunk_size), (loss, gradients) in zip(settings, torch.load(result), strict=True):
         expected, expected_gradients = loss_and_gradients(PLAIN[loss_type], sum(batch_sizes), loss_type)
-        torch.testing.assert_close(loss, expected, msg=f"{loss_type} {exchange} {chunk_size}")
+        name = f"{loss_type}, {exchange}, chunks of {chunk_size}"
+        torch.testing.assert_close(loss, expected, msg=lambda m, n=name: f"{n}: {m}")
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(gradient, expected_gradient, msg=f"{loss_type} {exchange} {chunk_size}")
+            torch.testing.assert_close(gradient, expected_gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_no_process_builds_the_global_matrix(exchange, tmp_path):
-    """The largest matrix of logits a process holds is its own rows times one block of columns."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = tmp_path / "largest.pt"
-    mp.spawn(record_largest_softplus, (port, exchange, results), nprocs=2)
-    assert torch.load(results) == {"gather": 4 * 3, "ring": 4 * 3}[exchange]
-
-
-def record_largest_softplus(rank, port, exchange, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def record_the_largest_matrix(rank, exchange, chunk_size, result):
     sizes = []
     original = nn.functional.softplus
     nn.functional.softplus = lambda logits: sizes.append(logits.numel()) or original(logits)
     images, texts, scale, bias = leaves(8)
     own = slice(4 * rank, 4 * rank + 4)
-    contrastive_loss(images[own], texts[own], scale, bias, exchange=exchange, chunk_size=3)
+    contrastive_loss(images[own], texts[own], scale, bias, exchange=exchange, chunk_size=chunk_size)
     if rank == 0:
-        torch.save(max(sizes), results)
-    dist.barrier()
-    dist.destroy_process_group()
+        torch.save(max(sizes), result)
+
+
+@pytest.mark.parametrize(
+    "exchange, chunk_size, expected", [("gather", None, 4 * 8), ("ring", None, 4 * 4), ("gather", 3, 4 * 3)]
+)
+def test_no_process_builds_the_global_matrix(exchange, chunk_size, expected, tmp_path):
+    """Two processes with 4 pairs each hold their own rows times one block of columns, never 8 x 8 logits."""
+    result = tmp_path / "result.pt"
+    run_processes(record_the_largest_matrix, 2, tmp_path, exchange, chunk_size, result)
+    assert torch.load(result) == expected
 
 
 def test_model_uses_the_loss_of_its_configuration():

@@ -1,6 +1,8 @@
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
+from processes import run_processes
 from torch import nn
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
 
@@ -76,3 +78,29 @@ def test_save_and_load_is_exact_to_the_bit(tmp_path):
         loaded = auto_class.from_pretrained(tmp_path)
         assert isinstance(loaded, DCFormerSiglipModel)
         assert torch.equal(loaded(**inputs()).logits_per_image, model(**inputs()).logits_per_image)
+
+
+def train_on_a_share(rank, exchange, result):
+    model = tiny.tiny_siglip(loss_exchange=exchange, loss_chunk_size=2)
+    batch = {name: tensor[[slice(0, 3), slice(3, 5)][rank]] for name, tensor in inputs(images=5, texts=5).items()}
+    parallel = nn.parallel.DistributedDataParallel(model)  # kept until after the backward pass, which it averages
+    loss = parallel(**batch, return_loss=True).loss
+    loss.backward()
+    dist.all_reduce(loss.detach_())
+    if rank == 0:
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save({"loss": loss / 2, "gradients": gradients}, result)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_data_parallel_training_of_two_processes_equals_one_process(exchange, tmp_path):
+    # Batch normalisation in evaluation mode: in training its statistics are, by design, those of one process.
+    run_processes(train_on_a_share, 2, tmp_path, exchange, tmp_path / "result.pt")
+    result = torch.load(tmp_path / "result.pt")
+    model = tiny.tiny_siglip()
+    loss = model(**inputs(images=5, texts=5), return_loss=True).loss
+    loss.backward()
+    torch.testing.assert_close(result["loss"], loss.detach())
+    for name, parameter in model.named_parameters():
+        gradient = result["gradients"][name]
+        torch.testing.assert_close(gradient, parameter.grad, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -140,6 +140,17 @@ def test_assisted_decoding_gives_the_greedy_answer(model):
     assert torch.equal(generate(model, **inputs, assistant_model=assistant), generate(model, **inputs))
 
 
+def test_prompt_lookup_gives_the_greedy_answer(model):
+    inputs = one_volume(model)  # drafts are copied from the prompt, placeholders included, and must be rejected
+    assert torch.equal(generate(model, **inputs, prompt_lookup_num_tokens=3), generate(model, **inputs))
+
+
+def test_forward_is_captured_as_one_graph(model):
+    inputs = one_volume(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
 def test_sampling_follows_the_seed_and_returns_several_answers(model):
     batch, _ = padded_batch(model)
     answers = []

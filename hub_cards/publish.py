@@ -1,0 +1,324 @@
+"""Publishing: one folder with weights, code, processor, tokenizer and card, on a disk or on the Hub."""
+
+import copy
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import CONFIG_NAME
+from typing_extensions import Unpack
+
+from ..modeling_med3dvlm.modeling_dcformer import DCFormerBackbone
+from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ..processing.processing_med3dvlm import Med3DVLMProcessor
+from .model_card import CARD_KINDS, CardFields, card_kind, create_model_card
+
+
+# Settings of a generation config that sampling reads and greedy decoding refuses.
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+END_OF_TURN = "<|im_end|>"
+# Files that an earlier version of a repository may hold and this one may not.
+STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
+
+
+def publish(
+    model: PreTrainedModel | str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    processor: Any = None,
+    tokenizer: Any = None,
+    push_to_hub: bool = False,
+    private: bool | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    **card_fields: Unpack[CardFields],
+) -> str:
+    """
+    Publishes a model so that it loads anywhere with `trust_remote_code=True`: safetensors, our code, the processor and
+    tokenizer, a generation config that decodes greedily, and a model card. The same input gives the same files, bit for
+    bit.
+
+    Args:
+        model (`PreTrainedModel`, `str` or `os.PathLike`):
+            One of our models, or a folder or repository that holds one.
+        destination (`str` or `os.PathLike`):
+            A folder, which appears whole or not at all; with `push_to_hub`, the name of a repository.
+        processor ([`Med3DVLMProcessor`], [`Med3DVLMImageProcessor`], `str` or `os.PathLike`, *optional*):
+            What prepares the model's inputs, or where it lies; by default what lies beside `model`. An image processor
+            is all that an encoder needs, and with `tokenizer` all that the others need.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer, where `processor` has none.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to upload to the Hub.
+        private (`bool`, *optional*):
+            Whether a new repository is private; as the owner's settings say by default.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a model that `destination` holds, once the new one is complete.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
+            Largest file of weights.
+        card_fields (*optional*):
+            What the card says beyond the model itself, see [`CardFields`].
+
+    Returns:
+        `str`: the folder's path or the repository's address.
+
+    Raises:
+        TypeError: `model` or `processor` is none of ours.
+        FileExistsError: `destination` holds files, and `overwrite` is not set or they are no model.
+        OSError: `model` is a path or a name where there is nothing.
+        ValueError: model and processor do not fit each other, one of them is missing, or the weights of the model at a
+            path do not fit its configuration.
+
+    Example:
+
+    ```python
+    >>> from med3dvlm.hub_cards.publish import publish
+
+    >>> publish(model, "published", processor=processor, notes="Random weights, to try things out.")  # doctest: +SKIP
+    ```"""
+    if isinstance(model, (str, os.PathLike)):
+        source = os.fspath(model)
+        model = load_model(source)
+        processor = source if processor is None and tokenizer is None else processor
+    card_kind(model)  # refuses foreign models, before anything is read or written
+    if not push_to_hub:
+        check_destination(Path(destination), overwrite)
+    processor = assemble_processor(model, processor, tokenizer)
+    check_fit(model.config, processor)
+    if push_to_hub:
+        card_fields.setdefault("repo_id", str(destination))
+    card = create_model_card(model, processor, **card_fields)
+
+    def write(folder: Path) -> None:
+        # The installed classes write their code themselves, beside what they save: see `remote_code.carry_code`.
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        if model.can_generate():
+            greedy_generation_config(model, processor.tokenizer).save_pretrained(folder)
+        card.save(folder / "README.md")
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / CONFIG_NAME, weights)  # written for the owner's eyes only, unlike all else
+
+    if not push_to_hub:
+        with replaced_when_complete(Path(destination)) as folder:
+            write(folder)
+        return os.fspath(destination)
+    with tempfile.TemporaryDirectory() as temporary:
+        write(Path(temporary))
+        api = HfApi()
+        url = api.create_repo(str(destination), private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=temporary,
+            commit_message=f"Publish {type(model).__name__}",
+            delete_patterns=STALE_ON_HUB,
+        )
+    return str(url)
+
+
+def load_model(source: str) -> PreTrainedModel:
+    """
+    Loads the model of a folder or repository with the class it was saved from, in the precision it was saved in.
+
+    Raises:
+        OSError: there is no such folder or repository, or no configuration in it.
+        ValueError: the model is none of ours, or its weights do not fit; the message lists the tensors.
+    """
+    check_source(source)
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    if not config:  # transformers gives an empty one where there is no file
+        raise FileNotFoundError(
+            f"{source!r} has no {CONFIG_NAME}, so it holds no whole model. Merge an adapter into its base first."
+        )
+    architecture = next(iter(config.get("architectures") or ()), None)
+    classes = {known.__name__: known for known in (*CARD_KINDS, DCFormerBackbone)}
+    if architecture not in classes:
+        raise ValueError(
+            f"Expected {source!r} to hold one of {sorted(classes)}, got `architectures` {config.get('architectures')} "
+            f"and `model_type` {config.get('model_type')!r}."
+        )
+    return classes[architecture].from_pretrained(source, dtype="auto")
+
+
+def check_source(source: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: `source` is neither a folder nor the name of a repository.
+    """
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise FileNotFoundError(
+            f"Expected a folder or a Hub repository `org/name`, got {source!r}: there is no such folder."
+        )
+
+
+def assemble_processor(model: PreTrainedModel, processor: Any, tokenizer: Any = None) -> Any:
+    """
+    The processor to publish with a model: an image processor for an encoder, a [`Med3DVLMProcessor`] for the others.
+
+    Args:
+        model (`PreTrainedModel`):
+            One of our models.
+        processor ([`Med3DVLMProcessor`], [`Med3DVLMImageProcessor`], `str` or `os.PathLike`):
+            What there is, or where it lies.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer to go with an image processor.
+
+    Raises:
+        TypeError: `processor` is none of ours.
+        ValueError: a part is missing, or there are two tokenizers.
+    """
+    kind, _, _ = card_kind(model)
+    processor_class = Med3DVLMImageProcessor if kind == "encoder" else Med3DVLMProcessor
+    if processor is None:
+        raise ValueError(
+            f"A published {type(model).__name__} needs the preprocessing it was trained with: pass `processor`, a "
+            f"{processor_class.__name__}."
+        )
+    if isinstance(processor, (str, os.PathLike)):
+        try:
+            check_source(os.fspath(processor))
+            processor = processor_class.from_pretrained(os.fspath(processor))
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"No {processor_class.__name__} can be loaded from {os.fspath(processor)!r}: pass `processor`. {error}"
+            ) from error
+    if isinstance(processor, ProcessorMixin):
+        if tokenizer is not None and tokenizer is not processor.tokenizer:
+            raise ValueError("Expected `tokenizer` beside an image processor only: `processor` has its own tokenizer.")
+        processor = processor.image_processor if kind == "encoder" else processor
+    elif kind != "encoder" and isinstance(processor, Med3DVLMImageProcessor):
+        if tokenizer is None:
+            raise ValueError(
+                f"A published {type(model).__name__} needs a tokenizer: pass `tokenizer` beside the image processor."
+            )
+        processor = Med3DVLMProcessor(
+            image_processor=processor,
+            tokenizer=tokenizer,
+            image_seq_length=getattr(model.config, "image_seq_length", None),
+        )
+    if not isinstance(processor, processor_class):
+        raise TypeError(
+            f"Expected `processor` to be a {processor_class.__name__}, got {type(processor).__name__}: others do not "
+            "prepare volumes as the model needs them."
+        )
+    return processor
+
+
+def check_fit(config: Any, processor: Any) -> None:
+    """
+    Checks that the processor prepares what the model takes, so that the first reader of a card is not the first to try.
+
+    Raises:
+        ValueError: a size, a count or an id differs; the message names it and both values.
+    """
+    image_processor = getattr(processor, "image_processor", processor)
+    pairs = {"image_size": (tuple(config.image_size), tuple(image_processor.image_size))}
+    if hasattr(config, "image_token_id"):
+        pairs["image_seq_length"] = (config.image_seq_length, processor.image_seq_length)
+        pairs["image_token_id"] = (config.image_token_id, processor.image_token_id)
+    for name, (expected, found) in pairs.items():
+        if expected != found:
+            raise ValueError(
+                f"The model's `{name}` is {expected}, the processor's is {found}: build the processor with the "
+                "model's value."
+            )
+    num_tokens = len(processor.tokenizer) if hasattr(config, "text_config") else 0
+    if num_tokens and num_tokens > (vocab_size := config.text_config.get_text_config().vocab_size):
+        raise ValueError(
+            f"The tokenizer has {num_tokens} tokens, the text model {vocab_size}: call `model.resize_token_embeddings`, "
+            "or take the model's own tokenizer."
+        )
+
+
+def greedy_generation_config(model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
+    """
+    A copy of the model's generation config that decodes greedily and ends where the tokenizer says.
+
+    Args:
+        model (`PreTrainedModel`):
+            A generating model; it is left as it is.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Gives the ids of the end of a text, of the end of a turn if it knows one, and of padding.
+
+    Raises:
+        ValueError: the tokenizer knows no end, and generation would never stop.
+    """
+    turn_id = tokenizer.get_vocab().get(END_OF_TURN)
+    end_ids = [end_id for end_id in dict.fromkeys((tokenizer.eos_token_id, turn_id)) if end_id is not None]
+    if not end_ids:
+        raise ValueError("The tokenizer has no `eos_token`: set it, or generation never stops.")
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    config.update(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
+        pad_token_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **dict.fromkeys(SAMPLING_OPTIONS),
+    )
+    config._from_model_config = False  # it is a decision now, which loading must not derive anew
+    return config
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        FileExistsError: `destination` is a file, or a folder that holds something and must not be replaced.
+    """
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise FileExistsError(f"{destination} is not a folder: choose another destination.")
+    if not destination.exists() or not any(destination.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{destination} is not empty: choose another folder, or pass `overwrite=True`.")
+    if not (destination / CONFIG_NAME).is_file():
+        raise FileExistsError(
+            f"{destination} holds files but no {CONFIG_NAME}, so it is no published model and is not replaced: choose "
+            "another folder, or empty it."
+        )
+
+
+@contextmanager
+def replaced_when_complete(destination: Path) -> Iterator[Path]:
+    """
+    Gives an empty folder beside `destination`, which takes its place when the block has ended without an error. Until
+    then `destination` stays as it is.
+    """
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the destination, because only within one file system can a folder be moved in one step.
+    workplace = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+    try:
+        new, old = workplace / "new", workplace / "old"
+        new.mkdir()
+        yield new
+        if destination.exists():
+            destination.rename(old)
+        try:
+            new.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
+    finally:
+        shutil.rmtree(workplace)
+
+
+__all__ = [
+    "assemble_processor",
+    "check_destination",
+    "check_fit",
+    "check_source",
+    "greedy_generation_config",
+    "load_model",
+    "publish",
+    "replaced_when_complete",
+]

@@ -1,0 +1,307 @@
+"""Publishing to a folder and to the Hub, what is refused, and what a second time gives."""
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import IMAGE_SIZE, tiny_vlm, tiny_vlm_config
+from torch import nn
+from transformers import BertConfig, BertModel, GenerationConfig, Trainer, TrainingArguments
+
+from med3dvlm import (
+    DCFormerModel,
+    DCFormerSiglipModel,
+    Med3DVLMForConditionalGeneration,
+    Med3DVLMImageProcessor,
+    Med3DVLMModel,
+    Med3DVLMProcessor,
+    Vit3DModel,
+)
+from med3dvlm.hub_cards.publish import greedy_generation_config, load_model, publish, replaced_when_complete
+
+
+CLASSES = {
+    "vlm": (Med3DVLMForConditionalGeneration, Med3DVLMProcessor),
+    "siglip": (DCFormerSiglipModel, Med3DVLMProcessor),
+    "encoder": (DCFormerModel, Med3DVLMImageProcessor),
+    "vit3d": (Vit3DModel, Med3DVLMImageProcessor),
+}
+PROCESSING_CODE = {"image_processing_med3dvlm.py", "processing_med3dvlm.py", "pipeline_med3dvlm.py", "volume_io.py"}
+
+
+def assert_same_files(left: Path, right: Path, ignored: set[str] = frozenset()) -> None:
+    names = {path.name for path in left.iterdir()} - ignored
+    assert names == {path.name for path in right.iterdir()} - ignored
+    _, different, errors = filecmp.cmpfiles(left, right, names, shallow=False)
+    assert not different and not errors
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_save_load_save_gives_the_same_files_to_the_bit(published, kind, tmp_path):
+    for saved_class in CLASSES[kind]:
+        saved_class.from_pretrained(published[kind]).save_pretrained(tmp_path / "saved")
+    assert_same_files(tmp_path / "saved", published[kind], ignored={"README.md"})
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_publishing_what_was_published_gives_the_same_files_to_the_bit(published, kind, tmp_path):
+    publish(str(published[kind]), tmp_path / "again", notes="Random weights.")
+    assert_same_files(tmp_path / "again", published[kind])
+
+
+def test_a_published_folder_is_complete_and_readable(published):
+    names = {path.name for path in published["vlm"].iterdir()}
+    assert {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+    } <= names
+    assert {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "modeling_med3dvlm.py"} <= names
+    assert len({path.stat().st_mode for path in published["vlm"].iterdir()}) == 1
+    assert not [path for path in published["vlm"].parent.iterdir() if path.name.startswith(".")]
+
+
+def test_generation_is_greedy_and_ends_at_the_end_of_a_turn(vlm, tokenizer):
+    model = SimpleNamespace(generation_config=GenerationConfig(do_sample=True, top_p=0.9, max_new_tokens=5))
+    config = greedy_generation_config(model, tokenizer)
+    assert config.do_sample is False and config.top_p is None and config.max_new_tokens == 5
+    assert config.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert model.generation_config.do_sample is True
+
+    plain = SimpleNamespace(eos_token_id=3, pad_token_id=None, bos_token_id=None, get_vocab=dict)
+    config = greedy_generation_config(model, plain)
+    assert (config.eos_token_id, config.pad_token_id) == (3, 3)
+    plain.eos_token_id = None
+    with pytest.raises(ValueError, match="no `eos_token`"):
+        greedy_generation_config(model, plain)
+
+
+def test_parts_are_assembled(vlm, siglip, encoder, tokenizer, tmp_path):
+    image_processor = vlm.processor.image_processor
+    publish(vlm.model, tmp_path / "vlm", processor=image_processor, tokenizer=tokenizer)
+    assert json.loads((tmp_path / "vlm/processor_config.json").read_text())["image_seq_length"] == 8
+    publish(siglip.model, tmp_path / "siglip", processor=image_processor, tokenizer=tokenizer)
+    assert (tmp_path / "siglip/tokenizer.json").is_file()
+    publish(encoder.model, tmp_path / "encoder", processor=vlm.processor)
+    assert not (tmp_path / "encoder/tokenizer.json").exists()
+
+
+def test_destination_must_be_empty_unless_a_model_may_be_replaced(encoder, tmp_path):
+    def publish_again(destination, **options):
+        return publish(encoder.model, destination, processor=encoder.processor, **options)
+
+    (tmp_path / "empty").mkdir()
+    assert publish_again(tmp_path / "empty") == str(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="is not empty.*overwrite=True"):
+        publish_again(tmp_path / "empty")
+    (tmp_path / "empty" / "stale.py").write_text("")
+    publish_again(tmp_path / "empty", overwrite=True)
+    assert not (tmp_path / "empty" / "stale.py").exists()
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match=r"no config\.json"):
+        publish_again(tmp_path / "home", overwrite=True)
+    with pytest.raises(FileExistsError, match="is not a folder"):
+        publish_again(tmp_path / "home" / "thesis.tex", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "home"]
+
+
+def test_a_failure_leaves_the_destination_as_it_was(encoder, tmp_path, monkeypatch):
+    destination = tmp_path / "model"
+    publish(encoder.model, destination, processor=encoder.processor)
+    before = {path.name: path.read_bytes() for path in destination.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Med3DVLMImageProcessor, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        publish(encoder.model, destination, processor=encoder.processor, overwrite=True)
+    assert {path.name: path.read_bytes() for path in destination.iterdir()} == before
+    with pytest.raises(OSError, match="disk full"):
+        publish(encoder.model, tmp_path / "new", processor=encoder.processor)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("")
+    rename = Path.rename
+
+    def fail_for_new(self, target):
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="no"), replaced_when_complete(tmp_path / "model"):
+        pass
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def misfit_processor(vlm, **changes):
+    processor = vlm.processor
+    fields = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "image_seq_length": 8}
+    return Med3DVLMProcessor(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (TypeError, "Merge adapters first", lambda vlm: {"model": BertModel(BertConfig(hidden_size=12))}),
+        (TypeError, "got torch.*Linear", lambda vlm: {"model": nn.Linear(1, 1)}),
+        (TypeError, "rather than its base", lambda vlm: {"model": Med3DVLMModel(tiny_vlm_config())}),
+        (TypeError, "Expected `processor` to be a Med3DVLMProcessor", lambda vlm: {"processor": object()}),
+        (ValueError, "pass `processor`, a Med3DVLMProcessor", lambda vlm: {"processor": None}),
+        (ValueError, "needs a tokenizer", lambda vlm: {"processor": vlm.processor.image_processor}),
+        (ValueError, "has its own tokenizer", lambda vlm: {"tokenizer": object()}),
+        (ValueError, "No Med3DVLMProcessor can be loaded from '/nowhere'", lambda vlm: {"processor": "/nowhere"}),
+        (
+            ValueError,
+            r"`image_size` is \(32, 64, 96\), the processor's is \(8, 8, 8\)",
+            lambda vlm: {
+                "processor": misfit_processor(vlm, image_processor=Med3DVLMImageProcessor(image_size=[8, 8, 8]))
+            },
+        ),
+        (
+            ValueError,
+            "`image_seq_length` is 8, the processor's is 5",
+            lambda vlm: {"processor": misfit_processor(vlm, image_seq_length=5)},
+        ),
+        (
+            ValueError,
+            "`image_token_id` is 9, the processor's is 7",
+            lambda vlm: {"model": tiny_vlm(image_token_id=9)},
+        ),
+        (
+            ValueError,
+            "99 tokens, the text model 50",
+            lambda vlm: {"model": tiny_vlm(text_config={"vocab_size": 50})},
+        ),
+        (TypeError, "unexpected keyword argument 'licence'", lambda vlm: {"licence": "mit"}),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(vlm, tmp_path, error, message, arguments):
+    given = {"model": vlm.model, "processor": vlm.processor, **arguments(vlm)}
+    with pytest.raises(error, match=message):
+        publish(given.pop("model"), tmp_path / "model", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_refused(vlm, tmp_path):
+    model = get_peft_model(tiny_vlm(), LoraConfig(target_modules=r".*language_model.*\.q_proj"))
+    with pytest.raises(TypeError, match="got peft.*Merge adapters first"):
+        publish(model, tmp_path / "model", processor=vlm.processor)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_its_tensors(published, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(published["encoder"], source)
+    weights = load_file(source / "model.safetensors")
+    weights["extra.weight"] = torch.zeros(1)
+    weights["stem.layers.0.conv_depth.bias"] = torch.zeros(3)
+    del weights["stem.layers.1.conv_depth.bias"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit DCFormerModel") as error:
+        publish(source, tmp_path / "model")
+    for part in (
+        "1 missing in the checkpoint: stem.layers.1.conv_depth.bias",
+        "1 not part of the model: extra.weight",
+        "stem.layers.0.conv_depth.bias (checkpoint (3,), model (4,))",
+    ):
+        assert part in str(error.value)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_with_a_foreign_model_or_none_is_refused(tmp_path):
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"to hold one of .*got `architectures` \['BertModel'\] and `model_type` 'bert'"
+    ):
+        load_model(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"a folder or a Hub repository `org/name`, got .*no such folder"):
+        load_model(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json.*Merge an adapter"):
+        load_model(str(tmp_path / "empty"))
+
+
+def test_precision_is_kept(encoder, tmp_path):
+    model = DCFormerModel(encoder.model.config).to(torch.bfloat16)
+    publish(model, tmp_path / "half", processor=encoder.processor)
+    assert load_model(str(tmp_path / "half")).dtype == torch.bfloat16
+    assert "Parameters (bfloat16)" in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_large_weights_are_sharded(vlm, tmp_path):
+    publish(vlm.model, tmp_path / "model", processor=vlm.processor, max_shard_size="50KB")
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    loaded = load_model(str(tmp_path / "model"))
+    assert all(torch.equal(left, right) for left, right in zip(loaded.parameters(), vlm.model.parameters()))
+
+
+class Hub:
+    """Stands in for `HfApi` and keeps what is uploaded."""
+
+    def __init__(self):
+        self.created, self.files, self.options = [], {}, {}
+
+    def create_repo(self, repo_id, **options):
+        self.created.append((repo_id, options))
+        return type("RepoUrl", (str,), {"repo_id": repo_id})(f"https://hub/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, **options):
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        self.options = options
+
+    def create_commit(self, repo_id, operations, **options):
+        self.files = {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
+
+
+def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    url = publish(vlm.model, "org/name", processor=vlm.processor, push_to_hub=True, private=True)
+    assert url == "https://hub/org/name"
+    assert hub.created == [("org/name", {"private": True, "exist_ok": True})]
+    assert set(hub.files) == {path.name for path in published["vlm"].iterdir()}
+    assert 'model="org/name"' in hub.files["README.md"].decode()
+    assert "*.py" in hub.options["delete_patterns"]
+
+
+def test_push_to_hub_of_a_model_and_a_processor_carries_the_code(vlm, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text(""))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
+    vlm.model.push_to_hub("org/name")
+    assert {"modeling_med3dvlm.py", "pipeline_med3dvlm.py", "strict_loading.py"} <= set(hub.files)
+    vlm.processor.push_to_hub("org/name")
+    assert set(hub.files) >= PROCESSING_CODE
+
+
+def test_adapter_folder_carries_the_code_of_its_processor(vlm, tmp_path):
+    model = get_peft_model(tiny_vlm(), LoraConfig(target_modules=r".*language_model.*\.q_proj"))
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    Trainer(model, arguments, processing_class=vlm.processor).save_model(tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names >= PROCESSING_CODE | {"adapter_model.safetensors", "processor_config.json"}
+
+
+def test_string_and_path_sources_are_the_same(published, tmp_path):
+    publish(published["vit3d"], tmp_path / "path", repo_id="org/name")
+    publish(str(published["vit3d"]), tmp_path / "string", repo_id="org/name")
+    assert_same_files(tmp_path / "path", tmp_path / "string")
+    assert tuple(load_model(str(tmp_path / "path")).config.image_size) == IMAGE_SIZE
