@@ -104,6 +104,10 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
     torch.Size([2, 2])
     ```"""
 
+    # The loss is a mean over pairs that ignores `num_items_in_batch`; Trainer would else not average over accumulation
+    # steps, and multiply by the number of processes.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: DCFormerSiglipConfig):
         super().__init__(config)
         self.vision_model = VISION_MODELS[config.vision_config.model_type]._from_config(config.vision_config)

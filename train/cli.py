@@ -238,3 +238,7 @@ def demo(
         from .demo import run_demo
 
         run_demo(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -137,7 +137,8 @@ def run_demo(output: Path) -> None:
         raise RuntimeError(f"The published folder did not answer:\n{result.stderr}")
     print(f"Question: {question}")
     print(f"Answer of the untrained model (meaningless): {json.loads(result.stdout.splitlines()[-1])}")
-    print(f"\nAsk it yourself: med3dvlm ask {scan} {question!r} --model {folder}")
+    command_line = Path(sys.argv[0]) if Path(sys.argv[0]).name == "med3dvlm" else Path("med3dvlm")
+    print(f"\nAsk it yourself: {command_line} ask {scan} {question!r} --model {folder}")
 
 
 __all__ = ["UNTRAINED_NOTE", "build_tiny_model", "build_tiny_tokenizer", "run_demo"]
