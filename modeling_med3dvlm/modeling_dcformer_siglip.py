@@ -104,8 +104,8 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
     torch.Size([2, 2])
     ```"""
 
-    # The loss is a mean over pairs that ignores `num_items_in_batch`; Trainer would else not average over accumulation
-    # steps, and multiply by the number of processes.
+    # The loss is a mean over pairs and ignores `num_items_in_batch`. Left to guess, Trainer would take `**kwargs` for a
+    # sign that it does not, and leave accumulated batches that happen to carry labels unaveraged.
     accepts_loss_kwargs = False
 
     def __init__(self, config: DCFormerSiglipConfig):
