@@ -4,6 +4,7 @@ VENV ?= .venv
 # The tested release. Installed first, so that nothing after it chooses another build.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+FOLDERS := configuration modeling_med3dvlm processing hub_cards train med3dvlm
 
 .PHONY: help demo test test-slow check style goldens coverage api build clean
 
@@ -38,7 +39,7 @@ goldens: $(VENV)/.installed  ## Print the differences from the original implemen
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/golden_cases.py
 
 coverage: $(VENV)/.installed  ## Run the test suite and print what it covers
-	$(BIN)/python -m pytest -m "not slow" --cov=med3dvlm --cov-report=term
+	$(BIN)/python -m pytest -m "not slow" $(FOLDERS:%=--cov=%) --cov-report=term
 
 api: $(VENV)/.installed  ## Print the share of public definitions that are documented, typed and tested
 	$(BIN)/python tests/api_summary.py
