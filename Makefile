@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## Answer on a real scan with an embedded tiny model
 	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo
 
 test: $(VENV)/.installed  ## Run the test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed  ## Run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow
@@ -39,7 +39,7 @@ goldens: $(VENV)/.installed  ## Print the differences from the original implemen
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/golden_cases.py
 
 coverage: $(VENV)/.installed  ## Run the test suite and print what it covers
-	$(BIN)/python -m pytest -m "not slow" $(FOLDERS:%=--cov=%) --cov-report=term
+	$(BIN)/python -m pytest $(FOLDERS:%=--cov=%) --cov-report=term
 
 api: $(VENV)/.installed  ## Print the share of public definitions that are documented, typed and tested
 	$(BIN)/python tests/api_summary.py

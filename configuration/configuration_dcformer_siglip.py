@@ -1,5 +1,6 @@
 """Configuration of the dual encoder that aligns volumes with reports."""
 
+import copy
 import math
 from typing import Any, Literal
 
@@ -35,6 +36,19 @@ def build_vision_config(vision_config: dict | PreTrainedConfig | None) -> PreTra
     return VISION_CONFIGS[model_type](**fields)
 
 
+def with_image_size(vision_config: Any, image_size: list[int] | tuple[int, ...]) -> Any:
+    """
+    A copy of the configuration of a volume encoder for volumes of another size, (depth, height, width) in voxels.
+
+    Raises:
+        StrictDataclassClassValidationError: the encoder cannot have that size.
+    """
+    vision_config = copy.deepcopy(vision_config)  # the caller's own configuration stays as it is
+    vision_config.image_size = tuple(image_size)
+    vision_config.validate()
+    return vision_config
+
+
 @strict
 class DCFormerSiglipConfig(PreTrainedConfig):
     r"""
@@ -43,6 +57,8 @@ class DCFormerSiglipConfig(PreTrainedConfig):
     Args:
         vision_config (`DCFormerConfig`, `Vit3DConfig` or `dict`, *optional*):
             The volume encoder; DCFormer-small by default.
+        image_size (`tuple[int, int, int]`, *optional*):
+            Voxels along `(depth, height, width)`; sets, and afterwards reads, `vision_config.image_size`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Any text encoder that `AutoModel` builds; by default the sizes of ClinicalBERT (a DistilBERT).
         projection_dim (`int`, *optional*, defaults to 768):
@@ -102,6 +118,8 @@ class DCFormerSiglipConfig(PreTrainedConfig):
             "AutoModelForZeroShotImageClassification": "modeling_dcformer_siglip.DCFormerSiglipModel",
         }
         self.vision_config = build_vision_config(self.vision_config)
+        if (image_size := kwargs.pop("image_size", None)) is not None:
+            self.image_size = image_size
         if self.logit_scale_init_value is None:
             self.logit_scale_init_value = math.log(10.0) if self.loss_type == "sigmoid" else math.log(1 / 0.07)
         super().__post_init__(**kwargs)
@@ -110,6 +128,10 @@ class DCFormerSiglipConfig(PreTrainedConfig):
     def image_size(self) -> tuple[int, int, int]:
         """Voxels along `(depth, height, width)`, those of the volume encoder."""
         return tuple(self.vision_config.image_size)
+
+    @image_size.setter
+    def image_size(self, image_size: list[int] | tuple[int, ...]) -> None:
+        self.vision_config = with_image_size(self.vision_config, image_size)
 
     def validate_architecture(self):
         """Part of the `@strict` validation: refuses what cannot be built, and says what to change."""
@@ -122,4 +144,4 @@ class DCFormerSiglipConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["VISION_CONFIGS", "DCFormerSiglipConfig", "build_vision_config"]
+__all__ = ["VISION_CONFIGS", "DCFormerSiglipConfig", "build_vision_config", "with_image_size"]

@@ -1,6 +1,5 @@
 """Configuration of the vision-language model."""
 
-import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -8,7 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .configuration_dcformer import DCFormerConfig
-from .configuration_dcformer_siglip import build_vision_config
+from .configuration_dcformer_siglip import build_vision_config, with_image_size
 
 
 # Sizes of Qwen2.5-7B-Instruct, the language model of the paper (its published config.json).
@@ -107,9 +106,7 @@ class Med3DVLMConfig(PreTrainedConfig):
         }
         self.vision_config = build_vision_config(self.vision_config)
         if (image_size := kwargs.pop("image_size", None)) is not None:
-            self.vision_config = copy.deepcopy(self.vision_config)  # the caller's own configuration stays as it is
-            self.vision_config.image_size = tuple(image_size)
-            self.vision_config.validate()
+            self.image_size = image_size
         super().__post_init__(**kwargs)
         # `post_init` of the model reads only this flag; a text config that ties would otherwise lose its head.
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
@@ -118,6 +115,10 @@ class Med3DVLMConfig(PreTrainedConfig):
     def image_size(self) -> tuple[int, int, int]:
         """Voxels along `(depth, height, width)`, those of the volume encoder."""
         return tuple(self.vision_config.image_size)
+
+    @image_size.setter
+    def image_size(self, image_size: list[int] | tuple[int, ...]) -> None:
+        self.vision_config = with_image_size(self.vision_config, image_size)
 
     @property
     def image_seq_length(self) -> int:

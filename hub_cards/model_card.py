@@ -58,7 +58,7 @@ class CardFields(TypedDict, total=False):
     title (`str`):
         Heading; by default the kind of model.
     license (`str`):
-        Identifier of the licence on the Hub; Apache 2.0 by default.
+        Identifier of the licence of the weights on the Hub; `"unknown"` by default, and required for an upload.
     base_model (`str` or `list[str]`):
         Repositories that the weights were trained from; by default that of the text model, if it is known.
     datasets (`list[str]`):
@@ -87,7 +87,7 @@ def create_model_card(
     *,
     repo_id: str | None = None,
     title: str | None = None,
-    license: str = "apache-2.0",
+    license: str = "unknown",
     base_model: str | list[str] | None = None,
     datasets: list[str] | None = None,
     language: str | list[str] = "en",

@@ -75,8 +75,8 @@ def publish(
         TypeError: `model` or `processor` is none of ours.
         FileExistsError: `destination` holds files, and `overwrite` is not set or they are no model.
         OSError: `model` is a path or a name where there is nothing.
-        ValueError: model and processor do not fit each other, one of them is missing, or the weights of the model at a
-            path do not fit its configuration.
+        ValueError: model and processor do not fit each other, one of them is missing, the weights of the model at a
+            path do not fit its configuration, or a model for the Hub has no licence.
 
     Example:
 
@@ -85,13 +85,18 @@ def publish(
 
     >>> publish(model, "published", processor=processor, notes="Random weights, to try things out.")  # doctest: +SKIP
     ```"""
+    if push_to_hub and card_fields.get("license", "unknown") == "unknown":
+        raise ValueError(
+            "A model on the Hub needs a licence: pass `license`, the identifier that the Hub uses, and mind the licences of "
+            "the language model and of the training data."
+        )
+    if not push_to_hub:  # before a large model is loaded
+        check_destination(Path(destination), overwrite)
     if isinstance(model, (str, os.PathLike)):
         source = os.fspath(model)
         model = load_model(source)
         processor = source if processor is None and tokenizer is None else processor
-    card_kind(model)  # refuses foreign models, before anything is read or written
-    if not push_to_hub:
-        check_destination(Path(destination), overwrite)
+    card_kind(model)  # refuses foreign models, before anything is written
     processor = assemble_processor(model, processor, tokenizer)
     check_fit(model.config, processor)
     if push_to_hub:

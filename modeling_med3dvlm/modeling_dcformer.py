@@ -23,6 +23,28 @@ from ..configuration.configuration_dcformer import DCFormerConfig
 from .strict_loading import StrictLoadingMixin
 
 
+class DCFormerBatchNorm3d(nn.BatchNorm3d):
+    """
+    Batch normalisation that is frozen with its weight: it then uses its running statistics in training too, and leaves
+    them alone. Otherwise an encoder whose weights are frozen would go on changing, and adapters, which save no
+    statistics, would be reloaded onto another encoder than they were trained on.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) -> (B, C, D, H, W)."""
+        if self.training and not self.weight.requires_grad:
+            return nn.functional.batch_norm(
+                hidden_states,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                training=False,
+                eps=self.eps,
+            )
+        return super().forward(hidden_states)
+
+
 class DCFormerDecomposedConv(nn.Module):
     """
     A 3D convolution decomposed along the axes: the sum of three parallel one-dimensional convolutions, each with its
@@ -52,7 +74,9 @@ class DCFormerDecomposedConv(nn.Module):
     ):
         super().__init__()
         conv = partial(nn.Conv3d, in_channels, out_channels, stride=stride, groups=groups)
-        norm = partial(nn.BatchNorm3d, out_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+        norm = partial(
+            DCFormerBatchNorm3d, out_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum
+        )
         size, padding = kernel_size, kernel_size // 2
         # The biases do nothing in training, where the normalisation removes them, but published weights have them.
         self.conv_depth = conv(kernel_size=(size, 1, 1), padding=(padding, 0, 0))

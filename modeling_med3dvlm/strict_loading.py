@@ -25,24 +25,46 @@ class StrictLoadingMixin:
         Args:
             strict (`bool`, *optional*, defaults to `True`):
                 Whether to raise when tensors are missing, left over or of another shape. `False` loads what fits, for
-                instance to start another architecture from a checkpoint.
+                instance to start another architecture from a checkpoint; `ignore_mismatched_sizes=True` forgives
+                other shapes only.
 
         Raises:
-            ValueError: the checkpoint does not fit; the message lists the tensors.
+            ValueError: the checkpoint does not fit; the message lists the tensors. Also, whatever `strict` is, when
+                nothing of it fits.
         """
-        # Left to itself, a tensor of another shape raises before the other faults are known.
-        kwargs.setdefault("ignore_mismatched_sizes", True)
+        is_shape_forgiven = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            # Left to itself, a tensor of another shape raises before the other faults are known.
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
-        faults = describe_faults(info)
-        if strict and faults:
+        faults = describe_faults({**info, "mismatched_keys": []} if is_shape_forgiven else info)
+        is_empty = len(info["missing_keys"]) == len(model.state_dict())
+        if faults and (strict or is_empty):
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} does not fit {cls.__name__}:\n{faults}\n"
-                "Load it with the class and configuration it was saved with, or pass `strict=False` to keep what fits "
-                "and initialise the rest."
+                f"{suggest_remedy(info, is_empty)}"
             )
         return (model, info) if output_loading_info else model
+
+
+def suggest_remedy(info: dict[str, Any], is_empty: bool) -> str:
+    """What to do about a checkpoint that does not fit, by what a loading report of transformers says."""
+    unexpected = set(info["unexpected_keys"])
+    for missing in sorted(info["missing_keys"]):
+        part = next((key[: -len(missing) - 1] for key in sorted(unexpected) if key.endswith(f".{missing}")), None)
+        if part is not None:
+            return (
+                f"The checkpoint is of a model that has these tensors as its part `{part}`: load that model with its own "
+                f"class, and take the part's weights, `model.load_state_dict(whole.{part}.state_dict())`."
+            )
+    remedy = "Load it with the class and configuration it was saved with"
+    if is_empty:
+        return f"{remedy}: not one tensor of it belongs here."
+    return f"{remedy}, or pass `strict=False` to keep what fits and initialise the rest."
 
 
 def describe_faults(info: dict[str, Any], most: int = 20) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ INTENSITY_MODES = ("auto", "window", "percentile", "minmax", "none")
 HU_OF_AIR = -200.0
 # The mean of a CT lies below dense bone, whatever is in it. MR that was resampled can undershoot zero, but not this.
 HU_OF_DENSE_BONE = 1000.0
+# The air around a patient is -1000 HU; noise and resampling leave it below this.
+HU_OF_OUTSIDE_AIR = -800.0
 # Options every image processor of transformers knows, and what does the same for a volume.
 OPTIONS_OF_PICTURES = {
     **dict.fromkeys(("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"), "image_size"),
@@ -148,6 +151,32 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
         self.volume_index = self.return_report = None  # of one call, not of a processor
         self.auto_map = {"AutoImageProcessor": "image_processing_med3dvlm.Med3DVLMImageProcessor"}
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """
+        Prepares one volume or lists of them: see the class for the steps, and `fetch_images` for what a volume is.
+
+        Args:
+            images (`Any`):
+                The volumes.
+            kwargs:
+                Any option of the processor, for this call; and `volume_index` (`int`), which volume of a 4D series to
+                take, from 0; `return_report` (`bool`), whether to add `preprocessing_report`, see `prepare_volume`;
+                `return_tensors` (`str`).
+
+        Returns:
+            [`~transformers.BatchFeature`] with `pixel_values` (`torch.FloatTensor` of shape `(num_volumes, 1, depth,
+            height, width)`, in [0, 1]).
+
+        Raises:
+            InvalidVolumeError: a volume cannot be used.
+            ValueError: an option has a value that cannot be, or no option has its name.
+        """
+        check_option_names(kwargs, [*self._valid_kwargs_names, "image_like_kwargs"])
+        return super().preprocess(images, *args, **kwargs)
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        return {name: as_plain_numbers(value) for name, value in super()._standardize_kwargs(**kwargs).items()}
 
     def fetch_images(self, images: Any) -> Any:
         """
@@ -301,6 +330,28 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         return voxels, report
 
 
+def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: an option is not known; transformers would leave it out and go on.
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"There is no option `{name}`{hint}")
+
+
+def as_plain_numbers(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, which JSON can hold; all else as it is."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return type(value)(as_plain_numbers(entry) for entry in value)
+    return value
+
+
 def is_sequence_of(value: Any, types: Any, length: int) -> bool:
     """Whether `value` is a list or tuple of that length whose entries are of these types, and no booleans."""
     return (
@@ -441,15 +492,28 @@ def affine_of_grid(
 def find_warnings(report: dict[str, Any], requested_mode: str) -> list[str]:
     """What a reader of a report should look at twice."""
     warnings = []
+    source_dtype = report["source_dtype"]
     if report["source_orientation"] is not None and not report["is_orientation_known"]:
         warnings.append("The file does not say how the patient lies: left and right are a convention, not a fact.")
     if report["source_orientation"] is None:
         warnings.append("An array has no affine: it was taken to be in the order (depth, height, width) of the model.")
     spacing = report["oriented_spacing"]
-    if spacing is not None and max(spacing) > 10:
-        warnings.append(f"Voxels are up to {max(spacing):.3g} mm apart: check that the spacing is in mm.")
+    if spacing is not None and (max(spacing) > 10 or min(spacing) < 0.05):
+        warnings.append(
+            f"Voxels are {min(spacing):.3g} to {max(spacing):.3g} mm apart: check the units of the header."
+        )
     if requested_mode == "auto" and report["intensity_mode"] == "minmax" and report["source_range"][0] < 0:
         warnings.append("Negative values, but not as in CT: scaled by their own range. For CT in HU ask for 'window'.")
+    lowest, highest = report["source_range"]
+    if requested_mode == "auto" and report["intensity_mode"] == "window" and lowest > HU_OF_OUTSIDE_AIR:
+        warnings.append(
+            f"Read as CT because of values down to {lowest:g}, yet none is as low as air (-1000 HU): for other images ask "
+            "for 'percentile'."
+        )
+    if report["intensity_mode"] in ("window", "minmax") and lowest >= 0 and highest > 1500 and "int" in source_dtype:
+        warnings.append(
+            "No negative values: if this is CT, HU may be stored with an offset, often of 1024. Subtract it."
+        )
     return warnings
 
 

@@ -32,7 +32,8 @@ class Med3DVLMPipeline(ImageTextToTextPipeline):
         if missing := {"images", "text"} - inputs.keys():
             raise ValueError(f"Expected a dictionary with `images` and `text`, {sorted(missing)} missing.")
         kwargs.pop("continue_final_message", None)  # concerns conversations only
-        processor_kwargs = {**kwargs, **(kwargs.pop("processor_kwargs", None) or {})}
+        processor_kwargs = kwargs.pop("processor_kwargs", None) or {}
+        processor_kwargs = {**kwargs, **processor_kwargs}
         if isinstance(inputs["text"], (list, tuple)) and len(inputs["text"]) > 1:
             processor_kwargs.setdefault("padding", True)
         model_inputs = self.processor(

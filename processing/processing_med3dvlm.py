@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .image_processing_med3dvlm import Med3DVLMImageProcessorKwargs
+from .image_processing_med3dvlm import Med3DVLMImageProcessorKwargs, check_option_names
 
 
 if TYPE_CHECKING:
@@ -128,9 +128,12 @@ class Med3DVLMProcessor(ProcessorMixin):
         Checks that every placeholder has a volume and every volume a placeholder.
 
         Raises:
-            ValueError: neither `images` nor `text` was given, or the counts differ; with a list of volumes for each
-                text, in any one of them.
+            ValueError: an option is not known, neither `images` nor `text` was given, or the counts differ; with a
+                list of volumes for each text, in any one of them.
         """
+        kinds = self.valid_processor_kwargs.__annotations__
+        options = {name for kind in ("text_kwargs", "images_kwargs") for name in kinds[kind].__annotations__}
+        check_option_names(kwargs, {*options, *kinds, "common_kwargs", "return_metadata", "videos", "audio"})
         if images is None and text is None:
             raise ValueError("Expected `images`, `text` or both, got neither.")
         if text is None or self.image_token is None:
@@ -142,8 +145,8 @@ class Med3DVLMProcessor(ProcessorMixin):
         if sum(placeholders) != volumes:
             raise ValueError(
                 f"Expected as many volumes as placeholders {self.image_token!r} in the text, got {volumes} volumes and "
-                f"{sum(placeholders)} placeholders. Write {self.image_token!r} where each volume belongs, or use "
-                "`apply_chat_template`, which does."
+                f"{sum(placeholders)} placeholders. Write {self.image_token!r} where each volume belongs and nowhere else, or use "
+                "`apply_chat_template`, which writes it for each volume of a message."
             )
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
         if is_nested and (counts := [count_volumes(entry) for entry in images]) != placeholders:

@@ -242,6 +242,8 @@ def _open_image(image: Any) -> Volume:
     else:
         is_known = not isinstance(image, nibabel.AnalyzeImage)  # the one format that has no place for it
     affine = image.header.get_best_affine() if image.affine is None else np.asarray(image.affine, dtype=np.float64)
+    if isinstance(image, nibabel.Nifti1Pair):
+        affine = np.diag([_millimetres(image.header)] * 3 + [1.0]) @ affine
     return _volume_with_affine(name, image.dataobj, image.shape, dtype, affine, is_known)
 
 
@@ -262,7 +264,13 @@ def _open_file(content: Path | bytes) -> Volume:
             f"{name}: the orientation in its header is invalid ({error}). Export it again."
         ) from (error)
     is_known = bool(header["qform_code"] or header["sform_code"])
+    affine = np.diag([_millimetres(header)] * 3 + [1.0]) @ affine
     return _volume_with_affine(name, file, file.shape, file.dtype, affine, is_known)
+
+
+def _millimetres(header: Any) -> float:
+    """Millimetres in the unit of length that a NIfTI header names (`xyzt_units`, bits 0 to 2); mm if it names none."""
+    return {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # 1 is the metre, 3 the micrometre
 
 
 def _volume_with_affine(

@@ -37,14 +37,33 @@ def main() -> None:
         sys.exit(130)
 
 
+# How the options of Python functions, which messages name, are called here.
+OPTIONS_HERE = {
+    "`volume_index`": "--volume-index",
+    "`overwrite=True`": "--overwrite",
+    "pass `license`": "pass --license",
+}
+
+
 @contextmanager
 def bad_input_is_an_answer() -> Iterator[None]:
     """Turns the errors that tell a user what to do into a line on stderr and exit code 2. Others are faults of ours."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"med3dvlm: {error}", err=True)
+        message = str(error)
+        for there, here in OPTIONS_HERE.items():
+            message = message.replace(there, here)
+        typer.echo(f"med3dvlm: {message}", err=True)
         raise typer.Exit(code=2) from error
+
+
+def hush_progress_bars() -> None:
+    """Leaves out the progress bars of transformers where no one watches: in files and pipes they are noise."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 @contextmanager
@@ -59,11 +78,11 @@ def step(message: str) -> Iterator[None]:
 def check_model_name(model: str) -> str:
     """
     Raises:
-        FileNotFoundError: `model` can only be a folder, and there is none of that name.
+        FileNotFoundError: `model` can only be a folder, and there is none of that name, or no model in it.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{model}: expected a published model, the folder has no config.json.")
         return str(path)
     is_repository = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists()
@@ -72,6 +91,36 @@ def check_model_name(model: str) -> str:
             f"{model}: expected a folder with a published model or a Hub repository `org/name`; there is no such folder."
         )
     return model
+
+
+def check_answers_questions(model: str) -> None:
+    """
+    Raises:
+        ValueError: the model is of another kind than those that answer.
+    """
+    from transformers import AutoConfig
+
+    if (Path(model) / "adapter_config.json").exists():
+        return  # its base model answers
+    model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type != "med3dvlm":
+        raise ValueError(
+            f"{model}: expected a vision-language model (model_type 'med3dvlm'), got {model_type!r}, which answers no "
+            "questions."
+        )
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device}: it cannot be used here ({error}). Try cpu.") from error
 
 
 @app.command()
@@ -112,6 +161,8 @@ def ask(
     Example: med3dvlm ask chest.nii.gz "Is there a pleural effusion?" --model org/med3dvlm --hu-range soft_tissue
     """
     with bad_input_is_an_answer():
+        if not question.strip():
+            raise ValueError("Expected a question, got an empty one.")
         model = check_model_name(model)
         options = {
             "intensity_mode": intensity_mode,
@@ -126,14 +177,16 @@ def ask(
             from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
             from ..processing.image_processing_med3dvlm import format_preprocessing_report
-            from ..processing.volume_io import open_volume
-
-        open_volume(scan)  # a scan that cannot be used is refused before a large model is loaded
+        hush_progress_bars()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with step(f"loading {model}"):
-            processor = AutoProcessor.from_pretrained(model)
-            generator = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval().to(device)
+        check_device(device)
+        check_answers_questions(model)
+
+        # The scan first: one that cannot be used is refused before a large model is loaded.
         with step(f"preparing {scan}"):
+            processor = AutoProcessor.from_pretrained(model)
+            if processor.image_token in question:
+                raise ValueError(f"The question must not contain {processor.image_token!r}, which stands for a scan.")
             content = [{"type": "image", "path": str(scan)}, {"type": "text", "text": question}]
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
@@ -145,6 +198,8 @@ def ask(
             )
             (report,) = inputs.pop("preprocessing_report")
         typer.echo(f"\n{format_preprocessing_report(report)}\n", err=True)
+        with step(f"loading {model}"):
+            generator = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval().to(device)
         max_new_tokens = max_new_tokens or generator.generation_config.max_new_tokens or 256
         streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with step("answering"), torch.inference_mode():
@@ -187,7 +242,10 @@ def publish(
     push: Annotated[bool, typer.Option("--push", help="Publish to the Hub instead of a folder.")] = False,
     private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
-    license: Annotated[str, typer.Option(help="Licence of the weights, as the Hub names it.")] = "apache-2.0",
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence of the weights, as the Hub names it; needed with --push.", show_default="unknown"),
+    ] = None,
     base_model: Annotated[
         list[str] | None, typer.Option(help="Repository the weights come from; may be repeated.")
     ] = None,
@@ -206,12 +264,18 @@ def publish(
     """
     with bad_input_is_an_answer():
         model = check_model_name(model)
+        if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
+            raise ValueError(
+                f"{model}: an adapter, not a whole model. Merge it first, in Python: `PeftModel.from_pretrained(base, "
+                f"{model!r}).merge_and_unload().save_pretrained(folder)` and `processor.save_pretrained(folder)`."
+            )
         if private and not push:
             raise ValueError("--private concerns a repository on the Hub: add --push, or leave it out.")
         with step("importing"):
             from ..hub_cards.publish import publish as publish_model
+        hush_progress_bars()
         fields: dict[str, Any] = {
-            "license": license,
+            "license": license or "unknown",
             "base_model": base_model or None,
             "datasets": dataset or None,
             "training_data": training_data,
@@ -237,6 +301,7 @@ def demo(
     with bad_input_is_an_answer():
         from .demo import run_demo
 
+        hush_progress_bars()
         run_demo(output)
 
 

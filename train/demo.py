@@ -123,7 +123,9 @@ def run_demo(output: Path) -> None:
     model, processor = build_tiny_model()
     print(f"Model: made on the spot, {model.num_parameters():,} random weights (the paper's has 7.7 billion).")
     print(f"       {UNTRAINED_NOTE}")
-    folder = publish(model, output / "model", processor=processor, overwrite=True, notes=UNTRAINED_NOTE)
+    folder = publish(
+        model, output / "model", processor=processor, overwrite=True, license="apache-2.0", notes=UNTRAINED_NOTE
+    )
     print(f"Published: {folder} ({', '.join(sorted(path.name for path in Path(folder).iterdir()))})")
 
     report = processor.image_processor(scan, return_report=True)["preprocessing_report"][0]

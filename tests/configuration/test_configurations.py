@@ -71,6 +71,15 @@ def test_image_size_is_written_once_and_leaves_the_callers_config_alone():
     assert "image_size" not in {key for key in config.to_dict() if key != "vision_config"}
 
 
+@pytest.mark.parametrize("config", [tiny_config(), DCFormerSiglipConfig(vision_config=VISION)])
+def test_image_size_can_be_changed_when_a_configuration_is_loaded(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    loaded = type(config).from_pretrained(tmp_path, image_size=(64, 32, 16))
+    assert loaded.image_size == tuple(loaded.vision_config.image_size) == (64, 32, 16)
+    with pytest.raises(StrictDataclassClassValidationError, match="three positive numbers"):
+        type(config).from_pretrained(tmp_path, image_size=(64, 32))
+
+
 def test_tied_embeddings_of_the_text_config_are_kept():
     assert tiny_config(text_config={**TEXT, "tie_word_embeddings": True}).tie_word_embeddings
     assert not tiny_config().tie_word_embeddings

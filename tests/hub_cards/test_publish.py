@@ -273,7 +273,7 @@ class Hub:
 def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monkeypatch):
     hub = Hub()
     monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
-    url = publish(vlm.model, "org/name", processor=vlm.processor, push_to_hub=True, private=True)
+    url = publish(vlm.model, "org/name", processor=vlm.processor, push_to_hub=True, license="apache-2.0", private=True)
     assert url == "https://hub/org/name"
     assert hub.created == [("org/name", {"private": True, "exist_ok": True})]
     assert set(hub.files) == {path.name for path in published["vlm"].iterdir()}

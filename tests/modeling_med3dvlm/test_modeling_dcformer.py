@@ -104,6 +104,22 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(use_reen
     assert int(plain.stem.layers[0].norm_depth.num_batches_tracked) == 1
 
 
+def test_frozen_encoder_keeps_its_statistics_and_its_output_in_training():
+    model = tiny_model()
+    volumes = tiny.random_volumes(2)
+    expected = model(volumes).last_hidden_state
+    model.train().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    torch.testing.assert_close(model(volumes).last_hidden_state, expected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    model.requires_grad_(True)
+    assert not torch.allclose(model(volumes).last_hidden_state, expected)
+    assert not torch.equal(
+        model.stem.layers[0].norm_depth.running_mean, before["stem.layers.0.norm_depth.running_mean"]
+    )
+
+
 def test_every_weight_is_trained():
     model = tiny_model().train()
     model(tiny.random_volumes(2)).pooler_output.square().sum().backward()

@@ -308,7 +308,6 @@ def test_lora_trains_the_language_model_and_the_whole_projector(tmp_path):
     model.eval().save_pretrained(tmp_path / "adapter")
     expected = model(**inputs).logits
     fresh = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path / "base")
-    fresh.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())  # the statistics of the step
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(**inputs).logits, expected)
     merged = loaded.merge_and_unload()

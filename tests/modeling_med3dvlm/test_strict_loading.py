@@ -58,6 +58,31 @@ def test_all_kinds_of_models_are_strict(tmp_path):
             type(model).from_pretrained(folder)
 
 
+@pytest.mark.parametrize("make, part", [(tiny.tiny_siglip, "vision_model"), (tiny.tiny_vlm, "model.vision_tower")])
+def test_encoder_of_a_whole_model_is_refused_with_the_way_to_take_it(make, part, tmp_path):
+    whole = make()
+    whole.save_pretrained(tmp_path)
+    for strict in (True, False):  # not strict is no licence for an encoder that is random throughout
+        with pytest.raises(ValueError, match=rf"as its part `{part}`.*whole.{part}.state_dict\(\)"):
+            DCFormerModel.from_pretrained(tmp_path, config=whole.config.vision_config, strict=strict)
+    encoder = DCFormerModel(whole.config.vision_config).eval()
+    encoder.load_state_dict(whole.get_submodule(part).state_dict())
+    volumes = tiny.random_volumes(1)
+    expected = whole.get_submodule(part)(volumes).last_hidden_state
+    assert torch.equal(encoder(volumes).last_hidden_state, expected)
+
+
+def test_other_shapes_can_be_forgiven_alone(tmp_path):
+    model = DCFormerModel(tiny.tiny_dcformer_config())
+    save_changed(model, tmp_path, reshape("stages.0.layers.0.pwconv1.weight"))
+    DCFormerModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match="1 of another shape"):
+        DCFormerModel.from_pretrained(tmp_path, ignore_mismatched_sizes=False)
+    save_changed(model, tmp_path, remove("stages.1.layers.0.layer_scale"))
+    with pytest.raises(ValueError, match="1 missing"):
+        DCFormerModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
 def test_loading_report_is_still_returned_when_asked_for(tmp_path):
     tiny.tiny_siglip().save_pretrained(tmp_path)
     model, info = DCFormerSiglipModel.from_pretrained(tmp_path, output_loading_info=True)

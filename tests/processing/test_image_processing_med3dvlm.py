@@ -220,7 +220,10 @@ def test_report_says_what_was_done():
     [
         (ct_array(), "An array has no affine"),
         (image_of_unknown_orientation(), "does not say how the patient lies"),
-        (ct_image(affine=np.diag([1, 1, 12, 1])), "up to 12 mm apart"),
+        (ct_image(affine=np.diag([1, 1, 12, 1])), "1 to 12 mm apart"),
+        (ct_image(affine=np.diag([0.002, 0.002, 0.002, 1])), "0.002 to 0.002 mm apart"),
+        (ct_image(np.linspace(-250, 1200, 24).reshape(2, 3, 4)), "none is as low as air"),
+        (ct_image(np.arange(24, 2424, 100, dtype=np.uint16).reshape(2, 3, 4)), "stored with an offset"),
         (ct_image(np.linspace(-150, 500, 24).reshape(2, 3, 4)), "not as in CT"),
     ],
 )
@@ -326,6 +329,19 @@ def test_volumes_of_different_sizes_do_not_make_a_batch():
         (1, 10, 12, 14),
         (1, 5, 6, 7),
     ]
+
+
+def test_mistyped_option_is_refused():
+    with pytest.raises(ValueError, match="no option `hu_rnge`; did you mean `hu_range`"):
+        processor()(ct_array(), hu_rnge="lung")
+
+
+def test_numpy_numbers_serve_as_options():
+    plain = processor(image_size=[8, 9, 10], hu_range=[-100.0, 100.0])
+    numpy = processor(image_size=np.array([8, 9, 10]), hu_range=np.array([-100.0, 100.0]))
+    assert json.loads(numpy.to_json_string()) == json.loads(plain.to_json_string())
+    series = Path(data_path) / "example4d.nii.gz"
+    assert processor()(series, volume_index=np.int64(1), image_size=[np.int64(8)] * 3)["pixel_values"].shape[-1] == 8
 
 
 def test_options_of_one_call_are_not_saved():

@@ -192,6 +192,13 @@ def test_unknown_parts_of_a_conversation_are_refused(processor, messages, messag
         render(processor, messages)
 
 
+def test_mistyped_option_is_refused(processor):
+    with pytest.raises(ValueError, match="no option `hu_rnge`; did you mean `hu_range`"):
+        processor(images=volume(), text="<image>?", hu_rnge="lung")
+    with pytest.raises(ValueError, match="did you mean `hu_range`"):
+        tokenize(processor, [{"role": "user", "content": [image(volume())]}], processor_kwargs={"hu_rnge": "lung"})
+
+
 def test_tokenizer_must_know_the_placeholder():
     with pytest.raises(ValueError, match="does not know the placeholder '<scan>': add it first"):
         Med3DVLMProcessor(Med3DVLMImageProcessor(), build_tiny_tokenizer(), image_seq_length=2, image_token="<scan>")

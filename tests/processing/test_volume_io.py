@@ -214,6 +214,15 @@ def test_unknown_orientation_is_remembered(tmp_path):
     assert open_volume(write_nifti(tmp_path / "known.nii")).is_orientation_known
 
 
+@pytest.mark.parametrize("unit, factor", [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
+def test_lengths_are_millimetres_whatever_the_header_counts_in(unit, factor, tmp_path):
+    image = nibabel.Nifti1Image(volume_array(), np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "scan.nii")
+    for source in (image, tmp_path / "scan.nii"):
+        assert spacing_of(open_volume(source).affine) == pytest.approx((2 * factor, 3 * factor, 4 * factor))
+
+
 def test_canonical_volume_becomes_slices_from_feet_to_head():
     array = volume_array()
     affine = np.diag([2.0, 3.0, 4.0, 1.0])

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -74,7 +75,15 @@ def test_ask_takes_the_options_of_a_scan(folder, tmp_path):
         (("ask", SCAN, "?", "--model", "FOLDER", "--hu-range", "1,x"), "LOWER,UPPER"),
         (("ask", SCAN, "?", "--model", "FOLDER", "--intensity-mode", "windw"), "window"),
         (("ask", Path(data_path) / "example4d.nii.gz", "?", "--model", "FOLDER"), "series of 2"),
+        (("ask", Path(data_path) / "example4d.nii.gz", "?", "--model", "FOLDER"), "--volume-index"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--device", "cuda:7"), "cannot be used here"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--device", "abacus"), "Try cpu"),
+        (("ask", SCAN, " ", "--model", "FOLDER"), "got an empty one"),
+        (("ask", SCAN, "What is <image>?", "--model", "FOLDER"), "must not contain '<image>'"),
+        (("ask", SCAN, "?", "--model", "ENCODER"), "'dcformer', which answers no questions"),
         (("ask", SCAN, "?"), "--model"),
+        (("publish", "ADAPTER", "DESTINATION"), "an adapter, not a whole model. Merge it first"),
+        (("publish", "FOLDER", "org/model", "--push"), "pass --license"),
         (("ask",), "Missing argument"),
         (("publish", "FOLDER", "DESTINATION", "--private"), "--push"),
         (("publish", "./nowhere", "DESTINATION"), "there is no such folder"),
@@ -85,10 +94,33 @@ def test_ask_takes_the_options_of_a_scan(folder, tmp_path):
 )
 def test_wrong_use_and_bad_input_end_with_code_2_and_one_clear_line(arguments, message, folder, tmp_path):
     places = {"FOLDER": folder, "DESTINATION": str(tmp_path / "published")}
+    for name, file in {"ENCODER": "config.json", "ADAPTER": "adapter_config.json"}.items():
+        places[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text('{"model_type": "dcformer"}')
     result = run(*(places.get(str(argument), argument) for argument in arguments))
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_ask_answers_with_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    model, processor = build_tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    peft.get_peft_model(type(model).from_pretrained(tmp_path / "base"), settings).save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    result = run("ask", SCAN, "?", "--model", tmp_path / "adapter", "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_scan_is_refused_before_the_model_is_loaded(folder, tmp_path):
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(folder) / name, tmp_path)  # all but the weights
+    shutil.copy(Path(folder) / "chat_template.jinja", tmp_path)
+    series = run("ask", Path(data_path) / "example4d.nii.gz", "?", "--model", tmp_path)
+    assert series.exit_code == 2 and "series of 2" in series.stderr and "loading" not in series.stderr
 
 
 def test_publish_makes_a_folder_that_loads(folder, tmp_path):
