@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import torch
-from nibabel.testing import data_path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
 
@@ -19,6 +19,10 @@ from ..processing.processing_med3dvlm import Med3DVLMProcessor
 UNTRAINED_NOTE = (
     "This model is untrained: its weights are random and its answers mean nothing. It exists to try the software."
 )
+
+
+# A real MRI of a head that comes with nibabel. Found by its path: `nibabel.testing` knows it, but needs pytest.
+SCAN = Path(nibabel.__file__).parent / "tests" / "data" / "anatomical.nii"
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
@@ -119,7 +123,7 @@ def run_demo(output: Path) -> None:
     from ..hub_cards.publish import publish
     from ..processing.image_processing_med3dvlm import format_preprocessing_report
 
-    scan, question = Path(str(data_path)) / "anatomical.nii", "What does this scan show?"
+    scan, question = SCAN, "What does this scan show?"
     model, processor = build_tiny_model()
     print(f"Model: made on the spot, {model.num_parameters():,} random weights (the paper's has 7.7 billion).")
     print(f"       {UNTRAINED_NOTE}")

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -146,6 +148,12 @@ def test_help_teaches(command):
 @pytest.mark.parametrize("text, expected", [(None, None), ("lung", "lung"), ("-160,240", [-160.0, 240.0])])
 def test_hu_range_is_a_name_or_two_numbers(text, expected):
     assert parse_hu_range(text) == expected
+
+
+def test_commands_need_no_tool_of_developers():
+    code = "import sys; sys.modules.update(pytest=None, ruff=None, build=None); import med3dvlm.train.demo as demo"
+    code += "; assert demo.SCAN.exists(); import med3dvlm.train.cli, med3dvlm.hub_cards.publish"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_demo_answers_from_the_published_folder(tmp_path):
