@@ -55,6 +55,15 @@ def test_every_form_of_a_volume_is_answered_plainly_and_in_a_chat(pipe, parts, s
     assert answer[0]["generated_text"] == expected_answer(parts, prompt, source)
 
 
+def test_answers_depend_on_the_volume_and_on_the_question(pipe):
+    ramp = np.linspace(0, 1, 12 * 14 * 16, dtype=np.float32).reshape(12, 14, 16)
+    first, other_volume, other_question = (
+        pipe(text=chat(source, question), return_full_text=False, max_new_tokens=24)[0]["generated_text"]
+        for source, question in ((volume(), "What?"), (ramp, "What?"), (volume(), "Where?"))
+    )
+    assert first != other_volume and first != other_question
+
+
 def test_plain_batch_gives_the_answers_of_single_calls(pipe, parts):
     texts = ["<image> A?", "<image> A longer one?"]
     together = pipe(images=[volume(0), volume(1)], text=texts, **SETTINGS)
