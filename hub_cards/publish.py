@@ -139,6 +139,11 @@ def load_model(source: str) -> PreTrainedModel:
         ValueError: the model is none of ours, or its weights do not fit; the message lists the tensors.
     """
     check_source(source)
+    if (Path(source) / "adapter_config.json").exists() and not (Path(source) / CONFIG_NAME).exists():
+        raise FileNotFoundError(
+            f"{source}: an adapter, not a whole model. Merge it first, in Python: `PeftModel.from_pretrained(base, "
+            f"{source!r}).merge_and_unload().save_pretrained(folder)` and `processor.save_pretrained(folder)`."
+        )
     config, _ = PreTrainedConfig.get_config_dict(source)
     if not config:  # transformers gives an empty one where there is no file
         raise FileNotFoundError(

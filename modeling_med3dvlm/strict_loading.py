@@ -42,8 +42,8 @@ class StrictLoadingMixin:
             **kwargs,
         )
         faults = describe_faults({**info, "mismatched_keys": []} if is_shape_forgiven else info)
-        is_empty = len(info["missing_keys"]) == len(model.state_dict())
-        if faults and (strict or is_empty):
+        is_empty = bool(faults) and len(info["missing_keys"]) == len(model.state_dict())
+        if is_empty or (strict and faults):
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} does not fit {cls.__name__}:\n{faults}\n"
                 f"{suggest_remedy(info, is_empty)}"
@@ -53,9 +53,9 @@ class StrictLoadingMixin:
 
 def suggest_remedy(info: dict[str, Any], is_empty: bool) -> str:
     """What to do about a checkpoint that does not fit, by what a loading report of transformers says."""
-    unexpected = set(info["unexpected_keys"])
+    unexpected = sorted(info["unexpected_keys"])
     for missing in sorted(info["missing_keys"]):
-        part = next((key[: -len(missing) - 1] for key in sorted(unexpected) if key.endswith(f".{missing}")), None)
+        part = next((key[: -len(missing) - 1] for key in unexpected if key.endswith(f".{missing}")), None)
         if part is not None:
             return (
                 f"The checkpoint is of a model that has these tensors as its part `{part}`: load that model with its own "

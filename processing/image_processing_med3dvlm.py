@@ -290,10 +290,9 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         oriented_shape = list(array.shape)
         # The one float32 copy of the scan; everything after it works in place.
         voxels = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
-        check_values(voxels, volume.name)
-        source_range = [float(value) for value in voxels.aminmax()]
+        lowest, highest = find_value_range(voxels, volume.name)
         mode, intensity_range, clipped_fraction = scale_intensity(
-            voxels, volume.name, intensity_mode, resolve_hu_range(hu_range), intensity_percentiles
+            voxels, volume.name, (lowest, highest), intensity_mode, resolve_hu_range(hu_range), intensity_percentiles
         )
 
         crop_box = (
@@ -317,7 +316,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             "orientation": orientation if affine is not None else "none",
             "oriented_shape": oriented_shape,
             "oriented_spacing": _as_list(spacing_of(affine)),
-            "source_range": source_range,
+            "source_range": [lowest, highest],
             "intensity_mode": mode,
             "intensity_range": intensity_range,
             "clipped_fraction": clipped_fraction,
@@ -338,9 +337,7 @@ def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
-            raise ValueError(f"There is no option `{name}`{hint}")
+            raise ValueError(f"There is no option `{name}`{_nearest(name, known, '; did you mean `{}`?')}")
 
 
 def as_plain_numbers(value: Any) -> Any:
@@ -378,24 +375,29 @@ def resolve_hu_range(hu_range: Any) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def check_values(voxels: torch.Tensor, name: str) -> None:
+def find_value_range(voxels: torch.Tensor, name: str) -> tuple[float, float]:
     """
+    The lowest and the highest value of a volume.
+
     Raises:
         InvalidVolumeError: a voxel is not finite, or all have the same value.
     """
-    if not bool(torch.isfinite(voxels.sum())) and (num_bad := int((~torch.isfinite(voxels)).sum())):
+    lowest, highest = (float(value) for value in voxels.aminmax())  # NaN if there is one
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        num_bad = int((~torch.isfinite(voxels)).sum())
         raise InvalidVolumeError(
             f"{name}: {num_bad} of {voxels.numel()} voxels are NaN or infinite. Fill them first, e.g. with -1000 HU "
             "outside the scanned region."
         )
-    lowest, highest = voxels.aminmax()
     if lowest == highest:
-        raise InvalidVolumeError(f"{name}: all voxels are {float(lowest):g}: the volume shows nothing.")
+        raise InvalidVolumeError(f"{name}: all voxels are {lowest:g}: the volume shows nothing.")
+    return lowest, highest
 
 
 def scale_intensity(
     voxels: torch.Tensor,
     name: str,
+    value_range: tuple[float, float],
     mode: str,
     hu_range: tuple[float, float],
     percentiles: list[float] | tuple[float, ...],
@@ -408,6 +410,8 @@ def scale_intensity(
             The volume in float32, changed in place.
         name (`str`):
             What messages call it.
+        value_range (`tuple[float, float]`):
+            The volume's lowest and highest value.
         mode (`str`), hu_range (`tuple[float, float]`), percentiles (`list[float]`):
             As in [`Med3DVLMImageProcessor`].
 
@@ -417,7 +421,7 @@ def scale_intensity(
     Raises:
         InvalidVolumeError: the values contradict the mode, or nothing of the volume lies in its range.
     """
-    lowest, highest = (float(value) for value in voxels.aminmax())
+    lowest, highest = value_range
     if mode == "auto":
         is_ct = lowest <= HU_OF_AIR and float(voxels.mean()) <= HU_OF_DENSE_BONE
         mode = "window" if is_ct else "minmax"
@@ -450,7 +454,8 @@ def scale_intensity(
             )
     clipped_fraction = float(((voxels < lower) | (voxels > upper)).sum()) / voxels.numel()
     voxels.clamp_(lower, upper).sub_(lower).div_(upper - lower)
-    if float(voxels.min()) == float(voxels.max()):
+    scaled_lowest, scaled_highest = voxels.aminmax()
+    if scaled_lowest == scaled_highest:
         raise InvalidVolumeError(
             f"{name}: no voxel lies within the window {lower:g} to {upper:g}; the values go from {lowest:g} to "
             f"{highest:g}. Choose another `hu_range`, or check that the values are HU."
@@ -492,25 +497,24 @@ def affine_of_grid(
 def find_warnings(report: dict[str, Any], requested_mode: str) -> list[str]:
     """What a reader of a report should look at twice."""
     warnings = []
-    source_dtype = report["source_dtype"]
+    (lowest, highest), spacing = report["source_range"], report["oriented_spacing"]
+    used_mode = report["intensity_mode"]
     if report["source_orientation"] is not None and not report["is_orientation_known"]:
         warnings.append("The file does not say how the patient lies: left and right are a convention, not a fact.")
     if report["source_orientation"] is None:
         warnings.append("An array has no affine: it was taken to be in the order (depth, height, width) of the model.")
-    spacing = report["oriented_spacing"]
     if spacing is not None and (max(spacing) > 10 or min(spacing) < 0.05):
         warnings.append(
             f"Voxels are {min(spacing):.3g} to {max(spacing):.3g} mm apart: check the units of the header."
         )
-    if requested_mode == "auto" and report["intensity_mode"] == "minmax" and report["source_range"][0] < 0:
+    if requested_mode == "auto" and used_mode == "minmax" and lowest < 0:
         warnings.append("Negative values, but not as in CT: scaled by their own range. For CT in HU ask for 'window'.")
-    lowest, highest = report["source_range"]
-    if requested_mode == "auto" and report["intensity_mode"] == "window" and lowest > HU_OF_OUTSIDE_AIR:
+    if requested_mode == "auto" and used_mode == "window" and lowest > HU_OF_OUTSIDE_AIR:
         warnings.append(
             f"Read as CT because of values down to {lowest:g}, yet none is as low as air (-1000 HU): for other images ask "
             "for 'percentile'."
         )
-    if report["intensity_mode"] in ("window", "minmax") and lowest >= 0 and highest > 1500 and "int" in source_dtype:
+    if used_mode in ("window", "minmax") and lowest >= 0 and highest > 1500 and "int" in report["source_dtype"]:
         warnings.append(
             "No negative values: if this is CT, HU may be stored with an offset, often of 1024. Subtract it."
         )
@@ -552,9 +556,13 @@ def format_preprocessing_report(report: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 
 
-def _unknown(value: Any, valid: Any) -> str:
-    nearest = difflib.get_close_matches(str(value), valid, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+def _nearest(word: str, words: Iterable[str], hint: str) -> str:
+    """`hint` filled with the word that may have been meant; nothing if none is near."""
+    return "".join(hint.format(near) for near in difflib.get_close_matches(word, list(words), n=1))
+
+
+def _unknown(value: Any, valid: Iterable[str]) -> str:
+    hint = _nearest(str(value), valid, " (did you mean {!r}?)")
     return f"must be one of {', '.join(map(repr, valid))}; got {value!r}{hint}"
 
 

@@ -145,8 +145,8 @@ class Med3DVLMProcessor(ProcessorMixin):
         if sum(placeholders) != volumes:
             raise ValueError(
                 f"Expected as many volumes as placeholders {self.image_token!r} in the text, got {volumes} volumes and "
-                f"{sum(placeholders)} placeholders. Write {self.image_token!r} where each volume belongs and nowhere else, or use "
-                "`apply_chat_template`, which writes it for each volume of a message."
+                f"{sum(placeholders)} placeholders. Write {self.image_token!r} where each volume belongs and nowhere "
+                "else, or use `apply_chat_template`, which writes it for each volume of a message."
             )
         is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
         if is_nested and (counts := [count_volumes(entry) for entry in images]) != placeholders:

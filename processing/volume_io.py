@@ -262,7 +262,7 @@ def _open_file(content: Path | bytes) -> Volume:
     except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
         raise InvalidVolumeError(
             f"{name}: the orientation in its header is invalid ({error}). Export it again."
-        ) from (error)
+        ) from error
     is_known = bool(header["qform_code"] or header["sform_code"])
     affine = np.diag([_millimetres(header)] * 3 + [1.0]) @ affine
     return _volume_with_affine(name, file, file.shape, file.dtype, affine, is_known)

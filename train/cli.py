@@ -264,11 +264,6 @@ def publish(
     """
     with bad_input_is_an_answer():
         model = check_model_name(model)
-        if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
-            raise ValueError(
-                f"{model}: an adapter, not a whole model. Merge it first, in Python: `PeftModel.from_pretrained(base, "
-                f"{model!r}).merge_and_unload().save_pretrained(folder)` and `processor.save_pretrained(folder)`."
-            )
         if private and not push:
             raise ValueError("--private concerns a repository on the Hub: add --push, or leave it out.")
         with step("importing"):

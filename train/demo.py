@@ -11,8 +11,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
 
 from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+from ..hub_cards.publish import publish
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
-from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor, format_preprocessing_report
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 
 
@@ -124,9 +125,6 @@ def run_demo(output: Path) -> None:
     Raises:
         RuntimeError: the published folder did not answer in the clean process.
     """
-    from ..hub_cards.publish import publish
-    from ..processing.image_processing_med3dvlm import format_preprocessing_report
-
     scan, question = SCAN, "What does this scan show?"
     model, processor = build_tiny_model()
     print(f"Model: made on the spot, {model.num_parameters():,} random weights (the paper's has 7.7 billion).")
