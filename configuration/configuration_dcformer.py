@@ -48,6 +48,9 @@ class DCFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             Epsilon of the batch normalisations.
         batch_norm_momentum (`float`, *optional*, defaults to 0.1):
             Share of the new batch in the running statistics.
+        sync_batch_norm (`bool`, *optional*, defaults to `False`):
+            Whether batch statistics in training are those of the batches of all processes, which then must all take part
+            in every step; the original's are per process. Without effect at inference and in one process.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Stages that [`DCFormerBackbone`] returns, by name (`"stem"`, `"stage1"`, ...) or by number.
 
@@ -77,6 +80,7 @@ class DCFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_scale_init_value: float = 1e-6
     batch_norm_eps: float = 1e-5
     batch_norm_momentum: float = 0.1
+    sync_batch_norm: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

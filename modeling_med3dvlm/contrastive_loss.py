@@ -4,7 +4,7 @@ Sigmoid: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), Alg
 "Learning Transferable Visual Models From Natural Language Supervision" (2021), Figure 3.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ def contrastive_loss(
     loss_type: str = "sigmoid",
     exchange: str = "gather",
     chunk_size: int | None = None,
+    text_group_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Contrastive loss of matching pairs, over the batches of all processes where `torch.distributed` is initialised.
@@ -28,6 +29,9 @@ def contrastive_loss(
 
     - `"sigmoid"`: `1/B * sum_ij softplus(-y_ij * z_ij)`, where `y_ij` is 1 for a pair and -1 otherwise;
     - `"softmax"`: the mean of the cross-entropies of the rows and of the columns, the pair being the class.
+
+    With `text_group_ids`, the texts of a group are one and the same report, and `y_ij` is 1 for all of them: a volume is
+    not pushed away from a text that is also its own. In the softmax loss the target is spread evenly over them.
 
     Each process compares its own rows with everybody's columns, so none holds the `B x B` matrix. It returns its share
     times the number of processes: the mean over processes, which is what data parallelism logs and applies to
@@ -48,38 +52,74 @@ def contrastive_loss(
             `"gather"` brings all processes' columns here at once; `"ring"` passes one process's columns on at a time.
         chunk_size (`int`, *optional*):
             Columns compared at a time; their logits are computed again in the backward pass instead of kept.
+        text_group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Equal for pairs with the identical report, whichever process holds them; given on all processes or on none.
+            By default every pair is a group of its own.
 
     Returns:
         `torch.Tensor` of shape `()`, in float32.
 
     Raises:
-        ValueError: the numbers of volumes and reports differ.
+        ValueError: the numbers of volumes, reports and group ids differ.
     """
     if len(image_embeds) != len(text_embeds):
         raise ValueError(
             f"The contrastive loss needs pairs, got {len(image_embeds)} volumes and {len(text_embeds)} texts: pass one "
             "text for each volume, or leave out `return_loss`."
         )
-    # float32: the logits of a large batch lose the negatives' small terms in half precision.
-    images, texts = image_embeds.float(), text_embeds.float()
-    scale = logit_scale.float().exp()
-    bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.float()
-    batch_sizes = gather_batch_sizes(images)
+    if text_group_ids is not None and text_group_ids.shape != (len(text_embeds),):
+        raise ValueError(
+            f"Expected `text_group_ids` of shape ({len(text_embeds)},), got {tuple(text_group_ids.shape)}: pass one id for "
+            "each text."
+        )
+    # float32, and no autocast: the logits of a large batch lose the negatives' small terms in half precision.
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        images, texts = image_embeds.float(), text_embeds.float()
+        scale = logit_scale.float().exp()
+        bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.float()
+        batch_sizes = gather_batch_sizes(images)
 
-    matching = (scale * (images * texts).sum(dim=1) + bias).sum()
-    text_blocks = iterate_column_blocks(texts, batch_sizes, exchange, chunk_size)
-    if loss_type == "sigmoid":
-        # softplus(-z) = softplus(z) - z: every pair as a negative, then the matching ones set right.
-        share = sum_of_softplus(images, text_blocks, scale, bias, chunk_size) - matching
-    else:
-        image_blocks = iterate_column_blocks(images, batch_sizes, exchange, chunk_size)
-        share = sum_of_logsumexp(images, text_blocks, scale, bias, chunk_size) - matching
-        share = (share + sum_of_logsumexp(texts, image_blocks, scale, bias, chunk_size) - matching) / 2
-    return share * len(batch_sizes) / sum(batch_sizes)
+        def blocks_of_all(columns: torch.Tensor) -> Iterator[torch.Tensor]:
+            return iterate_column_blocks(columns, batch_sizes, exchange, chunk_size)
+
+        matching_texts = matching_images = (scale * (images * texts).sum(dim=1) + bias).sum()
+        text_blocks: Iterable[torch.Tensor] = blocks_of_all(texts)
+        image_blocks: Iterable[torch.Tensor] = blocks_of_all(images) if loss_type == "softmax" else []
+        if text_group_ids is not None:
+            ids = text_group_ids.to(images.device)
+            # Ids travel as the columns do, and so come in the same order. They stay integers: hashes need all their bits.
+            all_ids = torch.cat(list(blocks_of_all(ids[:, None]))).flatten()
+            text_blocks, image_blocks = list(text_blocks), list(image_blocks)
+            sums, sizes = sum_by_group(ids, all_ids, torch.cat(text_blocks))
+            if loss_type == "softmax":
+                matching_texts = (scale * (images * sums).sum(dim=1) / sizes + bias).sum()
+                sums, _ = sum_by_group(ids, all_ids, torch.cat(image_blocks))
+                matching_images = (scale * (texts * sums).sum(dim=1) / sizes + bias).sum()
+            else:
+                matching_texts = (scale * (images * sums).sum(dim=1) + bias * sizes).sum()
+
+        if loss_type == "sigmoid":
+            # softplus(-z) = softplus(z) - z: every pair as a negative, then the matching ones set right.
+            share = sum_of_softplus(images, text_blocks, scale, bias, chunk_size) - matching_texts
+        else:
+            share = sum_of_logsumexp(images, text_blocks, scale, bias, chunk_size) - matching_texts
+            share = (share + sum_of_logsumexp(texts, image_blocks, scale, bias, chunk_size) - matching_images) / 2
+        return share * len(batch_sizes) / sum(batch_sizes)
+
+
+def sum_by_group(ids: torch.Tensor, all_ids: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    For each of the (n,) `ids`, the sum of the columns of its group, (n, C), and their number, (n,). A logit is linear in the
+    column, so that the sum of the matching logits follows without a matrix of who matches whom.
+    """
+    groups, places, sizes = all_ids.unique(return_inverse=True, return_counts=True)
+    sums = columns.new_zeros(len(groups), columns.shape[1]).index_add(0, places, columns)
+    own = torch.searchsorted(groups, ids)  # `groups` is sorted, and holds every id of this process
+    return sums[own], sizes[own].to(columns.dtype)
 
 
 def sum_of_softplus(
-    rows: torch.Tensor, blocks: Iterator[torch.Tensor], scale: torch.Tensor, bias: torch.Tensor, chunk_size: int | None
+    rows: torch.Tensor, blocks: Iterable[torch.Tensor], scale: torch.Tensor, bias: torch.Tensor, chunk_size: int | None
 ) -> torch.Tensor:
     """Sum of `softplus(scale * rows @ columns.T + bias)` over all column blocks."""
 
@@ -93,7 +133,7 @@ def sum_of_softplus(
 
 
 def sum_of_logsumexp(
-    rows: torch.Tensor, blocks: Iterator[torch.Tensor], scale: torch.Tensor, bias: torch.Tensor, chunk_size: int | None
+    rows: torch.Tensor, blocks: Iterable[torch.Tensor], scale: torch.Tensor, bias: torch.Tensor, chunk_size: int | None
 ) -> torch.Tensor:
     """Sum over rows of `log sum_j exp(scale * <row, column_j> + bias)` over all column blocks."""
 

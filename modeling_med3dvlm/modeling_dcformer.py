@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -23,12 +25,43 @@ from ..configuration.configuration_dcformer import DCFormerConfig
 from .strict_loading import StrictLoadingMixin
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of the processes' tensors, on each of them. Every process's result depends on it: backward sums as well."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return _SumOverProcesses.apply(gradient)
+
+
+def _number_of_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 class DCFormerBatchNorm3d(nn.BatchNorm3d):
     """
     Batch normalisation that is frozen with its weight: it then uses its running statistics in training too, and leaves
     them alone. Otherwise an encoder whose weights are frozen would go on changing, and adapters, which save no
     statistics, would be reloaded onto another encoder than they were trained on.
+
+    Args:
+        num_features (`int`):
+            Channels.
+        synchronised (`bool`, *optional*, defaults to `False`):
+            Whether training normalises with the statistics of the batches of all processes of `torch.distributed`. They
+            may be of different sizes. `torch.nn.SyncBatchNorm` does the same, on GPUs only.
+        kwargs:
+            Passed to `torch.nn.BatchNorm3d`.
     """
+
+    def __init__(self, num_features: int, synchronised: bool = False, **kwargs: Any):
+        super().__init__(num_features, **kwargs)
+        self.synchronised = synchronised
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, D, H, W) -> (B, C, D, H, W)."""
@@ -42,7 +75,34 @@ class DCFormerBatchNorm3d(nn.BatchNorm3d):
                 training=False,
                 eps=self.eps,
             )
+        if self.training and self.synchronised and _number_of_processes() > 1:
+            return self._normalise_over_processes(hidden_states)
         return super().forward(hidden_states)
+
+    def _normalise_over_processes(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) -> (B, C, D, H, W): this process's part of what one process would make of all batches."""
+        # As `torch.nn.BatchNorm3d`, which keeps the statistics of half-precision values in float32.
+        values = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        sample_axes, per_channel = (0, 2, 3, 4), (-1, 1, 1, 1)
+        own_count = values.new_full((1,), values.numel() // values.shape[1])
+        totals = _SumOverProcesses.apply(torch.cat([values.sum(dim=sample_axes), own_count]))
+        count = totals[-1].detach()
+        mean = totals[:-1] / count
+        # Squares of centred values: in `mean(x^2) - mean(x)^2` the variance of a channel far from zero would cancel out.
+        centred = values - mean.view(per_channel)
+        squares = _SumOverProcesses.apply(centred.square().sum(dim=sample_axes))
+        self._move_running_statistics(mean, squares / (count - 1))
+        factor = self.weight * torch.rsqrt(squares / count + self.eps)
+        return (centred * factor.view(per_channel) + self.bias.view(per_channel)).to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """As `torch.nn.BatchNorm3d`, for the `(C,)` mean and unbiased variance of a batch."""
+        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
 class DCFormerDecomposedConv(nn.Module):
@@ -75,7 +135,11 @@ class DCFormerDecomposedConv(nn.Module):
         super().__init__()
         conv = partial(nn.Conv3d, in_channels, out_channels, stride=stride, groups=groups)
         norm = partial(
-            DCFormerBatchNorm3d, out_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum
+            DCFormerBatchNorm3d,
+            out_channels,
+            synchronised=config.sync_batch_norm,
+            eps=config.batch_norm_eps,
+            momentum=config.batch_norm_momentum,
         )
         size, padding = kernel_size, kernel_size // 2
         # The biases do nothing in training, where the normalisation removes them, but published weights have them.

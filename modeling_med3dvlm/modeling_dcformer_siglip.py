@@ -189,6 +189,7 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         return_loss: bool | None = None,
+        text_group_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DCFormerSiglipOutput:
         r"""
@@ -202,12 +203,15 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
             return_loss (`bool`, *optional*):
                 Whether to compute the contrastive loss; text `i` then belongs to volume `i`, and in a distributed run
                 every process must take part.
+            text_group_ids (`torch.LongTensor` of shape `(text_batch_size,)`, *optional*):
+                Equal for texts that are the identical report, whichever process holds them: in the loss a volume matches
+                all texts of its own text's group, by default its own alone. Without `return_loss` they have no effect.
 
         Returns:
             [`DCFormerSiglipOutput`]
 
         Raises:
-            ValueError: a loss was asked for, and the numbers of volumes and texts differ.
+            ValueError: a loss was asked for, and the numbers of volumes, texts and group ids differ.
         """
         vision_outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
@@ -228,6 +232,7 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
                 loss_type=self.config.loss_type,
                 exchange=self.config.loss_exchange,
                 chunk_size=self.config.loss_chunk_size,
+                text_group_ids=text_group_ids,
             )
         return DCFormerSiglipOutput(
             loss=loss,

@@ -23,6 +23,7 @@ def tiny_config(**overrides):
         DCFormerConfig(**VISION),
         DCFormerConfig.from_variant("base", out_features=["stage2", "stage4"]),
         Vit3DConfig(image_size=(32, 64, 96)),
+        DCFormerSiglipConfig(vision_config={**VISION, "sync_batch_norm": True}),
         DCFormerSiglipConfig(vision_config=VISION, loss_type="softmax", loss_exchange="ring", loss_chunk_size=3),
         DCFormerSiglipConfig(vision_config={"model_type": "vit3d"}, text_config={"model_type": "bert"}),
         tiny_config(projector_type="low_high_mlp"),
@@ -34,6 +35,13 @@ def tiny_config(**overrides):
 def test_config_survives_save_and_load(config, tmp_path):
     config.save_pretrained(tmp_path)
     assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_statistics_are_synchronised_only_when_asked_for():
+    older = DCFormerConfig(**VISION).to_dict()
+    del older["sync_batch_norm"]  # as in folders saved before there was this field
+    assert DCFormerConfig.from_dict(older).sync_batch_norm is False
+    assert DCFormerSiglipConfig(vision_config={**VISION, "sync_batch_norm": True}).vision_config.sync_batch_norm
 
 
 def test_defaults_are_the_model_of_the_paper():

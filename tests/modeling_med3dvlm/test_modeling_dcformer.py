@@ -3,9 +3,12 @@ import copy
 import pytest
 import tiny
 import torch
+from processes import run_processes
+from torch import nn
 from transformers import AutoBackbone
 
 from med3dvlm import DCFormerBackbone, DCFormerModel
+from med3dvlm.modeling_med3dvlm.modeling_dcformer import DCFormerBatchNorm3d
 
 
 def tiny_model(**overrides):
@@ -138,3 +141,88 @@ def test_half_precision_input_is_cast_to_the_weights():
     model = tiny_model()
     assert model(tiny.random_volumes(1).half()).last_hidden_state.dtype == torch.float32
     assert model.bfloat16()(tiny.random_volumes(1)).last_hidden_state.dtype == torch.bfloat16
+
+
+SMALL_SIZE = (12, 20, 36)
+
+
+def train_step(model, volumes, share=1.0):
+    """Outputs, gradients and statistics of a step in training; `share` is what data parallelism divides the loss by."""
+    outputs = model(volumes).pooler_output
+    (share * outputs.pow(3).sum()).backward()
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return outputs.detach(), gradients, dict(model.named_buffers())
+
+
+def layer_step(norm, values, cotangents, autocast=False):
+    values = values.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        outputs = norm(values)
+    outputs.backward(cotangents)
+    return outputs.detach(), values.grad, norm.running_mean, norm.running_var
+
+
+def layer_inputs(dtype):
+    """7 samples: a channel of a usual scale, and in float32 one far from zero, where unstable formulas fail."""
+    generator = torch.Generator().manual_seed(0)
+    values, cotangents = (torch.randn(7, 2, 3, 4, 5, generator=generator) for _ in range(2))
+    offsets = torch.tensor([0.5, 3000.0 if dtype == torch.float32 else 3.0])
+    return (values + offsets.view(2, 1, 1, 1)).to(dtype), cotangents.to(dtype)
+
+
+def normalise_on_a_share(rank, batch_sizes, result):
+    torch.manual_seed(0)
+    own = slice(sum(batch_sizes[:rank]), sum(batch_sizes[: rank + 1]))
+    outcomes = {}
+    for checkpointing in (False, True):
+        model = tiny_model(sync_batch_norm=True).double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model = nn.parallel.DistributedDataParallel(model)
+        volumes = tiny.random_volumes(sum(batch_sizes), image_size=SMALL_SIZE)[own].double()
+        outcomes[checkpointing] = train_step(model, volumes, share=len(batch_sizes))
+    for dtype in (torch.float32, torch.bfloat16):
+        values, cotangents = layer_inputs(dtype)
+        norm = DCFormerBatchNorm3d(2, synchronised=True)
+        outcomes[dtype] = layer_step(norm, values[own], cotangents[own], autocast=dtype == torch.bfloat16)
+    if rank == 0:  # alone: what exchanges anything would wait for the others until the test fails
+        values = torch.rand(2, 2, 3, 4, 5)
+        norm.eval()(values)
+        norm.train().requires_grad_(False)(values)
+        DCFormerBatchNorm3d(2)(values)
+    torch.save(outcomes, f"{result}{rank}")
+
+
+@pytest.mark.parametrize("batch_sizes", [(2, 1), (1, 3, 2)], ids=str)
+def test_synchronised_statistics_are_those_of_one_process_with_all_batches(batch_sizes, tmp_path):
+    run_processes(normalise_on_a_share, len(batch_sizes), tmp_path, batch_sizes, tmp_path / "result")
+    results = [torch.load(tmp_path / f"result{rank}") for rank in range(len(batch_sizes))]
+    volumes = tiny.random_volumes(sum(batch_sizes), image_size=SMALL_SIZE).double()
+    outputs, gradients, buffers = train_step(tiny_model().double().train(), volumes)
+    for checkpointing in (False, True):
+        torch.testing.assert_close(torch.cat([result[checkpointing][0] for result in results]), outputs)
+        for result in results:
+            for kind, expected in zip(result[checkpointing][1:], (gradients, buffers), strict=True):
+                for name, value in expected.items():
+                    torch.testing.assert_close(kind[name], value, msg=lambda m, n=name: f"{n}: {m}")
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 2e-2)):
+        values, cotangents = (tensor[: sum(batch_sizes)] for tensor in layer_inputs(dtype))
+        exact = layer_step(nn.BatchNorm3d(2).double(), values.double(), cotangents.double())
+        ours = [torch.cat([result[dtype][index] for result in results]) for index in (0, 1)]
+        for value, expected in zip(ours, exact[:2], strict=True):
+            assert value.dtype == dtype
+            torch.testing.assert_close(value.double(), expected, atol=tolerance, rtol=tolerance)
+        for result in results:
+            for statistic, expected in zip(result[dtype][2:], exact[2:], strict=True):
+                assert statistic.dtype == torch.float32
+                torch.testing.assert_close(statistic.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_synchronised_statistics_change_nothing_in_one_process():
+    plain, synchronised = tiny_model().train(), tiny_model(sync_batch_norm=True).train()
+    volumes = tiny.random_volumes(2)
+    for _ in range(2):
+        assert torch.equal(plain(volumes).last_hidden_state, synchronised(volumes).last_hidden_state)
+        plain.eval()
+        synchronised.eval()
