@@ -1,0 +1,102 @@
+"""The exact labels of every task, and batches that the models take."""
+
+import pytest
+import torch
+
+from med3dvlm.train.data.collate import ConversationCollator, PairCollator
+from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder
+from med3dvlm.train.demo import build_tiny_model
+
+
+SHAPE = (32, 64, 96)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_tiny_model(SHAPE)[1]
+
+
+def item(task, question="", answer="", choices=(), answer_choice=""):
+    sample = {"task": task, "question": question, "answer": answer, "choices": list(choices), "question_type": 0}
+    return ConversationBuilder()({**sample, "answer_choice": answer_choice}, torch.rand(SHAPE), torch.Generator())
+
+
+ITEMS = {
+    "report": (item("report", answer="No effusion."), "No effusion."),
+    "closed_vqa": (item("closed_vqa", "Where?", "spleen", ("liver", "spleen", "lung", "aorta"), "B"), "B. spleen"),
+    "open_vqa": (item("open_vqa", "Which organ?", "spleen"), "spleen"),
+    "yes_no_vqa": (item("yes_no_vqa", "Is it large?", "No"), "No"),
+}
+
+
+@pytest.mark.parametrize("task", ITEMS)
+def test_labels_are_the_answer_and_its_end_token_and_nothing_else(task, processor):
+    conversation, answer = ITEMS[task]
+    longer = item("report", answer="A longer report, so that there is padding on the right of the other one." * 2)
+    batch = ConversationCollator(processor)([conversation, longer])
+    tokenizer = processor.tokenizer
+    row, labels = batch["input_ids"][0], batch["labels"][0]
+    learnt = labels != -100
+    assert tokenizer.decode(labels[learnt]) == f"{answer}<|im_end|>"
+    assert torch.equal(row[learnt], labels[learnt])
+    # One piece, after the question and before the newline that ends the turn and the padding.
+    places = learnt.nonzero().flatten()
+    assert torch.equal(places, torch.arange(int(places[0]), int(places[-1]) + 1))
+    assert tokenizer.decode(row[: places[0]]).endswith("<|im_start|>assistant\n")
+    end = int(batch["attention_mask"][0].sum())
+    assert tokenizer.decode(row[places[-1] + 1 : end]) == "\n"
+    assert bool((batch["attention_mask"][0][end:] == 0).all()) and end < len(row)
+    assert bool((row[end:] == tokenizer.pad_token_id).all())
+
+
+def test_batch_has_the_placeholders_and_volumes_of_the_model(processor):
+    conversations = [conversation for conversation, _ in ITEMS.values()]
+    batch = ConversationCollator(processor)(conversations)
+    assert ((batch["input_ids"] == processor.image_token_id).sum(dim=1) == processor.image_seq_length).all()
+    assert batch["pixel_values"].shape == (4, 1, *SHAPE)
+    assert torch.equal(batch["pixel_values"][1, 0], conversations[1]["volume"])
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+
+
+def test_tokens_are_those_that_the_processor_gives_at_inference(processor):
+    conversation, _ = ITEMS["open_vqa"]
+    batch = ConversationCollator(processor)([conversation])
+    prompt = processor.apply_chat_template(
+        conversation["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"intensity_mode": "none", "do_crop_foreground": False},
+    )["input_ids"][0]  # fmt: skip
+    assert torch.equal(batch["input_ids"][0, : len(prompt)], prompt)
+    assert bool((batch["labels"][0, : len(prompt)] == -100).all()) and batch["labels"][0, len(prompt)] != -100
+
+
+def test_what_is_too_long_loses_the_end_of_its_answer_but_never_all_of_it(processor):
+    conversation = item("report", answer="finding " * 40)
+    whole = ConversationCollator(processor)([conversation])["input_ids"].shape[1]
+    batch = ConversationCollator(processor, max_length=whole - 100)([conversation])
+    assert batch["input_ids"].shape[1] == whole - 100 and bool((batch["labels"] != -100).any())
+    with pytest.raises(ValueError, match="no token to learn within 60 tokens"):
+        ConversationCollator(processor, max_length=60)([conversation])
+
+
+def test_a_template_without_generation_block_is_refused(processor):
+    class Other:
+        chat_template = "{{ messages }}"
+
+    with pytest.raises(ValueError, match="generation block"):
+        ConversationCollator(Other())
+
+
+def test_volumes_of_different_sizes_are_refused(processor):
+    first, second = ITEMS["report"][0], {**ITEMS["report"][0], "volume": torch.rand(32, 96, 64)}
+    with pytest.raises(ValueError, match=r"one size .* \(32, 64, 96\), \(32, 96, 64\)"):
+        ConversationCollator(processor)([first, second])
+
+
+def test_pairs_have_texts_volumes_and_groups(processor):
+    builder = PairBuilder(processor.tokenizer, max_length=40)
+    generator = torch.Generator()
+    items = [builder({"answer": text}, torch.rand(SHAPE), generator) for text in ("One.", "Two words.", "One.")]
+    batch = PairCollator(processor, max_length=40)(items)
+    assert batch["return_loss"] is True and batch["pixel_values"].shape == (3, 1, *SHAPE)
+    assert batch["text_group_ids"][0] == batch["text_group_ids"][2] != batch["text_group_ids"][1]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 10, 4]  # one token a byte

@@ -1,0 +1,114 @@
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from med3dvlm.train.data.augmentation import augment_laterality_safe
+from med3dvlm.train.data.dataset import (
+    ConversationBuilder,
+    EpochSampler,
+    PairBuilder,
+    StudyDataset,
+    item_generator,
+    text_group_id,
+)
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
+
+
+class Constant:
+    """Volumes that tell by their values which path they are of."""
+
+    def load(self, path):
+        if path == "broken":
+            raise ValueError("broken: cannot be read")
+        return torch.full((4, 6, 8), int(path) / 100)
+
+
+class WordTokenizer:
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [0, *range(len(text.split())), 1]}
+
+
+def samples(count=7, images=None):
+    rows = [
+        {
+            "image": images[row] if images else str(row),
+            "case": f"case{row}",
+            "task": "report",
+            "question": "",
+            "choices": [],
+            "answer": f"Report {row % 3}.",
+            "answer_choice": "",
+            "question_type": 0,
+        }
+        for row in range(count)
+    ]
+    return datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+
+
+def take(dataset, sampler, num_workers, batch_size=2):
+    loader = DataLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=lambda items: items)
+    return [
+        (item["messages"][0]["content"][1]["text"], item["volume"].flatten().tolist())
+        for batch in loader
+        for item in batch
+    ]
+
+
+def test_items_do_not_depend_on_the_number_of_workers():
+    dataset = StudyDataset(samples(), Constant(), ConversationBuilder(), augment_laterality_safe, seed=5)
+    sampler = EpochSampler(len(dataset), seed=5)
+    sampler.set_epoch(2)
+    expected = take(dataset, sampler, 0)
+    assert take(dataset, sampler, 2) == expected
+    assert len(expected) == 7
+
+
+def test_epochs_differ_in_order_prompt_and_augmentation_and_repeat_by_seed():
+    dataset = StudyDataset(samples(), Constant(), ConversationBuilder(), augment_laterality_safe, seed=5)
+    runs = []
+    for seed, epoch in ((5, 0), (5, 1), (5, 0), (6, 0)):
+        dataset.seed = seed
+        sampler = EpochSampler(len(dataset), seed)
+        sampler.set_epoch(epoch)
+        runs.append(take(dataset, sampler, 0))
+    assert runs[0] == runs[2]
+    assert runs[0] != runs[1] and runs[0] != runs[3]
+
+
+def test_sampler_takes_every_sample_once_an_epoch():
+    sampler = EpochSampler(9, seed=3)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        draws = list(sampler)
+        assert len(sampler) == 9 and sorted(draws) == list(range(9 * epoch, 9 * epoch + 9)) != draws
+    sampler = EpochSampler(4, seed=3, shuffle=False)
+    sampler.set_epoch(2)
+    assert list(sampler) == [8, 9, 10, 11]
+
+
+def test_generators_of_samples_and_epochs_differ():
+    firsts = {
+        float(torch.rand((), generator=item_generator(seed, epoch, index)))
+        for seed in range(3)
+        for epoch in range(3)
+        for index in range(3)
+    }
+    assert len(firsts) == 27
+
+
+def test_a_broken_case_stops_and_is_not_replaced():
+    dataset = StudyDataset(samples(3, ["0", "broken", "2"]), Constant(), ConversationBuilder())
+    with pytest.raises(ValueError, match="broken: cannot be read"):
+        dataset[1]
+    with pytest.raises(IndexError, match="index from 0, got -1"):
+        dataset[-1]
+
+
+def test_identical_reports_have_one_group():
+    builder = PairBuilder(WordTokenizer(), max_length=20)
+    dataset = StudyDataset(samples(), Constant(), builder)
+    groups = [dataset[index]["text_group_id"] for index in range(7)]
+    assert groups[0] == groups[3] == groups[6] and len(set(groups)) == 3
+    assert text_group_id("a  b\n") == text_group_id("a b") != text_group_id("a c")
+    assert all(0 <= group < 2**63 for group in groups)

@@ -1,0 +1,468 @@
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import preparation_program
+import pytest
+import torch
+from nibabel.testing import data_path
+from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "goldens"))
+import golden_io
+import make_slices
+
+from med3dvlm import Med3DVLMImageProcessor
+from med3dvlm.processing.volume_io import InvalidVolumeError
+from med3dvlm.train.data import prepare
+from med3dvlm.train.data.m3d import read_m3d_cap
+from med3dvlm.train.data.prepare import (
+    encode_prepared_volume,
+    find_cases,
+    format_preparation_report,
+    prepare_m3d_cap,
+    read_preparation_record,
+)
+from med3dvlm.train.data.slices import read_slices
+
+
+IMAGE_SIZE = preparation_program.IMAGE_SIZE
+PREPARED = {"intensity_mode": "none", "do_crop_foreground": False}
+
+
+def prepare_here(source, destination, **options):
+    return prepare_m3d_cap(source, destination, **{"image_size": IMAGE_SIZE, "num_workers": 0, **options})
+
+
+def write_report(case, text="study_findings: A cyst."):
+    case.mkdir(parents=True, exist_ok=True)
+    (case / "text.txt").write_text(text, encoding="utf-8")
+
+
+def write_series(folder, count=5, shape=(20, 30), seed=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        array = np.random.default_rng([seed, number]).integers(1, 256, size=shape, dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{number}.png")
+
+
+def write_cases(source, count=4):
+    for number in range(1, count + 1):
+        write_report(source / f"{number:06}", f"study_findings: Cyst {number}.")
+        write_series(source / f"{number:06}/Axial", seed=number)
+    return source
+
+
+def write_scan(path, affine=None, array=None, code=1):
+    if array is None:
+        array = np.random.default_rng(0).integers(-1000, 1500, size=(14, 12, 10)).astype(np.int16)
+        array[:3] = array[:, 10:] = -1000  # air around, for the crop to remove
+    affine = np.diag([0.7, 0.8, 2.5, 1]) if affine is None else affine
+    image = nibabel.Nifti1Image(array, affine if code else None)
+    image.header.set_zooms(nibabel.affines.voxel_sizes(affine))
+    if code:
+        image.set_sform(affine, code)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, path)
+
+
+def read_back(path, image_size=IMAGE_SIZE):
+    return Med3DVLMImageProcessor(image_size=list(image_size), **PREPARED)(path)["pixel_values"][0, 0]
+
+
+def reasons(report, *levels):
+    return {
+        "/".join(filter(None, (entry.case, entry.series, entry.name))): entry.reason
+        for entry in report.dropped
+        if entry.level in (levels or prepare.LEVELS)
+    }
+
+
+def all_files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The cases of the golden, prepared in full size."""
+    folder = tmp_path_factory.mktemp("original")
+    make_slices.make_slices(folder / "M3D_Cap", golden_io.load("prep").meta["salt"])
+    report = prepare_m3d_cap(folder / "M3D_Cap", folder / "M3D_Cap_npy", num_workers=0)
+    return folder, report
+
+
+def test_files_and_reports_are_those_of_the_original(original):
+    folder, _ = original
+    meta = golden_io.load("prep").meta
+    ours = {"M3D_Cap.json", "preparation_report.csv", "preparation_report.json", ".preparation_report.lock"}
+    assert set(all_files(folder / "M3D_Cap_npy")) == {*meta["files_written"], *ours}
+    for name, text in meta["reports"].items():
+        assert (folder / "M3D_Cap_npy" / name).read_text() == text
+
+
+def test_volumes_equal_the_original(original):
+    folder, _ = original
+    golden = golden_io.load("prep")
+    for name in golden.meta["volumes"]:
+        path = folder / "M3D_Cap_npy" / name
+        image = nibabel.load(path)
+        assert image.get_data_dtype() == np.float32 and image.shape == (256, 256, 128)
+        array = np.asarray(image.dataobj).transpose(2, 1, 0)  # (W, H, D) -> (D, H, W)
+        stored = golden_io.subsample(array, golden.meta["outputs"][name]["stride"])
+        assert np.abs(stored - golden.arrays[name]).max() <= 1e-6
+        golden_io.check(golden, name, array, tolerance=1e-6)
+        # What reads prepared volumes takes them as they are.
+        assert torch.equal(read_back(path, (128, 256, 256)), torch.from_numpy(np.ascontiguousarray(array)))
+
+
+def test_everything_left_out_is_listed(original):
+    folder, report = original
+    assert (report.num_cases, report.num_volumes, report.num_made) == (4, 2, 2)
+    assert not report.is_ok
+    assert reasons(report, "case") == dict.fromkeys(
+        ("000003", "000004"), "there is no series: expected folders of .png or .jpeg slices, or NIfTI files"
+    )
+    assert reasons(report, "series") == {"000003/Sagittal_empty": "expected .png or .jpeg slices, it is empty"}
+    series = "000002/Pöschl_C__delayed"
+    assert sorted(reasons(report, "slice")) == [f"{series}/{number}.png" for number in (16, 19, 23, 5)]
+    assert reasons(report, "file") == {f"{series}/notes.db": "not a .png or .jpeg file"}
+    content = json.loads((folder / "M3D_Cap_npy/preparation_report.json").read_text())
+    assert content["num_dropped"] == {"case": 2, "series": 1, "sample": 0, "slice": 4, "file": 1}
+    assert content["is_ok"] is False
+    with (folder / "M3D_Cap_npy/preparation_report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == content["dropped"] and len(rows) == 8
+    text = format_preparation_report(report)
+    assert "dropped, slice   4" in text and "000003/Sagittal_empty: expected .png" in text
+    assert f'read_m3d_cap("{folder}", "train")' in text
+
+
+def test_affine_of_slices_tells_crop_and_scale_in_pixels(original):
+    folder, _ = original
+    path = folder / "M3D_Cap_npy/000001/Axial_non_contrast.nii.gz"
+    image = nibabel.load(path)
+    box = read_preparation_record(path)["preprocessing_report"]["crop_box"]
+    assert [stop - start for start, stop in box] == [31, 141, 151]
+    assert image.header.get_xyzt_units()[0] == "unknown"
+    assert image.header["sform_code"] == image.header["qform_code"] == 2
+    # The middle of the first voxel and of the last, in pixels of the stack (width, height, depth).
+    for voxel, edge in (((-0.5,) * 3, 0), ((255.5, 255.5, 127.5), 1)):
+        pixel = image.affine @ [*voxel, 1] * [-1, -1, 1, 1]
+        np.testing.assert_allclose(pixel[:3], [box[axis][edge] - 0.5 for axis in (2, 1, 0)], atol=1e-4)
+    np.testing.assert_allclose(image.header.get_qform(), image.affine, atol=1e-4)
+
+
+def test_affine_of_a_scan_is_the_true_one(tmp_path):
+    angle = np.deg2rad(12)
+    affine = np.array([[0, np.cos(angle) * 0.8, -np.sin(angle) * 2, -40], [-0.7, 0, 0, 55],
+                       [0, np.sin(angle) * 0.8, np.cos(angle) * 2, 10], [0, 0, 0, 1]])  # fmt: skip
+    shape = (30, 26, 20)
+    world = np.einsum("ab,bijk->aijk", affine, np.stack([*np.indices(shape), np.ones(shape)]))
+    values = 1000 + 3 * world[0] + 5 * world[1] - 2 * world[2]  # linear, so that interpolation keeps it
+    values[:4] = values[:, :3] = values[..., 17:] = 0
+    write_report(tmp_path / "source/1")
+    write_scan(tmp_path / "source/1/scan.nii", affine, values.astype(np.float32))
+    report = prepare_here(tmp_path / "source", tmp_path / "out", intensity_mode="minmax")
+    assert report.is_ok, report.dropped
+    path = tmp_path / "out/1/scan.nii.gz"
+    image = nibabel.load(path)
+    stored = np.asarray(image.dataobj)
+    placed = np.einsum("ab,bijk->aijk", image.affine, np.stack([*np.indices(stored.shape), np.ones(stored.shape)]))
+    lower, upper = read_preparation_record(path)["preprocessing_report"]["intensity_range"]
+    expected = (1000 + 3 * placed[0] + 5 * placed[1] - 2 * placed[2] - lower) / (upper - lower)
+    inner = (slice(2, -2), slice(2, -2), slice(2, -2))
+    np.testing.assert_allclose(stored[inner], expected[inner], atol=1e-5)
+    assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")
+    assert image.header.get_xyzt_units()[0] == "mm" and image.header["sform_code"] == 1
+    np.testing.assert_allclose(image.header.get_qform(), image.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_prepared_scan_is_read_back_to_the_bit(code, tmp_path):
+    write_report(tmp_path / "source/1")
+    write_scan(tmp_path / "source/1/a.nii.gz", code=code)
+    write_scan(tmp_path / "source/1/b.nii.gz", np.diag([-0.7, 2.5, -0.8, 1])[:, [2, 0, 1, 3]], code=code)
+    report = prepare_here(tmp_path / "source", tmp_path / "out")
+    assert report.is_ok and report.num_volumes == 2
+    for name in ("a.nii.gz", "b.nii.gz"):
+        expected = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))(tmp_path / "source/1" / name)
+        assert torch.equal(read_back(tmp_path / "out/1" / name), expected["pixel_values"][0, 0])
+        record = read_preparation_record(tmp_path / "out/1" / name)
+        assert record["preprocessing_report"]["intensity_mode"] == "window"
+        assert nibabel.load(tmp_path / "out/1" / name).header["sform_code"] == 2 - code
+
+
+def test_a_sheared_scan_has_no_quaternion(tmp_path):
+    affine = np.diag([0.7, 0.8, 2.5, 1])
+    affine[1, 2] = 0.6  # a tilted gantry
+    write_report(tmp_path / "source/1")
+    write_scan(tmp_path / "source/1/a.nii.gz", affine)
+    assert prepare_here(tmp_path / "source", tmp_path / "out").is_ok
+    image = nibabel.load(tmp_path / "out/1/a.nii.gz")
+    assert image.header["qform_code"] == 0 and image.header["sform_code"] == 1
+
+
+def test_axes_between_two_directions_are_refused():
+    affine = np.array([[0, 0, -1, 0], [0, 1, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 1]])
+    with pytest.raises(InvalidVolumeError, match="halfway between the directions of the patient"):
+        encode_prepared_volume(torch.zeros(IMAGE_SIZE), affine, True, True, {})
+
+
+def test_the_result_is_read_by_the_reader(tmp_path):
+    write_cases(tmp_path / "source/ct_case", 5)
+    for name in ("data/M3D_Cap_npy", "anywhere"):
+        report = prepare_here(tmp_path / "source", tmp_path / name)
+        assert report.is_ok and report.num_samples == {"train": 3, "validation": 1, "test": 1}
+        cases = []
+        for split, count in report.num_samples.items():
+            dataset = read_m3d_cap(report.root, split)
+            assert len(dataset) == count
+            for sample in dataset:
+                number = int(sample["case"].removeprefix("ct_case/"))
+                assert sample["answer"] == f"Cyst {number}."
+                assert sample["image"] == str(tmp_path / name / f"ct_case/{number:06}/Axial.nii.gz")
+                stack = read_slices(tmp_path / f"source/ct_case/{number:06}/Axial")[0]
+                expected = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE), intensity_mode="minmax")(stack)
+                assert torch.equal(read_back(sample["image"]), expected["pixel_values"][0, 0])
+            cases += dataset["case"]
+        assert len(set(cases)) == 5
+    assert report.root == str(tmp_path / "anywhere")
+    index = json.loads((tmp_path / "data/M3D_Cap_npy/M3D_Cap.json").read_text())
+    entry = index["test"][0]
+    assert entry["image"].startswith("M3D_Cap_npy/ct_case/00000") and entry["text"].endswith("/text.txt")
+
+
+def test_splits_follow_from_seed_and_fractions(tmp_path):
+    write_cases(tmp_path / "source", 12)
+    for number in range(1, 13):
+        write_series(tmp_path / f"source/{number:06}/Sagittal", seed=number + 50)
+
+    def split_of_cases(seed, splits):
+        report = prepare_here(tmp_path / "source", tmp_path / "out", seed=seed, splits=splits)
+        index = json.loads(Path(report.index).read_text())
+        return {entry["image"].split("/")[0]: split for split, entries in index.items() for entry in entries}, report
+
+    fractions = {"validation": 0.25, "test": 0.5}
+    first, report = split_of_cases(0, fractions)
+    assert Counter(first.values()) == {"train": 3, "validation": 3, "test": 6}  # both series of a case together
+    assert report.num_samples == {"train": 6, "validation": 6, "test": 12}
+    assert split_of_cases(0, fractions)[0] == first
+    assert split_of_cases(1, fractions)[0] != first
+    assert set(split_of_cases(0, {"train": 1})[0].values()) == {"train"}
+    assert set(split_of_cases(0, {"test": 1.0})[0].values()) == {"test"}
+
+
+def test_splits_of_an_index_are_taken(tmp_path):
+    write_cases(tmp_path / "source", 4)
+    index = {
+        "train": [{"image": "M3D_Cap_npy/000002/Axial.npy", "text": "M3D_Cap_npy/000002/text.txt"}],
+        "validation": [{"image": "M3D_Cap_npy/000003/Axial.nii.gz", "text": "M3D_Cap_npy/000003/text.txt"}],
+        "test": [{"image": f"000001/{name}.nii.gz", "text": "000001/text.txt"} for name in ("Axial", "Lost")],
+    }
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    report = prepare_here(tmp_path / "source", tmp_path / "M3D_Cap_npy", splits=tmp_path / "index.json")
+    assert report.num_samples == {"train": 1, "validation": 1, "test": 1}
+    assert [read_m3d_cap(tmp_path, split)["case"] for split in report.num_samples] == [
+        ["000002"],
+        ["000003"],
+        ["000001"],
+    ]
+    assert reasons(report) == {
+        "000004/Axial.nii.gz": "the given index does not name it, so it is in no split",
+        "000001/Lost.nii.gz": "the given index names it, and no volume with a report was made of the source",
+    }
+    assert not report.is_ok
+
+
+def test_each_reason_for_a_missing_case_or_series(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    write_series(source / "no_report/Axial")
+    write_report(source / "two_reports")
+    (source / "two_reports/other.txt").write_text("x")
+    write_series(source / "two_reports/Axial")
+    write_report(source / "empty_report", " \n")
+    write_series(source / "empty_report/Axial")
+    write_report(source / "no_series")
+    (source / "nothing").mkdir()
+    write_series(source / "loose")  # slices in the folder of the case itself
+    (source / "loose/Axial").mkdir()
+    write_report(source / "loose")
+    bad = source / "bad"
+    write_report(bad)
+    write_series(bad / "good")
+    write_series(bad / "single", count=1)
+    write_series(bad / "jpg")
+    for path in (bad / "jpg").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    (bad / "black").mkdir()
+    for number in range(3):
+        Image.new("L", (4, 5)).save(bad / f"black/{number}.png")
+    (bad / "damaged.nii.gz").write_bytes(b"x" * 400)
+    shutil.copy(Path(data_path) / "example4d.nii.gz", bad / "series4d.nii.gz")
+    write_series(bad / "Pöschl", seed=1)
+    write_series(bad / "poschl", seed=2)
+    (bad / "Thumbs.db").write_bytes(b"")
+    report = prepare_here(source, tmp_path / "out")
+    found = reasons(report, "case", "series")
+    assert found["no_report"] == "there is no report. Expected one .txt file."
+    assert found["two_reports"].startswith("expected one report, got 2 .txt files (other.txt, text.txt)")
+    assert found["empty_report"] == "the report is empty: fill in text.txt"
+    for name in ("no_series", "loose"):
+        assert found[name].startswith("there is no series: expected folders of .png or .jpeg slices")
+    assert found["loose/Axial"] == "expected .png or .jpeg slices, it is empty"
+    assert "there is no" in found["nothing"]
+    assert found["bad/single"].startswith("expected the slices of a volume, got a single one of 20 x 30 pixels")
+    assert found["bad/jpg"].endswith("`accept_jpg` takes .jpg too")
+    assert found["bad/black"] == "all voxels are 0: the volume shows nothing."
+    assert found["bad/damaged.nii.gz"].startswith("not a NIfTI file")
+    assert "a series of 2 volumes" in found["bad/series4d.nii.gz"]
+    assert found["bad/poschl"] == "its file would be poschl.nii.gz, which is that of Pöschl: rename one of them"
+    assert len(found) == 13 and not report.is_ok
+    assert reasons(report, "file")["bad/Thumbs.db"] == "neither a report (.txt) nor a NIfTI file"
+    assert "slices belong in a folder for each series" in reasons(report, "file")["loose/0.png"]
+    assert sum(report.num_samples.values()) == 3  # 000001/Axial, bad/good, bad/Poschl
+    # Volumes without a report are there, but in no split.
+    assert (tmp_path / "out/no_report/Axial.nii.gz").is_file()
+    stack = read_slices(bad / "Pöschl")[0]
+    expected = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))(stack)["pixel_values"][0, 0]
+    assert torch.equal(read_back(tmp_path / "out/bad/Poschl.nii.gz"), expected)
+    assert prepare_here(source, tmp_path / "out", accept_jpg=True).num_volumes == report.num_volumes + 1
+
+
+def test_a_fault_in_one_series_does_not_stop_the_others(tmp_path, monkeypatch):
+    source = write_cases(tmp_path / "source", 3)
+
+    def read(path, accept_jpg):
+        if "000002" in str(path):
+            raise MemoryError("no room")
+        return read_slices(path, accept_jpg)
+
+    monkeypatch.setattr(prepare, "read_slices", read)
+    report = prepare_here(source, tmp_path / "out")
+    assert report.num_volumes == 2
+    assert reasons(report, "series") == {"000002/Axial": "MemoryError: no room"}
+
+
+def test_what_is_done_is_left_as_it_is(tmp_path):
+    source = write_cases(tmp_path / "source", 3)
+    (source / "000001/Axial/x.db").write_bytes(b"")
+    first = prepare_here(source, tmp_path / "out")
+    files = {name: (tmp_path / "out" / name) for name in all_files(tmp_path / "out") if not name.startswith(".")}
+    before = {name: (path.read_bytes(), path.stat().st_ino) for name, path in files.items() if name.startswith("0")}
+    again = prepare_here(source, tmp_path / "out")
+    assert (first.num_made, again.num_made, again.num_volumes) == (3, 0, 3)
+    assert {name: (files[name].read_bytes(), files[name].stat().st_ino) for name in before} == before
+    assert again.dropped == first.dropped and again.count("file") == 1
+
+    write_series(source / "000002/Axial", seed=77)  # other pictures
+    (source / "000003/text.txt").write_text("Another report.")
+    files["000003/Axial.nii.gz"].write_bytes(before["000003/Axial.nii.gz"][0][:100])
+    assert prepare_here(source, tmp_path / "out").num_made == 2
+    assert files["000003/text.txt"].read_text() == "Another report."
+    assert files["000001/Axial.nii.gz"].read_bytes() == before["000001/Axial.nii.gz"][0]
+    assert files["000002/Axial.nii.gz"].read_bytes() != before["000002/Axial.nii.gz"][0]
+    assert files["000003/Axial.nii.gz"].read_bytes() == before["000003/Axial.nii.gz"][0]
+    assert prepare_here(source, tmp_path / "out", image_size=(12, 8, 16)).num_made == 3
+    nibabel.save(
+        nibabel.Nifti1Image(np.zeros((3, 4, 5)), np.eye(4)), files["000001/Axial.nii.gz"]
+    )  # of something else
+    assert prepare_here(source, tmp_path / "out", image_size=(12, 8, 16)).num_made == 1
+
+
+def is_running(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_after_a_kill_the_same_call_goes_on(tmp_path):
+    source, output = write_cases(tmp_path / "source", 30), tmp_path / "out"
+    command = [sys.executable, preparation_program.__file__, str(source), str(output), "1"]
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_until(lambda: len(list(output.glob("0*/*.nii.gz"))) >= 3 or process.poll() is not None)
+    process.kill()  # the worker is not told
+    process.wait()
+    wait_until(lambda: not is_running(process.pid))
+    done = sorted(output.glob("0*/*.nii.gz"))
+    assert 3 <= len(done) < 30 and not (output / "M3D_Cap_npy/M3D_Cap.json").exists()
+    for path in done:
+        assert read_back(path).shape == IMAGE_SIZE
+    (output / "000030").mkdir(exist_ok=True)
+    (output / "000030/.Axial.nii.gz.0.tmp").write_bytes(b"half")  # as a kill within a write leaves it
+    report = prepare_here(source, output)
+    assert report.is_ok and report.num_volumes == 30 and report.num_made == 30 - len(done)
+    prepare_here(source, tmp_path / "at_once")
+    assert all_files(output) == all_files(tmp_path / "at_once")
+    for name in all_files(output):
+        if name.startswith("0"):
+            assert (output / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+
+
+def test_a_case_that_ends_its_process_is_listed_and_the_others_are_made(tmp_path, monkeypatch):
+    source = write_cases(tmp_path / "source", 3)
+    monkeypatch.setattr(prepare, "_prepare_case", preparation_program.prepare_case_or_die)
+    report = prepare_here(source, tmp_path / "out", num_workers=1, progress=True)
+    assert reasons(report) == {"000001": "its process was ended from outside, as happens when memory runs out"}
+    assert report.num_volumes == 2
+
+
+def test_two_calls_do_not_work_on_one_folder(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    prepare_here(source, tmp_path / "out")
+    with (
+        prepare._only_one_at(tmp_path / "out"),
+        pytest.raises(RuntimeError, match="another call is preparing this folder"),
+    ):
+        prepare_here(source, tmp_path / "out")
+    assert prepare_here(source, tmp_path / "out").is_ok
+
+
+def test_cases_may_lie_deeper(tmp_path):
+    write_cases(tmp_path / "ct_case", 2)
+    write_series(tmp_path / "other/group/7/Axial")  # without a report
+    (tmp_path / "other/group/8").mkdir()
+    (tmp_path / "readme.txt").write_text("x")
+    assert find_cases(tmp_path) == ["ct_case/000001", "ct_case/000002", "other/group/7", "other/group/8"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"source": "missing"}, "there is no such folder. Expected one of case folders"),
+        ({"source": "empty"}, "holds no case folders. Expected SRC/<case>/<series>/<number>.png"),
+        ({"destination": "source/out"}, "expected a folder outside"),
+        ({"image_size": (8, 12)}, "three positive numbers of voxels"),
+        ({"intensity_mode": "windw"}, "did you mean 'window'"),
+        ({"num_workers": -1}, "must be 0 or more, got -1"),
+        ({"splits": {"val": 0.5}}, "must be an index, or fractions of the cases"),
+        ({"splits": {"validation": 0.7, "test": 0.5}}, "must be an index, or fractions of the cases"),
+        ({"splits": {"train": 0.5, "test": 0.2}}, "must be an index, or fractions of the cases"),
+        ({"splits": "nowhere.json"}, "There is no file nowhere.json"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_written(options, message, tmp_path):
+    write_cases(tmp_path / "source", 1)
+    (tmp_path / "empty").mkdir()
+    folders = {"source": "source", "destination": "out", **options}
+    source, destination = (tmp_path / folders.pop(name) for name in ("source", "destination"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare_here(source, destination, **folders)
+    assert not destination.exists()

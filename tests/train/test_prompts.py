@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from med3dvlm.train.prompts import REPORT_PROMPTS, build_messages, format_answer, format_question, parse_choice
+
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+def sample(**fields):
+    base = {"task": "closed_vqa", "question": "Where is it?", "choices": ["a", "b", "c", "d"], "answer": "c"}
+    return {**base, "answer_choice": "C", **fields}
+
+
+def test_questions_and_answers_have_the_words_of_the_original():
+    golden = json.loads((GOLDENS / "dataset.json").read_text())
+    for row, values in enumerate(golden["inputs"]["csv_rows"]):
+        for task in ("closed", "open"):
+            item = golden["items"][f"pad_not_eos/vqa_{task}/{row}"]
+            question = sample(
+                task=f"{task}_vqa",
+                question=values["Question"],
+                choices=[values[f"Choice {letter}"] for letter in "ABCD"],
+                answer=values["Answer"],
+                answer_choice=values["Answer Choice"],
+            )
+            assert format_question(question) == item["question"].rpartition("<im_patch>")[2].strip()
+            assert format_answer(question) == item["answer"]
+
+
+def test_report_prompts_are_different_and_the_first_is_used_without_a_generator():
+    assert len(set(REPORT_PROMPTS)) == len(REPORT_PROMPTS) >= 20
+    assert format_question(sample(task="report")) == REPORT_PROMPTS[0]
+    drawn = {format_question(sample(task="report"), torch.Generator().manual_seed(seed)) for seed in range(60)}
+    assert len(drawn) > 15
+    first, second = (format_question(sample(task="report"), torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first == second
+
+
+def test_a_closed_question_needs_four_choices():
+    with pytest.raises(ValueError, match=r"needs 4 choices, got 3 for 'Where is it\?'"):
+        format_question(sample(choices=["a", "b", "c"]))
+
+
+def test_messages_have_the_volume_before_the_question():
+    messages = build_messages("scan.nii.gz", "Why?", "So.", system="You are a radiologist.")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert [part["type"] for part in messages[1]["content"]] == ["image", "text"]
+    assert [message["role"] for message in build_messages("scan.nii.gz", "Why?")] == ["user"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("B. spleen", "B"),
+        (" (c) liver", "C"),
+        ("D", "D"),
+        ("a, because", "A"),
+        ("Answer: B", None),
+        ("Because of vitamin A.", None),
+        ("Axial", None),
+        ("", None),
+    ],
+)
+def test_choice_is_the_letter_an_answer_begins_with(text, expected):
+    assert parse_choice(text) == expected

@@ -1,0 +1,134 @@
+"""From items to batches for the two kinds of models."""
+
+from typing import Any
+
+import torch
+
+
+class ConversationCollator:
+    """
+    Batches of conversations for [`Med3DVLMForConditionalGeneration`], with labels on what the model is to say.
+
+    The labels are the tokens of the answers and the end token of each answer, as the generation block of the chat template
+    marks them; -100 stands on all else: the system and user turns, the placeholders of the volumes, the newline after the
+    end token, and the padding, which is on the right.
+
+    Args:
+        processor ([`Med3DVLMProcessor`]):
+            The model's processor, with a chat template that has a generation block.
+        max_length (`int`, *optional*):
+            Tokens a conversation may have; what is beyond, the end of the answer, is cut off.
+
+    Raises:
+        ValueError: the chat template marks no answers.
+    """
+
+    def __init__(self, processor: Any, max_length: int | None = None):
+        template = getattr(processor, "chat_template", None)
+        if not template or "generation" not in template:
+            raise ValueError(
+                "Expected a processor whose chat template has a generation block around what the assistant says: labels "
+                "are made from it. Leave out `chat_template` when the processor is built, or add "
+                "`{% generation %}...{% endgeneration %}` to it."
+            )
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            items (`list`):
+                Dictionaries with `messages`, and `volume`: a prepared volume of shape `(depth, height, width)`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, and `pixel_values` of
+            shape `(batch_size, 1, depth, height, width)`.
+
+        Raises:
+            ValueError: the whole answer of an item was cut off by `max_length`, so there is nothing to learn from it.
+        """
+        truncation = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
+        batch = self.processor.apply_chat_template(
+            [item["messages"] for item in items],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={**PREPARED, "padding": True, "padding_side": "right", **truncation},
+        )
+        is_answer = torch.as_tensor(batch["assistant_masks"]).bool() & batch["attention_mask"].bool()
+        if not bool(is_answer.any(dim=1).all()):
+            raise ValueError(
+                f"A conversation has no token to learn within {self.max_length} tokens: its question fills them, or its "
+                "answer is empty. Raise `max_text_length`, and check the data with `med3dvlm prepare check`."
+            )
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": batch["input_ids"].masked_fill(~is_answer, -100),
+            "pixel_values": stack_volumes(items),
+        }
+
+
+class PairCollator:
+    """
+    Batches of volumes and reports for [`DCFormerSiglipModel`].
+
+    Args:
+        processor ([`Med3DVLMProcessor`]):
+            The model's processor.
+        max_length (`int`):
+            Tokens a report may have.
+    """
+
+    def __init__(self, processor: Any, max_length: int):
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            items (`list`):
+                Dictionaries with `text`, `volume`, a prepared volume of shape `(depth, height, width)`, and
+                `text_group_id`, as [`PairBuilder`] makes them.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`, `pixel_values` of shape
+            `(batch_size, 1, depth, height, width)`, `text_group_ids` of shape `(batch_size,)`, and `return_loss`.
+        """
+        batch = self.processor.tokenizer(
+            [item["text"] for item in items],
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "pixel_values": stack_volumes(items),
+            "text_group_ids": torch.tensor([item["text_group_id"] for item in items]),
+            "return_loss": True,
+        }
+
+
+# Options of the image processor for volumes that went through it before.
+PREPARED: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False, "do_resize": False}
+
+
+def stack_volumes(items: list[dict[str, Any]]) -> torch.Tensor:
+    """
+    Prepared volumes as `pixel_values` of shape `(batch_size, 1, depth, height, width)`.
+
+    Raises:
+        ValueError: they are of different sizes.
+    """
+    shapes = sorted({tuple(item["volume"].shape) for item in items})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Expected volumes of one size (depth, height, width) in a batch, got {shapes}. The augmentation 'original' "
+            "turns volumes about the depth axis and needs equal height and width; prepared data need one size."
+        )
+    return torch.stack([item["volume"] for item in items]).unsqueeze(1)  # (D, H, W) each -> (B, 1, D, H, W)
+
+
+__all__ = ["PREPARED", "ConversationCollator", "PairCollator", "stack_volumes"]

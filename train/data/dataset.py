@@ -1,0 +1,197 @@
+"""From samples to training items: volumes decoded when they are needed, and every random choice fixed by seed, epoch, sample.
+
+Nothing is drawn from a global generator. So the same seed gives the same items whatever the number of workers and processes,
+and a resumed run goes on with the items that an uninterrupted one would have seen.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..prompts import build_messages, format_answer, format_question
+from .augmentation import Augmentation
+from .text import keep_whole_sentences
+
+
+# Takes the place of a volume in a conversation to learn. The processor only has to lay out the text around it: the volume is
+# prepared already, and after augmentation need not be in [0, 1], which the processor would refuse.
+STAND_IN = torch.zeros(2, 2, 2)
+
+
+class VolumeLoader(Protocol):
+    """Anything that brings the volume at a path to `(depth, height, width)`, in [0, 1], such as a `VolumeCache`."""
+
+    def load(self, path: str) -> torch.Tensor: ...
+
+
+# Makes a training item of a sample, its volume of shape `(depth, height, width)`, and the item's own random numbers.
+ItemBuilder = Callable[[Mapping[str, Any], torch.Tensor, torch.Generator], dict[str, Any]]
+
+
+class ProcessedVolumes:
+    """
+    Brings volumes through the image processor each time they are asked for.
+
+    Args:
+        image_processor ([`Med3DVLMImageProcessor`]):
+            The one image processor.
+        options (`dict`, *optional*):
+            Options that replace the processor's own, for volumes that are prepared already.
+    """
+
+    def __init__(self, image_processor: Any, options: dict[str, Any] | None = None):
+        self.image_processor, self.options = image_processor, options or {}
+
+    def load(self, path: str) -> torch.Tensor:
+        """The volume at `path`: `torch.Tensor` of shape `(depth, height, width)`."""
+        return self.image_processor(path, **self.options)["pixel_values"][0, 0]
+
+
+class StudyDataset(Dataset):
+    """
+    Training items of samples.
+
+    Indices count draws: index `epoch * len(dataset) + i` is sample `i` with the random numbers of that epoch, which
+    [`EpochSampler`] makes use of. A plain index below the length is the sample in epoch 0.
+
+    Args:
+        samples (`datasets.Dataset`):
+            Rows of `SAMPLE_FEATURES`.
+        volumes ([`VolumeLoader`]):
+            Loads the volumes.
+        build_item (`Callable`):
+            Makes the item, see [`ConversationBuilder`] and [`PairBuilder`].
+        augmentation (`Callable`, *optional*):
+            Changes a volume at random.
+        seed (`int`, *optional*, defaults to 0):
+            Of the random numbers.
+    """
+
+    def __init__(
+        self,
+        samples: datasets.Dataset,
+        volumes: VolumeLoader,
+        build_item: ItemBuilder,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        self.samples, self.volumes, self.build_item = samples, volumes, build_item
+        self.augmentation, self.seed = augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        """
+        Raises:
+            IndexError: a negative index.
+            InvalidVolumeError: the volume cannot be used. It is not replaced by another.
+        """
+        if draw < 0:
+            raise IndexError(f"Expected an index from 0, got {draw}.")
+        epoch, index = divmod(draw, len(self))
+        sample = self.samples[index]
+        generator = item_generator(self.seed, epoch, index)
+        volume = self.volumes.load(sample["image"])
+        if self.augmentation is not None:
+            volume = self.augmentation(volume, generator)
+        return self.build_item(sample, volume, generator)
+
+
+def item_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The random numbers of one sample in one epoch."""
+    state = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes seeds below 2**63
+
+
+class EpochSampler(Sampler[int]):
+    """
+    Order of the samples in each epoch, as draws of a [`StudyDataset`].
+
+    Args:
+        length (`int`):
+            Number of samples.
+        seed (`int`):
+            Of the order. Different in every epoch, the same in every process.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True):
+        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.length
+        if not self.shuffle:
+            yield from range(first, first + self.length)
+            return
+        order = torch.randperm(self.length, generator=item_generator(self.seed, self.epoch, self.length))
+        for index in order.tolist():
+            yield first + index
+
+
+class ConversationBuilder:
+    """Makes of a sample the conversation to learn: the question about the volume, and the answer."""
+
+    def __call__(self, sample: Mapping[str, Any], volume: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """`{"messages": ..., "volume": tensor of shape (depth, height, width)}`."""
+        question = format_question(sample, generator)
+        return {"messages": build_messages(STAND_IN, question, format_answer(sample)), "volume": volume}
+
+
+class PairBuilder:
+    """
+    Makes of a report sample the pair to align: volume and text, cut to whole sentences where it is too long.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Of the text encoder.
+        max_length (`int`):
+            Tokens a text may have, special ones included.
+        is_drawn (`bool`, *optional*, defaults to `True`):
+            Whether the sentences kept of a text that is too long are drawn, for variety in training, or the first ones.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, is_drawn: bool = True):
+        self.tokenizer, self.max_length, self.is_drawn = tokenizer, max_length, is_drawn
+
+    def __call__(self, sample: Mapping[str, Any], volume: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """
+        `{"text": ..., "volume": tensor of shape (depth, height, width), "text_group_id": ...}`, where the last is the same
+        for identical reports.
+        """
+        text = keep_whole_sentences(
+            sample["answer"], self.tokenizer, self.max_length, generator if self.is_drawn else None
+        )
+        return {"text": text, "volume": volume, "text_group_id": text_group_id(sample["answer"])}
+
+
+def text_group_id(text: str) -> int:
+    """A number of 63 bits that is the same for the same words, whatever the white space between them."""
+    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+__all__ = [
+    "ConversationBuilder",
+    "EpochSampler",
+    "ItemBuilder",
+    "PairBuilder",
+    "ProcessedVolumes",
+    "StudyDataset",
+    "VolumeLoader",
+    "item_generator",
+    "text_group_id",
+]

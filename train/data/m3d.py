@@ -1,0 +1,487 @@
+"""
+Readers of M3D-Cap and M3D-VQA, in the files' original layouts.
+
+The data are M3D's (Bai et al. 2024, "M3D: Advancing 3D Medical Image Analysis with Multi-Modal Large Language Models"),
+the prepared layout is that of Med3DVLM (Xin et al. 2025), whose preparation writes each series as NIfTI:
+
+- `ROOT/M3D_Cap_npy/M3D_Cap.json`: `{"train": [{"image": path, "text": path}, ...], "validation": [...], "test": [...]}`,
+  with paths relative to `ROOT`, such as `M3D_Cap_npy/ct_case/000006/Axial_non_contrast.nii.gz` and
+  `M3D_Cap_npy/ct_case/000006/text.txt`. The folder is called `_npy` whatever it holds.
+- `ROOT/M3D-VQA/M3D_VQA_{train,val,test}.csv` and `M3D_VQA_yn_train.csv`, with the columns `Image Path`, `Text`,
+  `Question Type`, `Question`, `Choice A` to `Choice D`, `Answer`, `Answer Choice`; paths relative to `ROOT`.
+- A path that ends in `.npy`, as some published files have it, means the `.nii.gz` file of that name.
+
+A reader refuses what it cannot read (missing files and columns, unknown splits, letters and question types) and texts
+that would train on nothing (empty reports, questions, answers). Whether the volumes are sound, the answers agree with
+their choices and the splits are disjoint is found by `med3dvlm prepare check`, which reads every file.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from .samples import CHOICE_LETTERS, QUESTION_TYPES, SAMPLE_FEATURES, SPLITS, Split, Task
+
+
+logger = logging.get_logger(__name__)
+
+CAP_INDEX = "M3D_Cap_npy/M3D_Cap.json"
+VQA_FOLDER = "M3D-VQA"
+VQA_SPLITS: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
+VQA_TASKS: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
+QUESTION_COLUMNS = ("Image Path", "Question Type", "Question", "Answer")
+CHOICE_COLUMNS = ("Choice A", "Choice B", "Choice C", "Choice D", "Answer Choice")
+
+# Shards of a streamed data set: enough to be dealt out evenly to the usual numbers of processes and workers.
+NUM_SHARDS = 64
+# Small files are waited for, not computed on: on a network disk many at once take hardly longer than one.
+NUM_READERS = 16
+# A message names this many culprits and counts the rest.
+NUM_NAMED = 5
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def read_m3d_cap(
+    root: str | Path,
+    split: Split,
+    *,
+    streaming: bool = False,
+    check_files: bool = True,
+    skip_empty: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    Reads the reports of M3D-Cap in its prepared layout (`M3D_Cap_npy/M3D_Cap.json`).
+
+    Reports are read at once, a volume only when its sample is used. `image` holds paths, which `datasets` decodes
+    lazily where wanted: `dataset.cast_column("image", datasets.Nifti())` gives nibabel images whose voxels stay on
+    disk until indexed.
+
+    Args:
+        root (`str` or `Path`):
+            Folder that holds `M3D_Cap_npy`.
+        split (`str`):
+            `"train"`, `"validation"` or `"test"`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return an `IterableDataset` of up to 64 shards instead.
+        check_files (`bool`, *optional*, defaults to `True`):
+            Look whether every volume exists. Leave it out where that takes long and was done before.
+        skip_empty (`bool`, *optional*, defaults to `False`):
+            Leave samples with an empty report out and name them in a warning, instead of raising.
+
+    Returns:
+        `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, in the order of the file. `answer` is the report
+        without white space at its ends; `case` the folder of the series without `M3D_Cap_npy`, such as
+        `"ct_case/000006"`.
+
+    Raises:
+        FileNotFoundError: the index, a report or a volume is missing; all are counted, the first few named.
+        ValueError: the split or the form of the index is unknown, or a report is empty.
+
+    Example:
+
+    ```python
+    >>> from datasets import Nifti
+    >>> from med3dvlm.train.data.m3d import read_m3d_cap
+
+    >>> dataset = read_m3d_cap("data", "train")
+    >>> dataset[0]["case"], dataset[0]["answer"]
+    >>> dataset.cast_column("image", Nifti())[0]["image"].dataobj.shape
+    ```"""
+    check_split(split)
+    root, index = Path(root), Path(root) / CAP_INDEX
+    entries = read_cap_index(index, split)
+    table = SampleTable(index, skip_empty)
+    texts = read_texts([str(root / text) for _, text in entries], index)
+    for row, ((image, _), text) in enumerate(zip(entries, texts)):
+        path = resolve_image(root, image)
+        table.add(f'"{split}"[{row}]', image=path, case=case_of(image), task="report", answer=text)
+    return table.build(streaming=streaming, check_files=check_files)
+
+
+def read_m3d_vqa(
+    root: str | Path,
+    split: Split,
+    tasks: Sequence[Task] = ("closed_vqa", "open_vqa"),
+    *,
+    streaming: bool = False,
+    check_files: bool = True,
+    skip_empty: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    Reads the questions of M3D-VQA (`M3D-VQA/*.csv`).
+
+    Each row gives one sample for each of the `tasks`: `"closed_vqa"` with the choices A to D, `"open_vqa"` without,
+    both from `M3D_VQA_{train,val,test}.csv`; `"yes_no_vqa"` from `M3D_VQA_yn_{train,val,test}.csv`. Cells are text:
+    a choice `None`, `NA` or `1` stays what it is.
+
+    Args:
+        root (`str` or `Path`):
+            Folder that holds `M3D-VQA`, and the folders that its paths name.
+        split (`str`):
+            `"train"`, `"validation"` (the files call it `val`) or `"test"`.
+        tasks (`Sequence[str]`, *optional*, defaults to `("closed_vqa", "open_vqa")`):
+            Some of `"closed_vqa"`, `"open_vqa"`, `"yes_no_vqa"`.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return an `IterableDataset` of up to 64 shards instead.
+        check_files (`bool`, *optional*, defaults to `True`):
+            Look whether every volume exists.
+        skip_empty (`bool`, *optional*, defaults to `False`):
+            Leave samples with an empty question or answer out and name them in a warning, instead of raising.
+
+    Returns:
+        `datasets.Dataset` with `SAMPLE_FEATURES`: row by row, within a row in the order of `tasks`, yes/no questions
+        last.
+
+    Raises:
+        FileNotFoundError: a CSV file or a volume is missing. Yes/no questions were published for `train` alone.
+        ValueError: a split, task, column, question type or letter is unknown, or a text is empty.
+    """
+    check_split(split)
+    _check_tasks(tasks)
+    folder = Path(root) / VQA_FOLDER
+    table = SampleTable(folder, skip_empty)
+    choice_tasks = [task for task in tasks if task != "yes_no_vqa"]
+    if choice_tasks:
+        columns = QUESTION_COLUMNS + (CHOICE_COLUMNS if "closed_vqa" in choice_tasks else ())
+        _add_questions(table, Path(root), f"M3D_VQA_{VQA_SPLITS[split]}.csv", columns, choice_tasks)
+    if "yes_no_vqa" in tasks:
+        path = folder / f"M3D_VQA_yn_{VQA_SPLITS[split]}.csv"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no {path}. M3D publishes yes/no questions for the split train only: leave "
+                '"yes_no_vqa" out of `tasks`, or write a file with the columns of M3D_VQA_yn_train.csv.'
+            )
+        _add_questions(table, Path(root), path.name, QUESTION_COLUMNS, ["yes_no_vqa"])
+    return table.build(streaming=streaming, check_files=check_files)
+
+
+def read_m3d_cap_raw(
+    source: str | Path, *, streaming: bool = False, skip_empty: bool = False
+) -> Dataset | IterableDataset:
+    """
+    Reads the case folders that M3D-Cap was published as: `SOURCE/<case>/<series>/<number>.png` (or `.jpeg`), with the
+    report in `SOURCE/<case>/*.txt`. A case folder may lie deeper, as in `SOURCE/ct_case/000006`.
+
+    Args:
+        source (`str` or `Path`):
+            Folder of the case folders.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return an `IterableDataset` of up to 64 shards instead.
+        skip_empty (`bool`, *optional*, defaults to `False`):
+            Leave cases with an empty report out and name them in a warning, instead of raising.
+
+    Returns:
+        `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, sorted by path. `image` is the folder of a series,
+        `case` the case's folder relative to `source`. There are no splits; M3D names them in its `M3D_Cap.json`.
+
+    Raises:
+        FileNotFoundError: there is no folder `source`.
+        ValueError: it holds no case, or a report is empty or cannot be read.
+    """
+    from .slices import find_series, read_report
+
+    source = Path(source)
+    table = SampleTable(source, skip_empty)
+    for case_folder in find_case_folders(source):
+        case, report = case_folder.relative_to(source).as_posix(), read_report(case_folder)
+        for series in find_series(case_folder):
+            table.add(case, image=str(series.absolute()), case=case, task="report", answer=report)
+    return table.build(streaming=streaming, check_files=False)
+
+
+def find_case_folders(source: Path) -> list[Path]:
+    """The folders below `source` that hold both a text file and folders, sorted."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"There is no folder {source}. Expected one of case folders, as M3D-Cap has them.")
+    cases = []
+    for folder, subfolders, files in os.walk(source):
+        subfolders.sort()
+        if subfolders and any(name.endswith(".txt") for name in files) and Path(folder) != source:
+            cases.append(Path(folder))
+            subfolders.clear()  # series lie in a case, no further cases
+    return cases
+
+
+class SampleTable:
+    """
+    Samples on their way into a `datasets.Dataset`: collects rows, refuses gaps, looks whether the volumes exist.
+
+    Args:
+        source (`Path`):
+            File or folder that messages name.
+        skip_empty (`bool`):
+            Whether samples without a question or an answer are left out, or raise.
+    """
+
+    def __init__(self, source: Path, skip_empty: bool = False):
+        self.source, self.skip_empty = source, skip_empty
+        self.columns: dict[str, list[Any]] = {name: [] for name in SAMPLE_FEATURES}
+        self.empty: list[str] = []
+
+    def add(
+        self,
+        where: str,
+        *,
+        image: str,
+        case: str,
+        task: Task,
+        answer: str,
+        question: str = "",
+        choices: Sequence[str] = (),
+        answer_choice: str = "",
+        question_type: int = 0,
+    ) -> None:
+        """Adds a sample, or notes that it is empty. `where` tells the place in the source."""
+        question, answer = question.strip(), answer.strip()
+        if not answer or (task != "report" and not question):
+            self.empty.append(f"{where} ({'question' if answer else 'report' if task == 'report' else 'answer'})")
+            return
+        sample = (image, case, task, question, list(choices), answer, answer_choice, question_type)
+        for column, value in zip(self.columns.values(), sample):
+            column.append(value)
+
+    def build(self, *, streaming: bool, check_files: bool) -> Dataset | IterableDataset:
+        """
+        Raises:
+            FileNotFoundError: a volume is missing.
+            ValueError: a text is empty, or there are no samples at all.
+        """
+        if self.empty:
+            message = f"{len(self.empty)} empty texts in {self.source}: {name_a_few(self.empty)}."
+            if not self.skip_empty:
+                raise ValueError(
+                    f"{message} A sample without a text would train on nothing: fill them in, or pass "
+                    "`skip_empty=True` to leave them out."
+                )
+            logger.warning(f"{message} They are left out.")
+        if not self.columns["image"]:
+            raise ValueError(f"{self.source} holds no samples.")
+        if check_files:
+            check_images_exist(self.columns["image"], self.source)
+        # As `Dataset.from_dict`, which looks at every text on its own and takes several times as long.
+        dataset = Dataset(pa.Table.from_pydict(self.columns, schema=SAMPLE_FEATURES.arrow_schema))
+        return dataset.to_iterable_dataset(num_shards=min(NUM_SHARDS, len(dataset))) if streaming else dataset
+
+
+def resolve_image(root: Path, image: str) -> str:
+    """The absolute path of a volume. M3D's files may still name the `.npy` that the `.nii.gz` was made from."""
+    if image.endswith(".npy"):
+        image = image.removesuffix(".npy") + ".nii.gz"
+    return os.path.abspath(os.path.join(root, image))  # noqa: PTH100, PTH118 (faster, for half a million rows)
+
+
+def case_of(image: str) -> str:
+    """The folder of a series, without the data set's own folder: `M3D_Cap_npy/ct_case/6/a.nii.gz` -> `ct_case/6`."""
+    folders = image.replace("\\", "/").split("/")[:-1]
+    if len(folders) > 1 and folders[0].startswith("M3D_Cap"):
+        folders = folders[1:]
+    return "/".join(folders)
+
+
+def check_images_exist(paths: Iterable[str], source: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: volumes are missing; says how many of how many and names a few.
+    """
+    unique = list(dict.fromkeys(paths))
+    missing = [path for path, exists in zip(unique, parallel(os.path.exists, unique)) if not exists]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(unique)} volumes that {source} names are missing: {name_a_few(missing)}. "
+            "Paths are relative to the data set's folder; volumes of M3D are made by `med3dvlm prepare m3d-cap`."
+        )
+
+
+def read_texts(paths: Sequence[str], source: Path) -> list[str]:
+    """
+    Reads small text files (UTF-8), many at once; a file that is named twice is read once.
+
+    Raises:
+        FileNotFoundError: files are missing; says how many and names a few.
+        ValueError: a file is not UTF-8.
+    """
+    unique = list(dict.fromkeys(paths))
+    texts = dict(zip(unique, parallel(_read_text_if_there, unique)))
+    missing = [path for path, text in texts.items() if text is None]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(unique)} reports that {source} names are missing: {name_a_few(missing)}."
+        )
+    return [texts[path] or "" for path in paths]
+
+
+def _read_text_if_there(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
+
+
+def parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`function` of each item, in order, many waiting for the disk at a time."""
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return list(pool.map(function, items))
+
+
+def read_csv_rows(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
+    """
+    Reads a CSV file (UTF-8) row by row, all cells as text.
+
+    Args:
+        path (`Path`):
+            The file; its first row names the columns.
+        required (`Iterable[str]`, *optional*):
+            Columns that must be there.
+
+    Yields:
+        `tuple[int, dict[str, str]]`: the row's number as a spreadsheet shows it (the header is row 1), and its cells.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing or named twice, a row is too long or short, or the file is not CSV.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            _check_header(path, header, required)
+            for row, cells in enumerate(reader, start=2):
+                if not cells:  # a blank line, such as the last one
+                    continue
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{path}, row {row}: expected {len(header)} cells as in the header, got {len(cells)}. A text "
+                        'with commas or line breaks must stand in double quotes, a double quote in it as "".'
+                    )
+                yield row, dict(zip(header, cells))
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}, is not valid CSV: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+
+
+def _check_header(path: Path, header: list[str], required: Iterable[str]) -> None:
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}. Its columns: {', '.join(header) or 'none'}.")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path} names columns twice: {', '.join(repeated)}. Expected each once.")
+
+
+def check_split(split: str) -> None:
+    """
+    Raises:
+        ValueError: it is no split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+
+
+def name_a_few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    named = ", ".join(names[:NUM_NAMED])
+    return named if len(names) <= NUM_NAMED else f"{named} and {len(names) - NUM_NAMED} more"
+
+
+def question_type_number(text: str, where: str, show: bool = True) -> int:
+    """
+    The number of a question type, given as number or as name; 0 for none.
+
+    Raises:
+        ValueError: there is no such type; `where` tells the place, and with `show` the message has the text.
+    """
+    text = text.strip().lower()
+    for number, name in QUESTION_TYPES.items():
+        if text in (str(number), name):
+            return number
+    if text in ("", "0"):
+        return 0
+    known = ", ".join(f"{number} {name}" for number, name in QUESTION_TYPES.items())
+    found = repr(text) if show else "something else"
+    raise ValueError(f"{where}: expected a question type out of {known}, got {found}.")
+
+
+def choice_letter(text: str, where: str, show: bool = True) -> str:
+    """
+    The letter of a choice.
+
+    Raises:
+        ValueError: it is none of A to D; `where` tells the place, and with `show` the message has the text.
+    """
+    letter = text.strip().upper()
+    if letter not in CHOICE_LETTERS:
+        found = repr(text) if show else "something else"
+        raise ValueError(f"{where}: expected the letter of the right choice, A to D, got {found}.")
+    return letter
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(VQA_TASKS):
+        raise ValueError(f"`tasks` must be a list of some of {', '.join(VQA_TASKS)}, each once, got {tasks!r}.")
+
+
+def _add_questions(table: SampleTable, root: Path, name: str, columns: Sequence[str], tasks: Sequence[Task]) -> None:
+    path = root / VQA_FOLDER / name
+    places: dict[str, tuple[str, str]] = {}  # many questions share a volume, and so one text for its path and its case
+    for row, cells in read_csv_rows(path, columns):
+        where = f"{path}, row {row}"
+        image = cells["Image Path"].strip()
+        if not image:
+            raise ValueError(f"{where}: expected the path of a volume as Image Path, got an empty cell.")
+        if image not in places:
+            places[image] = resolve_image(root, image), case_of(image)
+        question_type = question_type_number(cells["Question Type"], where)
+        for task in tasks:
+            is_closed = task == "closed_vqa"
+            table.add(
+                f"{path.name}, row {row}",
+                image=places[image][0],
+                case=places[image][1],
+                task=task,
+                question=cells["Question"],
+                choices=[cells[column].strip() for column in CHOICE_COLUMNS[:4]] if is_closed else [],
+                answer=cells["Answer"],
+                answer_choice=choice_letter(cells["Answer Choice"], where) if is_closed else "",
+                question_type=question_type,
+            )
+
+
+def read_cap_index(path: Path, split: Split) -> list[tuple[str, str]]:
+    """The paths of volume and report of each entry of one split."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Expected the folder that holds {Path(CAP_INDEX).parent}.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(index, dict) or not isinstance(index.get(split), list):
+        found = ", ".join(index) if isinstance(index, dict) else type(index).__name__
+        raise ValueError(
+            f'{path}: expected an object with the lists {", ".join(SPLITS)}, got no "{split}" in {found}.'
+        )
+    for row, entry in enumerate(index[split]):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("image", "text")):
+            raise ValueError(
+                f'{path}, "{split}"[{row}]: expected {{"image": path, "text": path}}, got {json.dumps(entry)[:200]}.'
+            )
+    return [(entry["image"], entry["text"]) for entry in index[split]]
+
+
+__all__ = ["SampleTable", "read_m3d_cap", "read_m3d_cap_raw", "read_m3d_vqa"]

@@ -1,0 +1,736 @@
+"""
+Preparation of M3D-Cap, `med3dvlm prepare m3d-cap SRC DST`: case folders of slices or scans to volumes of one size.
+
+The numeric steps are the original's (Xin et al. 2025), taken by the one image processor: intensity to [0, 1], crop to the
+foreground, trilinear resize. Each series becomes `DST/<case>/<series>.nii.gz`, its report a text of one line beside it,
+under the names the original gives them.
+
+What is written, and what it means:
+
+- Voxels are float32, axes growing to the left, to posterior and to superior. Read with `intensity_mode="none"` and
+  `do_crop_foreground=False`, a file gives the model's array to the bit.
+- The affine of a series of scans is that of the scan, after orientation, crop and resize, in mm (`xyzt_units` 2, codes 1).
+- Slices are pictures, whose distances no one knows. Their affine counts in pixels of the stack of slices (`xyzt_units` 0:
+  unknown; codes 2: aligned with something else, here the stack): it tells crop and scale, and its directions are those the
+  original writes for every series, whatever its plane. A scan whose header does not say how the patient lies has codes 2,
+  too.
+- A header extension (code 6, a comment) in JSON keeps settings, state of the source, the processor's report, and the files
+  of the series that were left out. By it a second call knows what is done.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import nibabel
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ...processing.volume_io import InvalidVolumeError, Volume, open_volume
+from .cache import describe_source, fingerprint_of, write_atomically
+from .m3d import CAP_INDEX, case_of, name_a_few, read_cap_index
+from .samples import SPLITS, Split
+from .slices import (
+    SLICE_ENDINGS,
+    DroppedSlice,
+    find_report,
+    find_series,
+    is_nifti_file,
+    is_slice_folder,
+    read_report,
+    read_slices,
+    to_ascii,
+    visible_entries,
+)
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing then keeps two calls apart
+    fcntl = None  # type: ignore[assignment]
+
+
+logger = logging.get_logger(__name__)
+
+Level = Literal["case", "series", "sample", "slice", "file"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+CAP_FOLDER = Path(CAP_INDEX).parent.name
+REPORT_NAME = "preparation_report"
+DEFAULT_FRACTIONS: dict[str, float] = {"validation": 0.05, "test": 0.05}
+# Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
+STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+SCANNER, ALIGNED = 1, 2  # NIfTI's codes for what an affine leads to
+COMMENT = 6  # NIfTI's code of an extension that is plain text
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """
+    Something that was left out.
+
+    Attributes:
+        level (`str`):
+            `"case"`: no sample came of the case; `"series"`: no volume of the series; `"sample"`: a volume stands in no
+            split of the given index; `"slice"`: a picture is not in its volume; `"file"`: a file of another kind.
+        case (`str`):
+            Folder of the case, relative to the source.
+        series (`str`):
+            Name of the series; empty for a case, and for a file that lies in none.
+        name (`str`):
+            Name of the slice or file, else empty.
+        reason (`str`):
+            Why, and what to do. It quotes no text of a report.
+    """
+
+    level: Level
+    case: str
+    series: str
+    name: str
+    reason: str
+
+
+@dataclass
+class PreparationReport:
+    """
+    What [`prepare_m3d_cap`] did.
+
+    Attributes:
+        source, destination (`str`):
+            The two folders.
+        root (`str`):
+            Folder from which `read_m3d_cap` reads the result.
+        index (`str`):
+            The file `M3D_Cap.json`.
+        num_cases (`int`):
+            Cases that were found.
+        num_volumes (`int`):
+            Volumes that are there now.
+        num_made (`int`):
+            Those made by this call; the others were done before.
+        num_samples (`dict[str, int]`):
+            Entries of the index by split.
+        dropped (`list[Dropped]`):
+            All that was left out, cases first.
+    """
+
+    source: str
+    destination: str
+    root: str
+    index: str
+    num_cases: int = 0
+    num_volumes: int = 0
+    num_made: int = 0
+    num_samples: dict[str, int] = field(default_factory=dict)
+    dropped: list[Dropped] = field(default_factory=list)
+
+    def count(self, level: Level) -> int:
+        """How many things of a level were left out."""
+        return sum(entry.level == level for entry in self.dropped)
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether every case gave a sample and every series a volume. What else was left out, was so on purpose."""
+        return not (self.count("case") or self.count("series"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it, with the numbers of what was left out in front of the list."""
+        content = asdict(self)
+        counts = {level: self.count(level) for level in LEVELS}
+        return {**content, "is_ok": self.is_ok, "num_dropped": counts, "dropped": content["dropped"]}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """All that a process needs to prepare a case."""
+
+    source: Path
+    destination: Path
+    image_size: tuple[int, ...]
+    intensity_mode: str
+    hu_range: str | tuple[float, ...]
+    accept_jpg: bool
+
+    def image_processor(self) -> Med3DVLMImageProcessor:
+        return Med3DVLMImageProcessor(
+            image_size=list(self.image_size),
+            intensity_mode=self.intensity_mode,
+            hu_range=self.hu_range if isinstance(self.hu_range, str) else list(self.hu_range),
+        )
+
+
+@dataclass
+class _CaseResult:
+    """What became of a case: file names in its folder, and what was left out."""
+
+    case: str
+    report: str | None = None
+    volumes: list[str] = field(default_factory=list)
+    num_made: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
+
+    def drop(self, level: Level, reason: str, series: str = "", name: str = "") -> None:
+        self.dropped.append(Dropped(level, self.case, series, name, reason))
+
+    def drop_from_series(self, series: str, dropped: Sequence[DroppedSlice]) -> None:
+        for name, reason in dropped:
+            self.drop("slice" if name.endswith((*SLICE_ENDINGS, ".jpg")) else "file", reason, series, name)
+
+
+def prepare_m3d_cap(
+    source: str | Path,
+    destination: str | Path,
+    image_size: Sequence[int] = (128, 256, 256),
+    num_workers: int | None = None,
+    progress: bool = False,
+    splits: Mapping[str, float] | str | Path | None = None,
+    seed: int = 0,
+    intensity_mode: str = "auto",
+    hu_range: str | Sequence[float] = (-1000.0, 1000.0),
+    accept_jpg: bool = False,
+) -> PreparationReport:
+    """
+    Prepares the case folders of M3D-Cap, `SRC/<case>/<series>/<number>.png`, or of NIfTI scans, `SRC/<case>/<series>.nii.gz`,
+    with the report in `SRC/<case>/*.txt`. Case folders may lie deeper, as in `SRC/ct_case/000006`.
+
+    A volume that was made with the same settings of a source that has not changed is left as it is, so a call that was
+    interrupted or killed is continued by the same call. Every file appears whole or not at all. A case that fails does not
+    stop the others: all that was left out is listed, with the reason, in `preparation_report.json` and
+    `preparation_report.csv`.
+
+    The index `M3D_Cap.json` is written so that `read_m3d_cap(report.root, split)` reads the result: `root` is the parent of
+    a `destination` that is called `M3D_Cap_npy`, as M3D calls it; for any other name it is `destination` itself, in which a
+    folder `M3D_Cap_npy` then holds the index alone.
+
+    Args:
+        source (`str` or `Path`):
+            Folder of the case folders. It is not changed.
+        destination (`str` or `Path`):
+            Folder for the volumes; not within `source`.
+        image_size (`Sequence[int]`, *optional*, defaults to `(128, 256, 256)`):
+            Voxels along (depth, height, width).
+        num_workers (`int`, *optional*):
+            Processes; one for each core by default, 0 for none beside this one.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar of the cases.
+        splits (`Mapping` or path, *optional*):
+            Fractions of the cases, `{"validation": 0.05, "test": 0.05}` by default, the rest being for training; or an
+            existing index of the form of `M3D_Cap.json`, whose splits are taken. A case is in one split by fractions.
+        seed (`int`, *optional*, defaults to 0):
+            Of the splits by fractions, which depend on nothing else than it and the names of the cases.
+        intensity_mode (`str`, *optional*, defaults to `"auto"`), hu_range (`str` or `Sequence[float]`, *optional*):
+            As in [`Med3DVLMImageProcessor`], for scans. Slices are scaled by their own range, `"minmax"`.
+        accept_jpg (`bool`, *optional*, defaults to `False`):
+            Whether to take `.jpg` slices, which the original leaves out.
+
+    Returns:
+        [`PreparationReport`].
+
+    Raises:
+        FileNotFoundError: there is no folder `source`, or no index `splits`.
+        ValueError: an option has a value that cannot be, `source` holds no case, or `destination` lies within it.
+        RuntimeError: another call is working on `destination`.
+
+    Example:
+
+    ```python
+    >>> from med3dvlm.train.data.m3d import read_m3d_cap
+    >>> from med3dvlm.train.data.prepare import format_preparation_report, prepare_m3d_cap
+
+    >>> report = prepare_m3d_cap("M3D_Cap", "data/M3D_Cap_npy")  # doctest: +SKIP
+    >>> print(format_preparation_report(report))  # doctest: +SKIP
+    >>> dataset = read_m3d_cap(report.root, "train")  # doctest: +SKIP
+    ```"""
+    source, destination = Path(source).absolute(), Path(destination).absolute()
+    settings = _Settings(
+        source,
+        destination,
+        tuple(image_size),
+        intensity_mode,
+        hu_range if isinstance(hu_range, str) else tuple(hu_range),
+        accept_jpg,
+    )
+    settings.image_processor()  # refuses bad options before anything is done
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers < 0:
+        raise ValueError(f"`num_workers` must be 0 or more, got {num_workers}.")
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{source}: there is no such folder. Expected one of case folders, as M3D-Cap has them."
+        )
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"{destination}: expected a folder outside {source}, so that what is written is not taken for a case."
+        )
+    fractions, given = _check_splits(splits)
+    cases = find_cases(source, accept_jpg)
+    if not cases:
+        raise ValueError(
+            f"{source} holds no case folders. Expected SRC/<case>/<series>/<number>.png, or SRC/<case>/<series>.nii.gz, "
+            "with a text file for each case; name the folder above the cases."
+        )
+
+    destination.mkdir(parents=True, exist_ok=True)
+    root = destination.parent if destination.name == CAP_FOLDER else destination
+    index_folder = (root / CAP_INDEX).parent
+    index_folder.mkdir(parents=True, exist_ok=True)
+    with _only_one_at(destination):
+        _remove_leftovers(destination)
+        _remove_leftovers(index_folder)
+        results = _prepare_cases(cases, settings, num_workers, progress)
+        report = PreparationReport(str(source), str(destination), str(root), str(root / CAP_INDEX), len(cases))
+        for result in results:
+            report.num_volumes += len(result.volumes)
+            report.num_made += result.num_made
+            report.dropped += result.dropped
+        index, dropped = _make_index(results, destination.relative_to(root), fractions, given, seed)
+        report.num_samples = {split: len(entries) for split, entries in index.items()}
+        report.dropped = sorted(report.dropped + dropped, key=_order)
+        write_atomically((json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode(), root / CAP_INDEX)
+        _write_report(report, destination)
+    return report
+
+
+def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
+    """
+    The case folders below `source`, sorted, relative to it: folders with a text file, a NIfTI file or folders of slices; and
+    folders with no folder in them, in which nothing is found later.
+    """
+    cases: list[str] = []
+    waiting = [path for path in reversed(visible_entries(source)) if path.is_dir()]
+    while waiting:
+        folder = waiting.pop()
+        entries = visible_entries(folder)
+        folders = [path for path in entries if path.is_dir()]
+        is_case = any(path.name.endswith(".txt") or is_nifti_file(path) for path in entries) or not folders
+        if is_case or any(is_slice_folder(path, accept_jpg) for path in folders):
+            cases.append(folder.relative_to(source).as_posix())
+        else:
+            waiting += reversed(folders)
+    return cases
+
+
+def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
+    """
+    What a prepared volume says of its making: `settings` (a fingerprint), `source` (its state), `preprocessing_report` and
+    `dropped` (names and reasons). Reads the header alone.
+
+    Returns:
+        `dict`, or None if there is no such file, or one that was written by something else or is damaged.
+    """
+    try:
+        extensions = nibabel.Nifti1Image.from_filename(path).header.extensions
+        for extension in extensions:
+            if extension.get_code() == COMMENT:
+                content = extension.get_content()
+                record = json.loads((content if isinstance(content, str) else content.decode()).rstrip("\0"))
+                if isinstance(record, dict) and record.get("made_by") == "med3dvlm prepare":
+                    return record
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        logger.warning(f"{path}: not a volume as preparation writes it ({error}); it is made again.")
+    return None
+
+
+def encode_prepared_volume(
+    volume: torch.Tensor, affine: np.ndarray, is_in_mm: bool, is_orientation_known: bool, record: Mapping[str, Any]
+) -> bytes:
+    """
+    A compressed NIfTI file of a prepared volume.
+
+    Args:
+        volume (`torch.Tensor` of shape `(depth, height, width)`):
+            In [0, 1], float32.
+        affine (`np.ndarray` of shape `(4, 4)`):
+            Maps `(d, h, w, 1)` to RAS+, as the processor's report has it.
+        is_in_mm (`bool`), is_orientation_known (`bool`):
+            What the affine counts, and whether it leads to the patient or to a stack of slices.
+        record (`Mapping`):
+            For the header extension.
+
+    Raises:
+        InvalidVolumeError: the axes lie halfway between the patient's directions, so that a reader could swap them.
+    """
+    stored = affine[:, [2, 1, 0, 3]].astype(np.float32)  # (D, H, W) -> (W, H, D), as the header keeps it
+    if nibabel.aff2axcodes(stored) != ("L", "P", "S"):
+        raise InvalidVolumeError(
+            "the axes of the scan lie halfway between the directions of the patient. Resample it to axes that are closer "
+            "to them."
+        )
+    image = nibabel.Nifti1Image(volume.numpy().transpose(2, 1, 0), stored, dtype=np.float32)
+    code = SCANNER if is_in_mm and is_orientation_known else ALIGNED
+    image.header.set_sform(stored, code)
+    image.header.set_qform(stored, code)
+    if not np.allclose(image.header.get_qform(), stored, atol=1e-3):
+        image.header["qform_code"] = 0  # a quaternion cannot express axes that are not at right angles
+    image.header.set_xyzt_units(xyz="mm" if is_in_mm else "unknown")
+    image.header["descrip"] = b"M3D-Cap, prepared by med3dvlm"
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(COMMENT, json.dumps(record).encode()))
+    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)  # the same volume gives the same file
+
+
+def format_preparation_report(report: PreparationReport) -> str:
+    """The report as a table for a reader, with the reasons for what was left out, the most frequent first."""
+    rows = {
+        "cases": f"{report.num_cases}",
+        "volumes": f"{report.num_volumes}, {report.num_made} made now, {report.num_volumes - report.num_made} before",
+        "samples": ", ".join(f"{count} {split}" for split, count in report.num_samples.items()),
+        "read them with": f'read_m3d_cap("{report.root}", "train")',
+    }
+    rows |= {f"dropped, {level}": str(report.count(level)) for level in LEVELS}
+    rows["listed in"] = str(Path(report.destination) / f"{REPORT_NAME}.csv")
+    width = max(map(len, rows))
+    lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
+    failed = [entry for entry in report.dropped if entry.level in ("case", "series")]
+    shown = [f"  {'/'.join(filter(None, (entry.case, entry.series)))}: {entry.reason}" for entry in failed[:10]]
+    if failed:
+        lines += ["", f"Cases and series that were left out ({len(failed)}):", *shown]
+        lines += [f"  ... and {len(failed) - 10} more"] if len(failed) > 10 else []
+    return "\n".join(lines)
+
+
+def _prepare_cases(cases: list[str], settings: _Settings, num_workers: int, progress: bool) -> list[_CaseResult]:
+    from tqdm import tqdm
+
+    results = {}
+    num_failed = 0
+    with tqdm(desc="cases", total=len(cases), unit="case", disable=not progress) as bar:
+        for result in _run(cases, settings, num_workers):
+            results[result.case] = result
+            num_failed += any(entry.level in ("case", "series") for entry in result.dropped)
+            bar.set_postfix(with_failures=num_failed, refresh=False)
+            bar.update()
+    return [results[case] for case in cases]
+
+
+def _run(cases: list[str], settings: _Settings, num_workers: int) -> Iterator[_CaseResult]:
+    """Results in any order. A case whose process dies takes no other case along."""
+    if num_workers == 0:
+        yield from (_prepare_case(case, settings) for case in cases)
+        return
+    waiting = deque(cases)
+    while waiting:
+        suspects: list[str] = []
+        with _pool(min(num_workers, len(waiting))) as pool:
+            running: dict[Future[_CaseResult], str] = {}
+            while (waiting or running) and not suspects:
+                # Few at a time: a hundred thousand waiting tasks are slow to cancel, and all are suspect if a process dies.
+                while waiting and len(running) < 2 * num_workers:
+                    case = waiting.popleft()
+                    try:
+                        running[pool.submit(_prepare_case, case, settings)] = case
+                    except BrokenProcessPool:
+                        suspects.append(case)
+                        break
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    case = running.pop(future)
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        suspects.append(case)
+            suspects += running.values()
+        yield from _run_alone(suspects, settings)
+
+
+def _run_alone(suspects: list[str], settings: _Settings) -> Iterator[_CaseResult]:
+    """Results of cases one of which ended its process: one at a time, it shows which."""
+    waiting = deque(suspects)
+    while waiting:
+        with _pool(1) as pool:
+            while waiting:
+                case = waiting.popleft()
+                try:
+                    yield pool.submit(_prepare_case, case, settings).result()
+                except BrokenProcessPool:
+                    result = _CaseResult(case)
+                    result.drop("case", "its process was ended from outside, as happens when memory runs out")
+                    yield result
+                    break
+
+
+@contextmanager
+def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Not by forking this process: torch's threads do not survive that. A server that has done nothing but imports is forked
+    # where there is one, so that a worker starts at once and shares their memory.
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)  # the cores are taken by the other processes
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # Else a worker would wait for work for ever when its parent was killed.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
+    result = _CaseResult(case)
+    folder, output = settings.source / case, settings.destination / case
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output)
+        _prepare_report(folder, output, result)
+        series = find_series(folder, settings.accept_jpg)
+        _list_what_is_no_series(folder, series, result)
+        for path, name in _name_series(folder, series, result):
+            try:
+                _prepare_series(path, name, output, settings, result)
+            except Exception as error:  # whatever it is, it is listed, and the other series are prepared
+                result.drop("series", _reason(error, path), path.name)
+    except Exception as error:
+        result.drop("case", _reason(error, folder))
+        return result
+    if not result.volumes:
+        reason = "none of its series could be prepared" if series else "there is no series"
+        result.drop("case", f"{reason}: expected folders of .png or .jpeg slices, or NIfTI files")
+    return result
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes what a call that was killed had begun to write."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def _prepare_report(folder: Path, output: Path, result: _CaseResult) -> None:
+    try:
+        path, text = find_report(folder), read_report(folder)
+    except (FileNotFoundError, ValueError) as error:
+        result.drop("case", _reason(error, folder))
+        return
+    if not text:
+        result.drop("case", f"the report is empty: fill in {path.name}")
+        return
+    content = text.encode()
+    target = output / path.name
+    if not target.is_file() or target.read_bytes() != content:
+        write_atomically(content, target)
+    result.report = path.name
+
+
+def _list_what_is_no_series(folder: Path, series: list[Path], result: _CaseResult) -> None:
+    for path in visible_entries(folder):
+        if path in series or path.name.endswith(".txt"):
+            continue
+        if not path.is_dir():
+            hint = ": slices belong in a folder for each series" if path.name.endswith(SLICE_ENDINGS) else ""
+            result.drop("file", f"neither a report (.txt) nor a NIfTI file{hint}", name=path.name)
+        elif path not in {entry.parent for entry in series}:
+            names = [entry.name for entry in visible_entries(path)]
+            found = f"got {name_a_few(names)}" if names else "it is empty"
+            hint = "; `accept_jpg` takes .jpg too" if any(name.endswith(".jpg") for name in names) else ""
+            result.drop("series", f"expected .png or .jpeg slices, {found}{hint}", path.name)
+
+
+def _name_series(folder: Path, series: list[Path], result: _CaseResult) -> Iterator[tuple[Path, str]]:
+    """Each series with the name of its file; those whose name is taken are left out."""
+    taken: dict[str, str] = {}
+    for path in series:
+        name = path.relative_to(folder).as_posix().replace("/", "_")
+        if is_nifti_file(path):
+            name = name[: -len(".nii.gz")] if name.lower().endswith(".gz") else name[: -len(".nii")]
+        name = f"{to_ascii(name)}.nii.gz"
+        key = name.lower()  # some file systems take capitals for small letters
+        if key in taken:
+            reason = f"its file would be {name}, which is that of {taken[key]}: rename one of them"
+            result.drop("series", reason, path.name)
+        else:
+            taken[key] = path.name
+            yield path, name
+
+
+def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, result: _CaseResult) -> None:
+    image_processor = settings.image_processor()
+    is_stack = path.is_dir()
+    options: dict[str, Any] = {"intensity_mode": "minmax"} if is_stack else {}
+    fingerprint = fingerprint_of(image_processor, "float32", {**options, "accept_jpg": settings.accept_jpg})
+    state = describe_source(path)
+    record = read_preparation_record(output / name)
+    if record is None or (record.get("settings"), record.get("source")) != (fingerprint, state):
+        scan: Any = open_volume(path) if not is_stack else None
+        is_orientation_known = not is_stack and scan.is_orientation_known
+        dropped: list[DroppedSlice] = []
+        if is_stack:
+            stack, dropped = read_slices(path, settings.accept_jpg)
+            stored = stack.transpose(2, 1, 0)  # (D, H, W) -> (W, H, D)
+            scan = Volume(str(path), stored, stored.shape, stored.dtype, STACK_AFFINE, is_orientation_known=True)
+        inputs = image_processor(scan, return_report=True, **options)
+        report = inputs["preprocessing_report"][0]
+        report.pop("source")  # a path may name a patient
+        record = {
+            "made_by": "med3dvlm prepare",
+            "settings": fingerprint,
+            "source": state,
+            "preprocessing_report": report,
+            "dropped": dropped,
+        }
+        content = encode_prepared_volume(
+            inputs["pixel_values"][0, 0], np.array(report["affine"]), not is_stack, is_orientation_known, record
+        )
+        write_atomically(content, output / name)
+        result.num_made += 1
+    result.volumes.append(name)
+    result.drop_from_series(path.name, [(file, reason) for file, reason in record["dropped"]])
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """An error's message without the path, which stands beside it; of faults, the kind too."""
+    message = str(error).removeprefix(f"{path}: ")
+    expected = isinstance(error, (OSError, ValueError)) and message
+    return message if expected else f"{type(error).__name__}: {message}"
+
+
+@contextmanager
+def _only_one_at(destination: Path) -> Iterator[None]:
+    """Keeps a second call away, which would take files that are being written for leftovers."""
+    path = destination / f".{REPORT_NAME}.lock"
+    with path.open("a") as stream:
+        if fcntl is not None:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(
+                    f"{destination}: another call is preparing this folder. Wait for it, or choose another folder."
+                ) from error
+            except OSError as error:
+                logger.warning(f"{destination}: its disk has no locks ({error}); let no other call work on it.")
+        yield
+
+
+def _check_splits(
+    splits: Mapping[str, float] | str | Path | None,
+) -> tuple[dict[str, float], dict[str, Split] | None]:
+    """
+    Fractions of the splits; or, for each volume of an index, its split.
+
+    Raises:
+        FileNotFoundError: there is no such index.
+        ValueError: the fractions are none, or the index has another form.
+    """
+    if isinstance(splits, (str, Path)):
+        path = Path(splits)
+        return {}, {_key(image): split for split in SPLITS for image, _ in read_cap_index(path, split)}
+    fractions = dict(DEFAULT_FRACTIONS if splits is None else splits)
+    is_valid = set(fractions) <= set(SPLITS) and all(0 <= fraction <= 1 for fraction in fractions.values())
+    held_out = sum(fraction for split, fraction in fractions.items() if split != "train")
+    total = held_out + fractions.get("train", 1 - held_out)
+    if not is_valid or held_out > 1 or abs(total - 1) > 1e-6:
+        raise ValueError(
+            '`splits` must be an index, or fractions of the cases such as {"validation": 0.05, "test": 0.05}, the rest '
+            f"being for training; got {splits!r}."
+        )
+    return fractions, None
+
+
+def _key(image: str) -> str:
+    """What a volume is called whatever the folder above it: its case and file name, with the ending it has today."""
+    name = Path(image.replace("\\", "/")).name
+    return f"{case_of(image)}/{name.removesuffix('.npy') + '.nii.gz' if name.endswith('.npy') else name}"
+
+
+def _make_index(
+    results: list[_CaseResult],
+    prefix: Path,
+    fractions: Mapping[str, float],
+    given: Mapping[str, Split] | None,
+    seed: int,
+) -> tuple[dict[str, list[dict[str, str]]], list[Dropped]]:
+    index: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    dropped: list[Dropped] = []
+    usable = [result for result in results if result.report is not None and result.volumes]
+    drawn = _draw_splits([result.case for result in usable], fractions, seed)
+    unmade = set(given or ())
+    for result in usable:
+        for name in result.volumes:
+            key = f"{result.case}/{name}"
+            unmade.discard(key)
+            split = drawn[result.case] if given is None else given.get(key)
+            if split is None:
+                reason = "the given index does not name it, so it is in no split"
+                dropped.append(Dropped("sample", result.case, name, "", reason))
+                continue
+            folder = prefix / result.case
+            entry = {"image": (folder / name).as_posix(), "text": (folder / str(result.report)).as_posix()}
+            index[split].append(entry)
+    for key in sorted(unmade):
+        case, _, name = key.rpartition("/")
+        reason = "the given index names it, and no volume with a report was made of the source"
+        dropped.append(Dropped("series", case, name, "", reason))
+    return index, dropped
+
+
+def _draw_splits(cases: Sequence[str], fractions: Mapping[str, float], seed: int) -> dict[str, Split]:
+    """A split for each case, in an order that seed and names decide."""
+
+    def place(case: str) -> bytes:
+        return hashlib.blake2b(f"{seed}/{case}".encode(), digest_size=16).digest()
+
+    drawn: dict[str, Split] = dict.fromkeys(cases, "train")
+    order = sorted(cases, key=place)
+    held_out: tuple[Split, ...] = ("test", "validation")
+    for split in held_out:
+        count = min(round(fractions.get(split, 0) * len(cases)), len(order))
+        # Of a few cases too, one is for each split that is wanted, as long as one is left for training.
+        if count == 0 and fractions.get(split, 0) > 0 and len(order) > 1:
+            count = 1
+        drawn |= dict.fromkeys(order[:count], split)
+        order = order[count:]
+    return drawn
+
+
+def _order(entry: Dropped) -> tuple[int, str, str, str]:
+    return LEVELS.index(entry.level), entry.case, entry.series, entry.name
+
+
+def _write_report(report: PreparationReport, destination: Path) -> None:
+    content = json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n"
+    write_atomically(content.encode(), destination / f"{REPORT_NAME}.json")
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("level", "case", "series", "name", "reason"))
+    writer.writerows((entry.level, entry.case, entry.series, entry.name, entry.reason) for entry in report.dropped)
+    write_atomically(table.getvalue().encode(), destination / f"{REPORT_NAME}.csv")
+
+
+__all__ = [
+    "Dropped",
+    "PreparationReport",
+    "encode_prepared_volume",
+    "find_cases",
+    "format_preparation_report",
+    "prepare_m3d_cap",
+    "read_preparation_record",
+]

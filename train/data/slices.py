@@ -1,0 +1,296 @@
+"""Raw case folders of M3D-Cap: series as folders of picture files, one a slice, and the report as a text file."""
+
+import re
+import struct
+import unicodedata
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...processing.volume_io import MAX_VOXELS, InvalidVolumeError
+
+
+# The original takes these endings, in small letters, and leaves out all others, `.jpg` too.
+SLICE_ENDINGS = (".png", ".jpeg")
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+# A report that keeps fewer characters than this after a heading was not written under that heading.
+MIN_REPORT_CHARACTERS = 5
+# Letters that do not come apart into an ASCII letter and an accent, and signs that stand in names of series.
+ASCII_OF = {
+    "ß": "ss", "ẞ": "SS", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ð": "d",
+    "Ð": "D", "þ": "th", "Þ": "Th", "ł": "l", "Ł": "L", "ħ": "h", "Ħ": "H", "ı": "i", "‐": "-", "‑": "-", "‒": "-",  # noqa: RUF001
+    "–": "-", "—": "--", "−": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "×": "x", "°": "deg", "µ": "u",  # noqa: RUF001
+}  # fmt: skip
+
+# The name of a file in the folder of a series, and why no slice was made of it.
+DroppedSlice = tuple[str, str]
+
+
+def is_slice_folder(path: Path, accept_jpg: bool = False) -> bool:
+    """Whether `path` is a folder that holds slices, as [`read_slices`] takes them."""
+    return path.is_dir() and any(entry.name.endswith(_endings(accept_jpg)) for entry in path.iterdir())
+
+
+def find_series(case_folder: str | Path, accept_jpg: bool = False) -> list[Path]:
+    """
+    The series of a case, sorted by path.
+
+    Args:
+        case_folder (`str` or `Path`):
+            Folder of the case.
+        accept_jpg (`bool`, *optional*, defaults to `False`):
+            Whether a folder with nothing but `.jpg` files is a series too.
+
+    Returns:
+        `list[Path]`: folders of slices; and NIfTI files, which lie in the case folder or in a folder below it. Folders
+        with neither are no series.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    case_folder = Path(case_folder)
+    if not case_folder.is_dir():
+        raise FileNotFoundError(f"{case_folder}: there is no such folder. Expected the folder of a case.")
+    series = []
+    for entry in visible_entries(case_folder):
+        if entry.is_dir():
+            if is_slice_folder(entry, accept_jpg):
+                series.append(entry)
+            series += [path for path in visible_entries(entry) if is_nifti_file(path)]
+        elif is_nifti_file(entry):
+            series.append(entry)
+    return series
+
+
+def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarray, list[DroppedSlice]]:
+    """
+    Stacks the slices of a series as the M3D-Cap preparation does.
+
+    Files ending in `.png` or `.jpeg`, in the order of the whole numbers that are their names, become 8-bit grey values
+    (luma of Rec. 601; transparency is ignored) over 255. Slices of the most frequent shape are kept; of two shapes that
+    are as frequent, the one that comes first.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the series.
+        accept_jpg (`bool`, *optional*, defaults to `False`):
+            Whether to take `.jpg` files too, which the original leaves out.
+
+    Returns:
+        `np.ndarray` of shape `(depth, height, width)`, float32 in [0, 1]; and a `list[tuple[str, str]]` of every other
+        entry of the folder by name, each with the reason why no slice was made of it: another kind of file, a name that
+        is no number, a damaged file, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, more than 8 bits a channel, another
+        shape.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        InvalidVolumeError: no slice is left or a single one, or there are too many pixels in all.
+
+    Example:
+
+    ```python
+    >>> array, dropped = read_slices("000006/Axial_non_contrast")  # doctest: +SKIP
+    >>> array.shape, dropped  # doctest: +SKIP
+    ((61, 512, 512), [('23.png', 'the picture cannot be read: image file is truncated')])
+    ```"""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder. Expected one of slices, .png or .jpeg.")
+    numbered, dropped = _sort_by_number(folder, accept_jpg)
+    names, pictures, num_pixels = [], [], 0
+    for path in numbered:
+        try:
+            picture = read_picture(path)
+        except ValueError as error:
+            dropped.append((path.name, str(error)))
+            continue
+        num_pixels += picture.size
+        if num_pixels > MAX_VOXELS:
+            raise InvalidVolumeError(
+                f"{folder}: the slices have more than {MAX_VOXELS} pixels in all, which no scan has. Split the folder "
+                "into its series."
+            )
+        names.append(path.name)
+        pictures.append(picture)
+    if not pictures:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3]) or "the folder is empty"
+        raise InvalidVolumeError(
+            f"{folder}: expected slices named by whole numbers, such as 12.png, got none that can be used ({reasons})."
+        )
+    shapes = Counter(picture.shape for picture in pictures)
+    shape = max(shapes, key=lambda shape: shapes[shape])  # the first of equals: a Counter keeps the order
+    for name, picture in zip(names, pictures):
+        if picture.shape != shape:
+            dropped.append((name, f"{_size(picture.shape)} pixels, most slices have {_size(shape)}"))
+    stack = np.stack([picture for picture in pictures if picture.shape == shape])
+    if len(stack) == 1:
+        raise InvalidVolumeError(
+            f"{folder}: expected the slices of a volume, got a single one of {_size(shape)} pixels"
+            f"{f', and {len(dropped)} other files' if dropped else ''}. Collect the slices of the series in one folder."
+        )
+    return stack.astype(np.float32) / 255, dropped
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """
+    One slice as 8-bit grey values.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`, uint8.
+
+    Raises:
+        ValueError: why it cannot be used.
+    """
+    try:
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            # Pillow itself warns here, and refuses from twice as many.
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than a slice has (at most {limit})")
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip them to 255, or cut off the lower half of each number.
+                raise ValueError(
+                    f"more than 8 bits a pixel ({image.mode}), which would be lost: save the series as NIfTI instead"
+                )
+            # In this order, a palette's transparency makes no difference to its colours.
+            coloured = image.convert("RGBA") if image.mode == "P" else image
+            return np.asarray(coloured.convert("L"))
+    # All that Pillow's decoders raise on damaged files.
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ValueError(f"the picture cannot be read: {reason}") from error
+
+
+def read_report(case_folder: str | Path) -> str:
+    """
+    The report of a case: what its `.txt` file says, see [`extract_report`]. It may be empty.
+
+    Raises:
+        FileNotFoundError: there is no text file.
+        ValueError: there are several, or it is not in UTF-8.
+    """
+    path = find_report(case_folder)
+    try:
+        return extract_report(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected a text in UTF-8 ({error.reason} at byte {error.start}). Convert it."
+        ) from error
+
+
+def find_report(case_folder: str | Path) -> Path:
+    """
+    The one `.txt` file of a case.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several.
+    """
+    paths = [path for path in visible_entries(Path(case_folder)) if path.name.endswith(".txt") and path.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{case_folder}: there is no report. Expected one .txt file.")
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"{case_folder}: expected one report, got {len(paths)} .txt files ({names}). Keep one.")
+    return paths[0]
+
+
+def extract_report(text: str) -> str:
+    """
+    The part of a text file of M3D-Cap that describes the scan, on one line.
+
+    It is all that follows `study_findings:`; where that leaves fewer than 5 characters other than spaces, all that follows
+    `discussion:`; and the whole text where that does too, or a heading is missing. A later heading ends neither.
+
+    Example:
+
+    ```python
+    >>> extract_report("image_caption: axial\\nstudy_findings: Cyst in the\\nleft kidney.")
+    'Cyst in the left kidney.'
+    >>> extract_report("discussion: A cyst.\\nstudy_findings: -")
+    'A cyst. study_findings: -'
+    ```"""
+    whole = text.replace("\n", " ").strip()
+    for heading in ("study_findings:", "discussion:"):
+        _, found, rest = whole.partition(heading)
+        report = rest.strip() if found else whole
+        if len(report.replace(" ", "")) >= MIN_REPORT_CHARACTERS:
+            return report
+    return whole
+
+
+def to_ascii(name: str) -> str:
+    """
+    A name of a file in ASCII: letters lose their accents, and what has no ASCII form becomes `_`.
+
+    Example:
+
+    ```python
+    >>> to_ascii("Pöschl_C__delayed")
+    'Poschl_C__delayed'
+    ```"""
+    letters = "".join(ASCII_OF.get(letter, letter) for letter in unicodedata.normalize("NFC", name))
+    apart = unicodedata.normalize("NFKD", letters)
+    plain = "".join(letter for letter in apart if not unicodedata.combining(letter))
+    return re.sub(r"[^\x20-\x7e]|/", "_", plain)  # a slash can appear on taking signs apart
+
+
+def is_nifti_file(path: Path) -> bool:
+    """Whether a path is that of a NIfTI file, by its name."""
+    return path.name.lower().endswith(NIFTI_ENDINGS) and path.is_file()
+
+
+def visible_entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without what systems hide in it."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _endings(accept_jpg: bool) -> tuple[str, ...]:
+    return (*SLICE_ENDINGS, ".jpg") if accept_jpg else SLICE_ENDINGS
+
+
+def _sort_by_number(folder: Path, accept_jpg: bool) -> tuple[list[Path], list[DroppedSlice]]:
+    numbered, dropped = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            dropped.append((path.name, "a folder"))
+        elif not path.name.endswith(_endings(accept_jpg)):
+            is_jpg = path.name.endswith(".jpg")
+            hint = "; `accept_jpg` takes .jpg too" if is_jpg else ""
+            dropped.append((path.name, f"not a .png or .jpeg file{hint}"))
+        else:
+            try:
+                numbered.append((int(path.stem), path.name, path))
+            except ValueError:
+                dropped.append((path.name, "its name is no whole number, so it has no place in the stack"))
+    return [path for _, _, path in sorted(numbered)], dropped
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+__all__ = [
+    "DroppedSlice",
+    "extract_report",
+    "find_report",
+    "find_series",
+    "is_nifti_file",
+    "is_slice_folder",
+    "read_picture",
+    "read_report",
+    "read_slices",
+    "to_ascii",
+    "visible_entries",
+]
