@@ -1,0 +1,1 @@
+"""Phantoms: procedural CT-like volumes with reports and questions, in the layouts of M3D."""
