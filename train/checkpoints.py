@@ -1,0 +1,425 @@
+"""
+Checkpoints that survive a kill at any moment.
+
+[`Trainer`] writes a checkpoint file by file, resumes from the highest number without looking inside, and continues
+silently without optimizer or random state when only those files are missing. Here a checkpoint counts only once a marker,
+written last, lists every file in it with its size.
+
+Example:
+
+```python
+guard, stop = CheckpointGuard(settings), StopOnSignal()
+trainer = Trainer(model=model, args=args, train_dataset=samples, callbacks=[guard, stop])
+train_or_finish(trainer, prepare_resume(args, settings))
+if stop.was_stopped:
+    sys.exit(stop.exit_code)
+```
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MARKER_NAME = "COMPLETE.json"
+# In the output folder: the checkpoints in it were written under the guard. The underscore keeps it off the Hub.
+GUARDED_NAME = "_guarded_checkpoints.json"
+CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointGuard(TrainerCallback):
+    """
+    Marks each checkpoint as complete, once the files of all processes are on the disk.
+
+    Give it to [`Trainer`] as the last callback that writes into checkpoints, and start with [`prepare_resume`].
+
+    Args:
+        settings (`Mapping[str, Any]`, *optional*):
+            What must stay the same for a resumed run to be the same run, as JSON can hold it; kept in the marker.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None):
+        self.settings = as_json_holds_it(settings)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Raises:
+            ValueError: see [`check_checkpoint_arguments`].
+        """
+        check_checkpoint_arguments(args)
+        if state.is_world_process_zero:
+            output_dir = Path(str(args.output_dir))
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json_atomically({"marker": MARKER_NAME}, output_dir / GUARDED_NAME)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if is_distributed():
+            dist.barrier()  # each process writes its own random state, and under DeepSpeed its share of the optimizer
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            mark_complete(checkpoint, {**describe_processes(args), "settings": self.settings})
+
+
+def check_checkpoint_arguments(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: with these arguments there are moments at which a kill leaves no checkpoint to resume from.
+    """
+    if args.save_total_limit is not None and 0 < args.save_total_limit < 2:
+        raise ValueError(
+            "Expected `save_total_limit` of at least 2 (or None to keep all), got 1: Trainer deletes the previous "
+            "checkpoint before the new one is known to be complete, so a kill in between would leave none. Set it to 2."
+        )
+    if args.save_only_model:
+        raise ValueError(
+            "Expected `save_only_model=False`, got True: without the optimizer's state a run cannot be resumed."
+        )
+    if args.save_on_each_node:
+        raise ValueError(
+            "Expected `save_on_each_node=False`, got True: rank 0 checks the files of all processes. Put `output_dir` "
+            "on a file system that all nodes share."
+        )
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "Expected `enable_jit_checkpoint=False`, got True: it saves without a marker, and each process by itself. "
+            "StopOnSignal saves at a signal instead."
+        )
+
+
+def prepare_resume(args: TrainingArguments, settings: Mapping[str, Any] | None = None) -> str | None:
+    """
+    Finds the checkpoint to resume from, after deleting incomplete ones. To be called on all ranks, before training.
+
+    Args:
+        args (`TrainingArguments`):
+            The arguments of the run that starts; its checkpoints are in `output_dir`.
+        settings (`Mapping[str, Any]`, *optional*):
+            As given to [`CheckpointGuard`].
+
+    Returns:
+        `str` or `None`: for `Trainer.train(resume_from_checkpoint=...)`, the same on all ranks; None starts afresh.
+
+    Raises:
+        ValueError: the checkpoint is from a run with other settings or processes; or the folder holds checkpoints of a
+            run without a guard; or see [`check_checkpoint_arguments`].
+        FileNotFoundError: a process does not see the checkpoint that rank 0 found.
+    """
+    check_checkpoint_arguments(args)
+    found: str | None = None
+    error: Exception | None = None
+    if args.process_index == 0:
+        try:
+            found = clean_and_find(Path(str(args.output_dir)), args, settings)
+        except Exception as caught:  # raised below, after the others have been told: else they would wait for ever
+            error = caught
+    if is_distributed():
+        message = [found, None if error is None else f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(message, src=0, device=args.device)
+        found = message[0]
+        if error is None and message[1] is not None:
+            raise ValueError(f"Rank 0 found no checkpoint to resume from: {message[1]}")
+    if error is not None:
+        raise error
+    if found is not None and not Path(found).is_dir():
+        raise FileNotFoundError(
+            f"{found}: rank 0 found this checkpoint, rank {args.process_index} does not see it. Put `output_dir` on a "
+            "file system that all nodes share."
+        )
+    return found
+
+
+def train_or_finish(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
+    """
+    `trainer.train(resume_from_checkpoint=checkpoint)`, except that a run that had reached its last step stays as it was.
+
+    Trainer resumes such a run correctly if it ended with an epoch; in the middle of one it would take another step.
+    """
+    run_epoch = trainer._run_epoch
+
+    def run_epoch_if_steps_are_left(**kwargs: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(**kwargs)
+
+    trainer._run_epoch = run_epoch_if_steps_are_left  # type: ignore[assignment, method-assign]
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer._run_epoch = run_epoch  # type: ignore[method-assign]
+
+
+def clean_and_find(output_dir: Path, args: TrainingArguments, settings: Mapping[str, Any] | None) -> str | None:
+    checkpoint = find_complete_checkpoint(output_dir)
+    if checkpoint is not None:  # first: nothing is deleted for a run that is refused
+        check_same_run(checkpoint, args, settings)
+    remove_incomplete_checkpoints(output_dir)
+    if checkpoint is None:
+        logger.info(f"{output_dir}: no complete checkpoint, training starts at step 0.")
+        return None
+    logger.info(f"Resuming from {checkpoint}.")
+    return str(checkpoint)
+
+
+def find_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint in a folder, or None."""
+    return next((path for path in list_checkpoints(Path(output_dir)) if is_complete(path)), None)
+
+
+def remove_incomplete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """
+    Deletes what a killed run left half written or half deleted. To be called on rank 0 only.
+
+    Returns:
+        `list[Path]`: the deleted folders.
+
+    Raises:
+        ValueError: the checkpoints are of a run without a guard, which has no markers.
+    """
+    output_dir = Path(output_dir)
+    incomplete = [path for path in list_checkpoints(output_dir) if not is_complete(path)]
+    if incomplete and not (output_dir / GUARDED_NAME).exists():
+        raise ValueError(
+            f"{output_dir}: expected an empty folder or one of an earlier run with CheckpointGuard, found "
+            f"{', '.join(path.name for path in incomplete)} without {MARKER_NAME}. Move them away or choose another "
+            "`output_dir`; they are not deleted, since a run without the guard may have written them."
+        )
+    for path in incomplete:
+        logger.warning(f"{path}: not complete ({what_is_missing(path)}), deleting it.")
+        (path / MARKER_NAME).unlink(missing_ok=True)  # first, so that no kill leaves a marker behind
+        shutil.rmtree(path)
+    return incomplete
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders `checkpoint-N`, newest (highest N) first."""
+    if not output_dir.is_dir():
+        return []
+    matches = [(CHECKPOINT_PATTERN.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
+    steps = {path: int(match.group(1)) for match, path in matches if match is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    return not what_is_missing(checkpoint)
+
+
+def what_is_missing(checkpoint: Path) -> str:
+    """Why a checkpoint is not complete, in words; empty when it is."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return f"no readable {MARKER_NAME}"
+    for name, size in marker["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return ""
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any] | None:
+    """The marker of a checkpoint; None if there is none, or not a whole one."""
+    try:
+        marker = json.loads((checkpoint / MARKER_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    is_whole = isinstance(marker, dict) and isinstance(marker.get("files"), dict)
+    return marker if is_whole and TRAINER_STATE_NAME in marker["files"] else None
+
+
+def mark_complete(checkpoint: Path, description: Mapping[str, Any]) -> None:
+    """
+    Brings all files of a checkpoint to the disk, then lists them in its marker.
+
+    Args:
+        checkpoint (`Path`):
+            Folder to which nothing is being written any more.
+        description (`Mapping[str, Any]`):
+            What else the marker says, as JSON can hold it.
+
+    Raises:
+        FileNotFoundError: there is no trainer state in the folder, so nothing could be resumed from it.
+    """
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint}: expected a checkpoint with {TRAINER_STATE_NAME}, found none. Trainer writes it before "
+            "`on_save`; check that `output_dir` is the one given to Trainer."
+        )
+    files: dict[str, int] = {}
+    folders = [checkpoint]
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_dir():
+            folders.append(path)
+        elif path != checkpoint / MARKER_NAME:
+            flush_to_disk(path)
+            files[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    for folder in [*reversed(folders), checkpoint.parent]:  # their entries, the innermost first
+        flush_to_disk(folder)
+    write_json_atomically({**description, "files": files}, checkpoint / MARKER_NAME)
+
+
+def write_json_atomically(content: Mapping[str, Any], path: Path) -> None:
+    """Whatever happens, the file afterwards is the old one or the new one as a whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)  # noqa: PTH105
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's entries, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_processes(args: TrainingArguments) -> dict[str, Any]:
+    """How a run is spread over processes: its `world_size`, and `distributed` as "plain", "ddp", "zero-2" and so on."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None:
+        config = plugin.hf_ds_config.config
+        distributed = f"zero-{config.get('zero_optimization', {}).get('stage', 0)}"
+    elif args.world_size == 1:
+        distributed = "plain"  # also when a launcher started the one process: the files are the same
+    else:
+        distributed = "fsdp" if args.fsdp else "ddp"
+    return {"world_size": args.world_size, "distributed": distributed}
+
+
+def check_same_run(checkpoint: Path, args: TrainingArguments, settings: Mapping[str, Any] | None) -> None:
+    """
+    Refuses to resume from a checkpoint of a differently run training.
+
+    DeepSpeed fails with another number of processes, and everything else continues, but silently without the
+    optimizer's state (a DeepSpeed checkpoint without DeepSpeed) or on other data (another number of processes).
+
+    Raises:
+        ValueError: the number or kind of processes or the settings are not those in the checkpoint's marker.
+    """
+    marker = read_marker(checkpoint)
+    if marker is None:
+        raise ValueError(f"{checkpoint}: expected a complete checkpoint, it has no readable {MARKER_NAME}.")
+    before = {**{name: marker.get(name) for name in ("world_size", "distributed")}, **(marker.get("settings") or {})}
+    now = {**describe_processes(args), **as_json_holds_it(settings)}
+    different = [
+        f"{name}: expected {before.get(name)!r}, got {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{checkpoint} was written by a run with other settings ({'; '.join(different)}), so that going on would "
+            "not be the same training. Resume with the expected values, or choose another `output_dir` to start anew."
+        )
+
+
+def as_json_holds_it(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings as they are when read back from a marker: tuples become lists, keys become strings."""
+    return json.loads(json.dumps(dict(settings or {})))
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Saves a checkpoint and ends training, on all ranks after the same step, when one of them receives a signal.
+
+    SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`. The time between
+    signal and kill must cover a step, the evaluation if one is due at that step, and the saving. If it does not, nothing
+    is lost but the steps since the last complete checkpoint.
+
+    Attributes:
+        was_stopped (`bool`): whether a signal ended the training. The caller should then exit with `exit_code`.
+        stopped_by_signal (`str` or `None`): its name, e.g. "SIGTERM"; the same on all ranks.
+        exit_code (`int`): 128 + the signal's number, as shells have it (143 for SIGTERM); 0 if there was none.
+    """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self.stopped_by_signal: str | None = None
+        self._received = 0  # number of the signal this process received
+        self._old_handlers: dict[signal.Signals, Any] = {}
+        self._old_mask: set[Any] | None = None
+
+    @property
+    def was_stopped(self) -> bool:
+        return self.stopped_by_signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.stopped_by_signal is None else 128 + signal.Signals[self.stopped_by_signal]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+        self.stopped_by_signal, self._received = None, 0
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "Training runs outside the main thread: signals cannot be caught here, they end the process."
+            )
+            return
+        for number in self.SIGNALS:
+            self._old_handlers[number] = signal.signal(number, self._handle)
+        if hasattr(signal, "pthread_sigmask"):
+            # A cluster's signal goes to the workers of the data loader too; they would die, and the training with them.
+            # Processes started while it is blocked here inherit that. `on_step_end` lets it through.
+            self._old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received = number  # nothing more: this may run in the middle of any Python statement
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._old_mask is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # what has come meanwhile reaches `_handle` here
+            signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        received = self._received
+        if is_distributed():  # also when this process cannot catch signals: the others wait for it here
+            flag = torch.tensor([received], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            received = int(flag.item())
+        if received:
+            self.stopped_by_signal = signal.Signals(received).name
+            logger.warning(f"{self.stopped_by_signal} received: saving step {state.global_step} and stopping.")
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts back how signals were handled before. To be called by hand only where training ended with an error."""
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
+        if self._old_mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
+            self._old_mask = None
