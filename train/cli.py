@@ -1,6 +1,10 @@
 """The command `med3dvlm`. Heavy imports wait until a command needs them, so that help comes at once."""
 
+import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +46,9 @@ OPTIONS_HERE = {
     "`volume_index`": "--volume-index",
     "`overwrite=True`": "--overwrite",
     "pass `license`": "pass --license",
+    "`image_size`": "--image-size",
+    "`num_workers`": "--workers",
+    "`volumes`": "--volumes",
 }
 
 
@@ -73,6 +80,18 @@ def step(message: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     typer.echo(f"{message}: done in {time.perf_counter() - start:.1f} s", err=True)
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """
+    Raises:
+        ImportError: a package of an optional set is not installed; the message says how to install it.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f'This needs {", ".join(missing)}: pip install "med3dvlm[{extra}]", or pip install ".[{extra}]" from a clone.'
+        )
 
 
 def check_model_name(model: str) -> str:
@@ -284,20 +303,283 @@ def publish(
 
 
 @app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for what the demonstration makes.")] = Path("demo_output"),
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="YAML file, or the name of a recipe of this package, such as paper/contrastive.", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Replaces values, e.g. data.root=/data training.learning_rate=2e-4.",
+            show_default=False,
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, at least 1")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """
-    Show the whole way on an embedded default: no download, no file of your own.
+    Train a stage: contrastive, projector, or finetune.
 
-    Makes a tiny untrained model, publishes it, and asks the published folder about a real MRI that nibabel carries, in a
-    process that cannot import this package. The answer means nothing: the model has learnt nothing.
+    The same command goes on where an earlier start was ended, even if it was killed. The result is the folder `published`
+    in the recipe's training.output_dir, from which the next stage starts. Several machines: run this command under
+    torchrun or accelerate, see the files in recipes/launch.
+
+    Example: med3dvlm train paper/contrastive data.root=/data/m3d training.output_dir=runs/contrastive
     """
     with bad_input_is_an_answer():
-        from .demo import run_demo
+        require_extra("train", "accelerate", "datasets", "omegaconf", "peft")
+        from .recipe import load_recipe
 
+        loaded = load_recipe(recipe, overrides)
+        if is_to_be_launched(processes, loaded.training):
+            command = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
+            raise typer.Exit(code=launch(processes, command))
+        with step("importing"):
+            from transformers.utils.logging import set_verbosity_info
+
+            from .stages import run_recipe
+        set_verbosity_info()
         hush_progress_bars()
-        run_demo(output)
+        published = run_recipe(loaded)
+        if int(os.environ.get("RANK", 0)) == 0:
+            typer.echo(json.dumps({"recipe": recipe, "published": str(published)}) if as_json else str(published))
+
+
+def is_to_be_launched(processes: int | None, training: dict[str, Any]) -> bool:
+    """Whether training needs processes that are not there yet: more than one, or the surroundings DeepSpeed expects."""
+    if "RANK" in os.environ:
+        if processes is not None:
+            raise ValueError(
+                "--processes has no place under torchrun or accelerate, which start the processes themselves."
+            )
+        return False
+    import torch
+
+    count = processes or max(1, 0 if training.get("use_cpu") else torch.cuda.device_count())
+    return count > 1 or bool(training.get("deepspeed"))
+
+
+def launch(processes: int | None, command: list[str]) -> int:
+    """Runs a command of ours in several processes of this machine by torchrun, and returns its exit code."""
+    import torch
+
+    count = processes or max(1, torch.cuda.device_count())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    process = subprocess.Popen([*torchrun, "-m", "med3dvlm.train.cli", *command])
+    previous = {
+        number: signal.signal(number, lambda received, frame: process.send_signal(received))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or repository of an adapter.", show_default=False)],
+    destination: Annotated[str, typer.Argument(help="New folder for the whole model.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the weights, as the Hub names it.", show_default="unknown")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Merge an adapter into its base model, and publish the whole.
+
+    Example: med3dvlm merge runs/finetune/published published/med3dvlm
+    """
+    with bad_input_is_an_answer():
+        require_extra("train", "peft")
+        with step("importing"):
+            from .merge import merge_adapter
+        hush_progress_bars()
+        with step(f"merging {adapter}"):
+            place = merge_adapter(adapter, destination, overwrite=overwrite, license=license or "unknown")
+        typer.echo(json.dumps({"adapter": adapter, "published": place}) if as_json else place)
+
+
+prepare_app = typer.Typer(
+    name="prepare", help="Prepare data for training, and check it.", no_args_is_help=True, add_completion=False
+)
+app.add_typer(prepare_app)
+
+
+@prepare_app.command("m3d-cap")
+def prepare_m3d_cap_command(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of case folders: series of PNG or JPEG slices, or NIfTI files, and a text.")
+    ],
+    destination: Annotated[Path, typer.Argument(help="Folder for the volumes, usually ROOT/M3D_Cap_npy.")],
+    image_size: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a volume: depth, height, width.")] = (
+        128,
+        256,
+        256,
+    ),
+    splits: Annotated[
+        Path | None,
+        typer.Option(help="An existing M3D_Cap.json whose splits are kept.", show_default="drawn by --seed"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes; 0 for none.", show_default="one for each core")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Prepare M3D-Cap: case folders of slices become volumes of one size in [0, 1], with their reports and M3D_Cap.json.
+
+    The steps are those of the original preparation. A call that was interrupted, or killed, is continued by the same call.
+    Whatever is left out, a slice, a series or a case, stands with its reason in preparation_report.csv and .json. Exit code
+    0 only if nothing failed.
+
+    Example: med3dvlm prepare m3d-cap M3D_Cap_raw/ct_case data/M3D_Cap_npy
+    """
+    with bad_input_is_an_answer():
+        require_extra("train", "datasets")
+        from .data.prepare import format_preparation_report, prepare_m3d_cap
+
+        report = prepare_m3d_cap(
+            source,
+            destination,
+            image_size=image_size,
+            num_workers=workers,
+            progress=sys.stderr.isatty(),
+            splits=splits,
+            seed=seed,
+        )
+        typer.echo(json.dumps(report.to_dict()) if as_json else format_preparation_report(report))
+        if not report.is_ok:
+            raise typer.Exit(code=1)
+
+
+@prepare_app.command("check")
+def prepare_check_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder in the layout of M3D, a manifest (.csv, .jsonl), NIfTI files, or a cache of volumes."
+        ),
+    ],
+    volumes: Annotated[
+        str, typer.Option(help="prepared: of one size and in [0, 1]; scans: not; auto: found out from the files.")
+    ] = "auto",
+    image_size: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Depth, height, width of prepared volumes.", show_default="the most frequent"),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Read headers only: damage, NaN and values are not found.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON file for all that was found.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Check a data set before training on it.
+
+    Every volume is read: whether it is one 3D volume, finite, not constant, and a prepared one of the right size and in
+    [0, 1]. Missing files, empty reports and answers, answers that contradict their choice, and volumes, cases or identical
+    voxels in two splits are errors. Exit code 2 if there is one; warnings are fine.
+
+    Example: med3dvlm prepare check data --report check.json
+    """
+    with bad_input_is_an_answer():
+        require_extra("train", "datasets")
+        from .data.check import check_study, format_check_report
+
+        found = check_study(
+            folder,
+            volumes=volumes,  # type: ignore[arg-type]
+            image_size=image_size,
+            fast=fast,
+            num_workers=workers,
+            progress=sys.stderr.isatty(),
+            report_path=report,
+        )
+        typer.echo(json.dumps(found.to_dict()) if as_json else format_check_report(found))
+        if not found.is_ok:
+            raise typer.Exit(code=2)
+
+
+@app.command()
+def phantom(
+    destination: Annotated[Path, typer.Argument(help="Folder for the study.", show_default=False)],
+    cases: Annotated[int, typer.Option(min=1, help="Cases of all splits together.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    validation: Annotated[
+        int | None, typer.Option(min=0, help="Cases for validation.", show_default="a twentieth, at most 100")
+    ] = None,
+    test: Annotated[
+        int | None, typer.Option(min=0, help="Cases for the test.", show_default="a tenth, at most 200")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Make a study of phantoms: CT-like scans with reports and questions, in the layouts of M3D.
+
+    Each case is a chest and abdomen in HU with one lesion (4 kinds, 6 organs, upper or lower part, small or large), in one
+    of 4 planes and 4 contrast phases, with its own voxel size and storage order. Its report and ten questions follow from
+    what was drawn; answers are balanced, so that a question alone tells nothing. The same seed gives the same files; a call
+    that was interrupted is continued by the same call.
+
+    Example: med3dvlm phantom phantoms --cases 1600 --seed 0
+    """
+    with bad_input_is_an_answer():
+        from .phantoms.study import write_study
+
+        summary = write_study(
+            destination,
+            cases,
+            seed,
+            num_validation=validation,
+            num_test=test,
+            num_workers=workers,
+            progress=sys.stderr.isatty(),
+        )
+        if as_json:
+            typer.echo(json.dumps(summary))
+            return
+        counts = ", ".join(f"{count} {split}" for split, count in summary["num_cases"].items())
+        typer.echo(
+            f"{summary['destination']}: {counts}; {summary['num_reports']} different reports, "
+            f"{summary['num_bytes'] / 1e6:.0f} MB of scans, {summary['num_made']} made now"
+        )
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for what the demonstration makes.")] = Path("demo_output"),
+    cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 900,
+    seed: Annotated[int, typer.Option(min=0, help="Of phantoms and training.")] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train as long as the recipes phantom/* say, within an hour on two cores.")
+    ] = False,
+) -> None:
+    """
+    Show the whole way on phantoms: no download, no file of your own.
+
+    Makes phantoms, trains the three stages on a small model, publishes it, loads it back in a process that cannot import
+    this package, asks it about a held-out phantom and a real MRI that nibabel carries, and prints what it scores, beside
+    chance and the blind control. The same command goes on where an earlier one was ended.
+    """
+    with bad_input_is_an_answer():
+        require_extra("train", "accelerate", "datasets", "matplotlib", "omegaconf", "peft", "tensorboard")
+        require_extra("eval", "rouge_score", "sacrebleu")
+        with step("importing"):
+            from .demo import run_demo
+        hush_progress_bars()
+        run_demo(output, cases, seed, full)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""The embedded default: a tiny, untrained model made on the spot, so that every command runs on a fresh machine."""
+"""What runs on a fresh machine: a tiny untrained model made on the spot, and the whole way on phantoms, in minutes."""
 
 import json
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import nibabel
+import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
 
 from ..configuration.configuration_med3dvlm import Med3DVLMConfig
-from ..hub_cards.publish import publish
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
-from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor, format_preprocessing_report
+from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 
 
+RESEARCH_NOTE = "For research only: not a medical device."
 UNTRAINED_NOTE = (
     "This model is untrained: its weights are random and its answers mean nothing. It exists to try the software."
 )
@@ -106,47 +110,198 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 from transformers import pipeline
 
-folder, scan, question = sys.argv[1:]
+folder, questions = sys.argv[1], json.loads(sys.argv[2])
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-content = [{"type": "image", "path": scan}, {"type": "text", "text": question}]
-answer = pipe(text=[{"role": "user", "content": content}], return_full_text=False)
-print(json.dumps(answer[0]["generated_text"]))
+answers = []
+for scan, question in questions:
+    content = [{"type": "image", "path": scan}, {"type": "text", "text": question}]
+    answer = pipe(text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=96)
+    answers.append(answer[0]["generated_text"])
+print(json.dumps(answers))
 """
 
+# What the demonstration replaces in the recipes to be done in minutes.
+QUICK: dict[str, list[str]] = {
+    "contrastive": ["training.num_train_epochs=10"],
+    "projector": ["training.num_train_epochs=1"],
+    "finetune": ["training.num_train_epochs=1"],
+}
 
-def run_demo(output: Path) -> None:
+
+def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = False) -> None:
     """
-    Makes, publishes and asks the tiny model, and says on stdout what each thing is.
+    Shows the whole way on phantoms, and says on stdout what each thing is: a study is made, the three stages are trained, the
+    result is published, loaded in a process that cannot import this package, asked about a held-out phantom and a real scan,
+    and scored on the held-out phantoms. A demonstration that was interrupted is continued.
 
     Args:
         output (`Path`):
-            Folder for the published model; what an earlier demonstration left there is replaced.
+            Folder for all that is made.
+        num_cases (`int`, *optional*, defaults to 900):
+            Phantoms.
+        seed (`int`, *optional*, defaults to 0):
+            Of phantoms and training.
+        full (`bool`, *optional*, defaults to `False`):
+            Whether to train as long as the recipes say, instead of a few minutes.
 
     Raises:
         RuntimeError: the published folder did not answer in the clean process.
     """
-    scan, question = SCAN, "What does this scan show?"
-    model, processor = build_tiny_model()
-    print(f"Model: made on the spot, {model.num_parameters():,} random weights (the paper's has 7.7 billion).")
-    print(f"       {UNTRAINED_NOTE}")
-    folder = publish(
-        model, output / "model", processor=processor, overwrite=True, license="apache-2.0", notes=UNTRAINED_NOTE
+    from .merge import merge_adapter
+    from .phantoms.study import write_study
+    from .recipe import load_recipe
+    from .stages import run_recipe
+
+    start = time.perf_counter()
+    study, cache = output / "phantoms", output / "cache"
+
+    def report(message: str) -> None:
+        print(f"[{time.perf_counter() - start:5.0f} s] {message}", flush=True)
+
+    summary = write_study(study, num_cases, seed, progress=sys.stderr.isatty())
+    counts = ", ".join(f"{count} {split}" for split, count in summary["num_cases"].items())
+    report(
+        f"Phantoms: {counts}, in {study}. The same by hand: med3dvlm phantom {study} --cases {num_cases} --seed {seed}"
     )
-    print(f"Published: {folder} ({', '.join(sorted(path.name for path in Path(folder).iterdir()))})")
 
-    report = processor.image_processor(scan, return_report=True)["preprocessing_report"][0]
-    print(f"\nScan: a real MRI of a head, {scan.name} from nibabel's test data. What is done to it before the model:")
-    print("\n".join(f"    {line}" for line in format_preprocessing_report(report).splitlines()))
+    stages: dict[str, Path] = {}
+    for stage in ("contrastive", "projector", "finetune"):
+        overrides = [
+            f"data.root={study}",
+            f"data.cache={cache}",
+            f"training.output_dir={output / stage}",
+            f"training.seed={seed}",
+            *([f"model.start_from={list(stages.values())[-1]}"] if stages else []),
+            *([] if full else QUICK[stage]),
+        ]
+        stages[stage] = run_recipe(load_recipe(f"phantom/{stage}", overrides))
+        numbers = json.loads((output / stage / "summary.json").read_text(encoding="utf-8"))
+        report(
+            f"Stage {stage}: {numbers['train']['train_runtime']:.0f} s, {numbers['samples_per_second']:.0f} samples/s, "
+            f"peak memory {numbers['peak_memory_gib']:.1f} GiB, curves in {output / stage / 'curves.png'}"
+        )
+    notes = f"Trained on {num_cases} phantoms: it knows drawn scans, not patients. {RESEARCH_NOTE}"
+    model_folder = Path(
+        merge_adapter(stages["finetune"], output / "model", overwrite=True, license="apache-2.0", notes=notes)
+    )
+    report(f"Merged and published: {model_folder}")
 
-    print("\nAsking the published folder, in a process that cannot import this package ...")
-    command = [sys.executable, "-c", CLEAN_PROCESS, str(folder), str(scan), question]
+    questions = questions_of_a_phantom(study)
+    answers = ask_in_clean_process(model_folder, [*questions, (str(SCAN), "What does this scan show?", "")])
+    report("Asked the published folder, in a process that cannot import this package:")
+    for (scan, question, expected), answer in zip(questions, answers):
+        print(f"    {Path(scan).name}: {question}\n        answer: {answer}\n        truth:  {expected}")
+    print(f"    {SCAN.name}, a real MRI of a head, which no phantom resembles: {answers[-1]}")
+
+    table, records = score_models(
+        stages["contrastive"], model_folder, study, cache, num_cases=40 if not full else None
+    )
+    (output / "scores.md").write_text(table + "\n", encoding="utf-8")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (output / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    picture = draw_answers(study, model_folder, records, output / "answers.png")
+    report(f"Scores on held-out phantoms; blind: the volume replaced by another case's. Picture: {picture}")
+    print(f"\n{table}\n")
+    command_line = Path(sys.argv[0]) if Path(sys.argv[0]).name == "med3dvlm" else Path("med3dvlm")
+    print(f"Ask it yourself: {command_line} ask {questions[0][0]} {questions[0][1]!r} --model {model_folder}")
+
+
+def questions_of_a_phantom(study: Path) -> list[tuple[str, str, str]]:
+    """Scan, question and expected answer for the first held-out phantom: its closed questions, and the request for a report."""
+    from .data.m3d import read_m3d_cap, read_m3d_vqa
+    from .prompts import format_answer, format_question
+
+    reports = read_m3d_cap(study, "test")
+    first = reports[0]["image"]  # type: ignore[index]
+    samples = [sample for sample in read_m3d_vqa(study, "test", ["closed_vqa"]) if sample["image"] == first]
+    samples.append(reports[0])  # type: ignore[index]
+    return [(sample["image"], format_question(sample), format_answer(sample)) for sample in samples]
+
+
+def ask_in_clean_process(folder: Path, questions: list[tuple[str, str, str]]) -> list[str]:
+    """
+    Answers of a published folder, loaded by `pipeline` where our package cannot be imported.
+
+    Raises:
+        RuntimeError: it did not answer.
+    """
+    command = [sys.executable, "-c", CLEAN_PROCESS, str(folder), json.dumps([entry[:2] for entry in questions])]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"The published folder did not answer:\n{result.stderr}")
-    print(f"Question: {question}")
-    print(f"Answer of the untrained model (meaningless): {json.loads(result.stdout.splitlines()[-1])}")
-    command_line = Path(sys.argv[0]) if Path(sys.argv[0]).name == "med3dvlm" else Path("med3dvlm")
-    print(f"\nAsk it yourself: {command_line} ask {scan} {question!r} --model {folder}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-__all__ = ["UNTRAINED_NOTE", "build_tiny_model", "build_tiny_tokenizer", "run_demo"]
+def score_models(
+    dual_encoder_folder: Path, model_folder: Path, study: Path, cache: Path, num_cases: int | None = None
+) -> tuple[str, list[dict[str, Any]]]:
+    """
+    Scores both published models on the held-out phantoms.
+
+    Args:
+        dual_encoder_folder (`Path`), model_folder (`Path`):
+            Published dual encoder and vision-language model.
+        study (`Path`):
+            Folder of the phantoms.
+        cache (`Path`):
+            Of processed volumes.
+        num_cases (`int`, *optional*):
+            Only so many cases are asked about; retrieval always takes all.
+
+    Returns:
+        The table in Markdown, and every answer.
+    """
+    from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+    from .data.cache import VolumeCache
+    from .phantoms.scores import format_table, score_answers, score_retrieval
+
+    processor = Med3DVLMProcessor.from_pretrained(dual_encoder_folder)
+    volumes = VolumeCache(cache, processor.image_processor)
+    rows = score_retrieval(DCFormerSiglipModel.from_pretrained(dual_encoder_folder), processor, study, volumes)
+    model = Med3DVLMForConditionalGeneration.from_pretrained(model_folder)
+    processor = Med3DVLMProcessor.from_pretrained(model_folder)
+    answer_rows, records = score_answers(model, processor, study, volumes, num_cases)
+    return format_table(rows + answer_rows), records
+
+
+def draw_answers(
+    study: Path, model_folder: Path, records: list[dict[str, Any]], path: Path, num_cases: int = 3
+) -> Path:
+    """Draws slices of a few phantoms through their lesion, as the model gets them, with its answers beside the truth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from .data.samples import QUESTION_TYPES
+
+    processor = Med3DVLMImageProcessor.from_pretrained(model_folder)
+    truth = [json.loads(line) for line in (study / "phantoms.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = list(dict.fromkeys(record["case"] for record in records))[:num_cases]
+    figure, axes = plt.subplots(len(asked), 4, figsize=(15, 3.6 * len(asked)), squeeze=False)
+    for row, case in enumerate(asked):
+        entry = next(entry for entry in truth if entry["case"] == case)
+        inputs = processor(str(study / entry["image"]), return_report=True)
+        volume, affine = inputs["pixel_values"][0, 0].numpy(), np.array(inputs["preprocessing_report"][0]["affine"])
+        lesion = np.linalg.solve(affine, [*entry["lesion_centre"], 1.0])[:3]
+        d, h, w = (int(np.clip(round(place), 0, size - 1)) for place, size in zip(lesion, volume.shape))
+        slices = {"axial": volume[d], "coronal": volume[::-1, h], "sagittal": volume[::-1, :, w]}  # superior is up
+        for axis, (name, picture) in zip(axes[row], slices.items()):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect="auto")
+            axis.set_title(name)
+            axis.set_axis_off()
+        lines = []
+        for record in records:
+            if record["case"] == case and record["task"] in ("closed_vqa", "report"):
+                name = QUESTION_TYPES.get(record["question_type"], "report")
+                mark = "right" if record["answer"] == record["expected"] else f"truth: {record['expected']}"
+                lines.append(textwrap.fill(f"{name}: {record['answer']} ({mark})", 62))
+        axes[row][3].text(0, 1, "\n".join(lines), va="top", fontsize=8)
+        axes[row][3].set_axis_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+__all__ = ["UNTRAINED_NOTE", "build_tiny_model", "build_tiny_tokenizer", "run_demo", "score_models"]

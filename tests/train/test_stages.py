@@ -1,0 +1,211 @@
+"""The three stages on five small scans: each trains what it says, publishes, and is what the next one starts from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from med3dvlm.train.data.manifest import write_example_manifest
+from med3dvlm.train.merge import merge_adapter
+from med3dvlm.train.recipe import load_recipe
+from med3dvlm.train.stages import read_samples, run_recipe
+
+
+# Small enough for a second; all axes differ.
+QUICK = [
+    "training.per_device_train_batch_size=2",
+    "training.per_device_eval_batch_size=1",
+    "training.bf16=false",
+    "training.save_strategy=steps",
+    "training.save_steps=1",
+    "training.logging_steps=1",
+    "training.eval_strategy=no",
+    "training.report_to=none",
+    "training.disable_tqdm=true",
+    "data.cache=null",
+    "data.max_text_length=400",
+]
+VISION = "model.vision={image_size: [32, 64, 96], hidden_sizes: [4, 6, 8, 10, 12], depths: [1, 1, 1, 1, 1]}"
+TEXT = "model.text_encoder={model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24}"
+LANGUAGE = (
+    "model.language_model={model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+    "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: true}"
+)
+
+
+def recipe_of(stage, manifest, output_dir, *overrides, start_from=None, max_steps=2):
+    values = [f"data.root={manifest}", f"training.output_dir={output_dir}", f"training.max_steps={max_steps}", *QUICK]
+    values += [f"model.start_from={start_from}"] if start_from else []
+    return load_recipe(f"phantom/{stage}", [*values, *overrides])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return write_example_manifest(tmp_path_factory.mktemp("study") / "example")
+
+
+@pytest.fixture(scope="module")
+def contrastive(manifest, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contrastive")
+    recipe = recipe_of("contrastive", manifest, folder, "model.vision.variant=null", VISION, TEXT)
+    return run_recipe(recipe)
+
+
+@pytest.fixture(scope="module")
+def projector(manifest, contrastive, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("projector")
+    overrides = (LANGUAGE, "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}")
+    return run_recipe(recipe_of("projector", manifest, folder, *overrides, start_from=contrastive))
+
+
+@pytest.fixture(scope="module")
+def finetuned(manifest, projector, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    return run_recipe(recipe_of("finetune", manifest, folder, start_from=projector))
+
+
+def tensors(folder, name="model.safetensors"):
+    return load_file(folder / name)
+
+
+def test_contrastive_stage_publishes_a_dual_encoder(contrastive):
+    model = AutoModel.from_pretrained(contrastive)
+    processor = AutoProcessor.from_pretrained(contrastive)
+    assert model.config.model_type == "dcformer_siglip" and processor.image_processor.image_size == [32, 64, 96]
+    summary = json.loads((contrastive.parent / "summary.json").read_text())
+    assert summary["stage"] == "contrastive" and summary["samples_per_second"] > 0 and summary["peak_memory_gib"] > 0
+    for name in ("recipe.yaml", "curves.png", "curves.csv", "published/README.md"):
+        assert (contrastive.parent / name).stat().st_size > 0
+
+
+def test_projector_stage_takes_the_encoder_and_leaves_it_as_it_is(contrastive, projector):
+    before, after = tensors(contrastive), tensors(projector)
+    names = [name for name in before if name.startswith("vision_model.")]
+    assert len(names) > 50 and any("running_mean" in name for name in names)
+    for name in names:  # weights and running statistics, to the bit
+        assert torch.equal(before[name], after["model.vision_tower" + name.removeprefix("vision_model")]), name
+
+
+def test_paper_stage_2_changes_the_projector_alone(manifest, projector, tmp_path):
+    published = run_recipe(
+        recipe_of("projector", manifest, tmp_path, "trained=[multi_modal_projector]", start_from=projector)
+    )
+    before, after = tensors(projector), tensors(published)
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector"}
+
+
+def test_finetuning_changes_adapters_and_projector_and_merges(projector, finetuned, tmp_path):
+    adapter = tensors(finetuned, "adapter_model.safetensors")
+    assert all("lora_" in name or "multi_modal_projector" in name for name in adapter)
+    assert any(bool(tensor.abs().sum() > 0) for name, tensor in adapter.items() if "lora_B" in name)
+    merged = Path(merge_adapter(finetuned, tmp_path / "merged"))
+    before, after = tensors(projector), tensors(merged)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in changed} == {"multi_modal_projector", "language_model"}
+    assert all("_proj.weight" in name for name in changed if "language_model" in name)
+
+    whole, adapted = (AutoModelForImageTextToText.from_pretrained(place).eval() for place in (merged, finetuned))
+    processor = AutoProcessor.from_pretrained(finetuned)
+    text = processor.image_token + "\nWhat is it?"
+    inputs = processor(images=torch.rand(40, 50, 60), text=text, return_tensors="pt")
+    torch.testing.assert_close(whole(**inputs).logits, adapted(**inputs).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_merging_refuses_what_does_not_fit(finetuned, projector, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no adapter_config.json. A whole model needs no merge"):
+        merge_adapter(projector, tmp_path / "merged")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in finetuned.iterdir():
+        if file.is_file():
+            (broken / file.name).write_bytes(file.read_bytes())
+    from safetensors.torch import save_file
+
+    weights = tensors(finetuned, "adapter_model.safetensors")
+    lost = next(name for name in weights if "lora_A" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, broken / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="1 missing: .*lora_A"):
+        merge_adapter(broken, tmp_path / "merged")
+    settings = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone/away/base"}))
+    with pytest.raises(FileNotFoundError, match="'gone/away/base' is not there"):
+        merge_adapter(broken, tmp_path / "merged")
+
+
+def losses(output_dir):
+    states = sorted(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    return [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
+
+
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, tmp_path):
+    """Prompts, augmentation and order depend on seed, epoch and sample, so the losses are equal to the bit."""
+    whole = recipe_of("projector", manifest, tmp_path / "whole", start_from=projector, max_steps=9)
+    run_recipe(whole)
+    first = recipe_of("projector", manifest, tmp_path / "parts", start_from=projector, max_steps=9)
+    from med3dvlm.train import stages
+
+    real, calls = stages.publish_result, []
+
+    def fail_at_first(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    stages.publish_result = fail_at_first
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(first)
+        # What a kill leaves: the newest checkpoint damaged, no result.
+        (tmp_path / "parts" / "checkpoint-9" / "optimizer.pt").unlink()
+        assert run_recipe(first) == tmp_path / "parts" / "published"
+    finally:
+        stages.publish_result = real
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 9
+    one, other = (tensors(tmp_path / name / "published") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, projector, caplog):
+    output_dir = projector.parent
+    overrides = (LANGUAGE, "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}")
+    start_from = json.loads((output_dir / "summary.json").read_text())["settings"]["model"]["start_from"]
+    time_of_result = (projector / "model.safetensors").stat().st_mtime_ns
+    recipe = recipe_of("projector", manifest, output_dir, *overrides, start_from=start_from)
+    assert run_recipe(recipe) == projector
+    assert (projector / "model.safetensors").stat().st_mtime_ns == time_of_result
+    recipe.training["learning_rate"] = 1.0
+    with pytest.raises(ValueError, match=r"finished run with other settings \(training.learning_rate\)"):
+        run_recipe(recipe)
+
+
+def test_broken_volumes_stop_or_are_left_out_and_listed(manifest, contrastive, tmp_path):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for file in manifest.parent.rglob("*"):
+        if file.is_file():
+            target = folder / file.relative_to(manifest.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    copy = folder / manifest.name
+    victim = Path(read_samples(recipe_of("contrastive", copy, tmp_path / "x").data, "train")[0]["image"])
+    victim.write_bytes(victim.read_bytes()[:200])
+    options = ("model.vision.variant=null", VISION, TEXT)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        run_recipe(recipe_of("contrastive", copy, tmp_path / "stop", *options))
+    run_recipe(recipe_of("contrastive", copy, tmp_path / "skip", *options, "data.skip_broken=true"))
+    rows = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [str(victim)] and "damaged" in rows[0]["reason"]
+
+
+def test_validation_writes_scores_and_answers(manifest, projector, tmp_path):
+    overrides = ("training.eval_strategy=steps", "training.eval_steps=1", "num_answers=2")
+    run_recipe(recipe_of("finetune", manifest, tmp_path, *overrides, start_from=projector))
+    rows = [json.loads(line) for line in (tmp_path / "answers" / "step-00000002.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and set(rows[0]) == {"task", "question", "expected", "answer"}
+    assert json.loads((tmp_path / "summary.json").read_text())["validation"]["eval_loss"] > 0

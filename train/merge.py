@@ -1,0 +1,147 @@
+"""Adapters: the published folder of one, and its merge into the base model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..hub_cards.publish import check_destination, publish, replaced_when_complete
+from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+from ..processing.processing_med3dvlm import Med3DVLMProcessor
+
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+ADAPTER_CARD = """---
+library_name: peft
+base_model: {base}
+pipeline_tag: image-text-to-text
+tags: [vision-language, medical, radiology, 3d, lora]
+---
+
+# Adapter of a Med3DVLM
+
+Low-rank adapters of the language model, and the projector in full. The base model is `{base}`.
+
+{notes}
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{here}", trust_remote_code=True)  # finds the base model by itself
+processor = AutoProcessor.from_pretrained("{here}", trust_remote_code=True)
+```
+
+`med3dvlm merge {here} FOLDER` puts it into the base and publishes the whole.
+
+Training data: {training_data}
+
+For research only: not a medical device, not for clinical decisions.
+"""
+
+
+def publish_adapter(
+    source: Path, destination: Path, processor: Med3DVLMProcessor, notes: str, training_data: str
+) -> None:
+    """
+    Makes the published folder of an adapter: its weights and configuration, the processor, and a card. It appears whole or
+    not at all.
+
+    Args:
+        source (`Path`):
+            Folder into which Trainer saved the PEFT model.
+        destination (`Path`):
+            The folder; one that is there is replaced.
+        processor ([`Med3DVLMProcessor`]):
+            The model's processor.
+        notes (`str`), training_data (`str`):
+            For the card.
+
+    Raises:
+        FileNotFoundError: `source` holds no adapter.
+    """
+    from peft import PeftConfig
+
+    for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
+        if not (source / name).is_file():
+            raise FileNotFoundError(f"{source}: expected an adapter saved by peft, there is no {name}.")
+    base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path
+    with replaced_when_complete(destination) as folder:
+        for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
+            (folder / name).write_bytes((source / name).read_bytes())
+        processor.save_pretrained(folder)
+        card = ADAPTER_CARD.format(base=base, here=destination, notes=notes, training_data=training_data)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def merge_adapter(
+    adapter: str | os.PathLike, destination: str | os.PathLike, overwrite: bool = False, **card_fields: Any
+) -> str:
+    """
+    Merges an adapter into its base model, and publishes the whole.
+
+    Args:
+        adapter (`str` or `os.PathLike`):
+            Folder or repository of an adapter with its processor.
+        destination (`str` or `os.PathLike`):
+            The new folder; see [`~hub_cards.publish.publish`].
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a model that is there.
+        card_fields (*optional*):
+            For the card.
+
+    Returns:
+        `str`: the new folder.
+
+    Raises:
+        FileExistsError: the destination holds files that are not to be replaced.
+        FileNotFoundError: there is no adapter, or its base model is not where its configuration says.
+        ValueError: the adapter does not fit the base model, or holds numbers that are not finite.
+    """
+    from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
+
+    check_destination(Path(destination), overwrite)
+    adapter = os.fspath(adapter)
+    if Path(adapter).is_dir() and not (Path(adapter) / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{adapter}: expected an adapter, there is no {ADAPTER_CONFIG}. A whole model needs no merge."
+        )
+    settings = PeftConfig.from_pretrained(adapter)
+    base = settings.base_model_name_or_path or ""
+    if not Path(base).is_dir() and base.count("/") != 1:
+        raise FileNotFoundError(
+            f"{adapter}: its base model {base!r} is not there. Put it back, or write where it is into "
+            f"`base_model_name_or_path` of {ADAPTER_CONFIG}."
+        )
+    model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
+    processor = Med3DVLMProcessor.from_pretrained(adapter)
+    peft_model = PeftModel.from_pretrained(model, adapter)
+    check_adapter_fits(peft_model, load_peft_weights(adapter, device="cpu"), adapter)
+    merged = peft_model.merge_and_unload(safe_merge=True)
+    return publish(merged, destination, processor=processor, overwrite=overwrite, **card_fields)
+
+
+def check_adapter_fits(peft_model: Any, weights: dict[str, Any], name: str) -> None:
+    """
+    peft loads what fits and warns about the rest; here every tensor must have found its place.
+
+    Raises:
+        ValueError: tensors are missing or left over; the message names them.
+    """
+    from peft import get_peft_model_state_dict
+
+    expected, found = set(get_peft_model_state_dict(peft_model)), set(weights)
+    faults = [
+        f"{len(keys)} {kind}: {', '.join(sorted(keys)[:10])}"
+        for kind, keys in {"missing": expected - found, "not part of the model": found - expected}.items()
+        if keys
+    ]
+    if faults:
+        raise ValueError(f"The adapter {name!r} does not fit its base model: {'; '.join(faults)}.")
+
+
+__all__ = ["check_adapter_fits", "merge_adapter", "publish_adapter"]

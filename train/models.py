@@ -1,0 +1,276 @@
+"""The models a recipe asks for, put together from published folders, pretrained text models and fresh parts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..configuration.configuration_dcformer import DCFormerConfig
+from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
+from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+from ..modeling_med3dvlm.modeling_projector import PROJECTORS
+from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ..processing.processing_med3dvlm import Med3DVLMProcessor
+from .demo import build_tiny_tokenizer
+from .recipe import ModelRecipe
+
+
+IMAGE_TOKEN = "<image>"
+
+# The linear layers of a language model's blocks, by the names that Qwen2 and Llama give them.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def build_dual_encoder(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[DCFormerSiglipModel, Med3DVLMProcessor]:
+    """
+    The dual encoder of the stage `contrastive`, and its processor.
+
+    Args:
+        recipe ([`ModelRecipe`]):
+            `start_from`, or `vision` and `text_encoder` for a new one.
+        texts (`Iterable[str]`):
+            Training texts, for the tokenizer of a text encoder that starts from random weights.
+
+    Raises:
+        OSError: a pretrained model cannot be found.
+        ValueError: a field is missing or cannot be.
+    """
+    if recipe.start_from:
+        model = DCFormerSiglipModel.from_pretrained(recipe.start_from)
+        return model, Med3DVLMProcessor.from_pretrained(recipe.start_from)
+    if recipe.text_encoder is None:
+        raise ValueError(
+            "`model.text_encoder` is empty: name a pretrained text encoder, or give the fields of a configuration, such "
+            "as {model_type: bert, hidden_size: 128, ...}."
+        )
+    if isinstance(recipe.text_encoder, str):
+        tokenizer = AutoTokenizer.from_pretrained(recipe.text_encoder)
+        text_model = AutoModel.from_pretrained(recipe.text_encoder, dtype=torch.float32)
+        text_config = text_model.config
+    else:
+        tokenizer = train_word_piece_tokenizer(texts, _tokenizer_size(recipe))
+        fields = {**recipe.text_encoder, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        text_model, text_config = None, build_text_config(fields)
+
+    config = DCFormerSiglipConfig(
+        vision_config=vision_config_fields(recipe.vision), text_config=text_config, **recipe.dual_encoder
+    )
+    model = DCFormerSiglipModel(config)
+    if text_model is not None:
+        text_model.pooler = None  # the dual encoder has none: it takes the vector itself
+        model.text_model.load_state_dict(text_model.state_dict())
+    image_processor = Med3DVLMImageProcessor(image_size=list(config.image_size), **recipe.image_processor)
+    return model, Med3DVLMProcessor(image_processor, tokenizer)
+
+
+def build_vision_language_model(
+    recipe: ModelRecipe, texts: Iterable[str]
+) -> tuple[Med3DVLMForConditionalGeneration, Med3DVLMProcessor]:
+    """
+    The vision-language model that the stage `projector` starts with: the volume encoder of a published dual encoder, a
+    fresh projector, and a language model. A published vision-language model is loaded as it is.
+
+    Args:
+        recipe ([`ModelRecipe`]):
+            `start_from`, `language_model` and `projector`.
+        texts (`Iterable[str]`):
+            Training texts, for the tokenizer of a language model that starts from random weights.
+
+    Raises:
+        OSError: a pretrained model cannot be found.
+        ValueError: a field is missing or cannot be, or `start_from` is another kind of model.
+    """
+    start_config = AutoConfig.from_pretrained(recipe.start_from)
+    if start_config.model_type == Med3DVLMConfig.model_type:
+        return load_vision_language_model(recipe)
+    if start_config.model_type != DCFormerSiglipConfig.model_type:
+        raise ValueError(
+            f"`model.start_from` {recipe.start_from!r}: expected a dual encoder or a vision-language model, got "
+            f"`model_type` {start_config.model_type!r}."
+        )
+    if recipe.language_model is None:
+        raise ValueError(
+            "`model.language_model` is empty: name a pretrained one, or give the fields of a configuration, such as "
+            "{model_type: qwen2, hidden_size: 128, ...}."
+        )
+    dual_encoder = DCFormerSiglipModel.from_pretrained(recipe.start_from)
+    image_processor = Med3DVLMProcessor.from_pretrained(recipe.start_from).image_processor
+    language_model, tokenizer = build_language_model(recipe, texts)
+
+    config = Med3DVLMConfig(
+        vision_config=dual_encoder.config.vision_config,
+        text_config=language_model.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        **recipe.projector,
+    )
+    with torch.device("meta"):  # every part is replaced by one that exists: nothing large is made twice
+        model = Med3DVLMForConditionalGeneration(config)
+    model.model.vision_tower = dual_encoder.vision_model
+    model.model.language_model = language_model.get_decoder()
+    model.lm_head = language_model.get_output_embeddings()
+    model.model.multi_modal_projector = PROJECTORS[config.projector_type](config)
+    model.model.multi_modal_projector.apply(model._init_weights)
+    model.generation_config = language_model.generation_config
+    processor = Med3DVLMProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    return model, processor
+
+
+def build_language_model(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[Any, Any]:
+    """
+    The language model and its tokenizer, which knows the placeholder of a volume.
+
+    Raises:
+        OSError: a pretrained model cannot be found.
+        ValueError: a field cannot be.
+    """
+    if isinstance(recipe.language_model, str):
+        tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
+        model = AutoModelForCausalLM.from_pretrained(recipe.language_model, dtype=getattr(torch, recipe.dtype))
+        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+        return model, tokenizer
+    tokenizer = build_tiny_tokenizer().train_new_from_iterator(list(texts), vocab_size=_tokenizer_size(recipe))
+    fields = {
+        **recipe.language_model,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    return AutoModelForCausalLM.from_config(build_text_config(fields)), tokenizer
+
+
+def load_vision_language_model(recipe: ModelRecipe) -> tuple[Med3DVLMForConditionalGeneration, Med3DVLMProcessor]:
+    """
+    The published vision-language model that a stage goes on with.
+
+    Raises:
+        OSError: there is none.
+        ValueError: the weights do not fit, see `from_pretrained`.
+    """
+    source = str(recipe.start_from)
+    if (Path(source) / "adapter_config.json").exists():
+        raise ValueError(
+            f"`model.start_from` {source!r} is an adapter: merge it into its base first, `med3dvlm merge {source} FOLDER`."
+        )
+    model = Med3DVLMForConditionalGeneration.from_pretrained(source, dtype=getattr(torch, recipe.dtype))
+    return model, Med3DVLMProcessor.from_pretrained(source)
+
+
+def choose_trained_parts(model: Med3DVLMForConditionalGeneration, trained: list[str]) -> None:
+    """
+    Lets gradients reach the named parts only. Trained weights are float32 whatever the precision of the frozen ones:
+    steps of a usual size would be lost in a shorter format.
+
+    Args:
+        model ([`Med3DVLMForConditionalGeneration`]):
+            Changed in place.
+        trained (`list[str]`):
+            Of "vision_tower", "multi_modal_projector" and "language_model"; the head belongs to the language model.
+    """
+    model.requires_grad_(False)
+    for name in trained:
+        part: nn.Module = getattr(model.model, name)
+        part.float().requires_grad_(True)
+    if "language_model" in trained:
+        model.lm_head.float().requires_grad_(True)
+
+
+def add_lora(model: Med3DVLMForConditionalGeneration, lora: dict[str, Any], trained: list[str]) -> Any:
+    """
+    Puts low-rank adapters on the linear layers of the language model.
+
+    Args:
+        model ([`Med3DVLMForConditionalGeneration`]):
+            The base model.
+        lora (`dict`):
+            Fields of `peft.LoraConfig`. The layers are those of the language model's blocks unless `target_modules` says
+            otherwise.
+        trained (`list[str]`):
+            Parts that are trained in full and saved with the adapters.
+
+    Returns:
+        `peft.PeftModel`.
+
+    Raises:
+        ValueError: a field is not known to peft.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    fields = {
+        "target_modules": LORA_TARGETS,
+        "task_type": "CAUSAL_LM",
+        "modules_to_save": list(trained) or None,
+        **lora,
+    }
+    try:
+        settings = LoraConfig(**fields)
+    except TypeError as error:
+        raise ValueError(f"`lora`: not all of {sorted(lora)} are fields of peft.LoraConfig: {error}") from error
+    model.requires_grad_(False)
+    peft_model = get_peft_model(model, settings)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def build_text_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """
+    Raises:
+        ValueError: `model_type` is missing or not one of transformers.
+    """
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(f"The configuration of a text model needs `model_type`, such as bert or qwen2; got {fields}.")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def vision_config_fields(vision: dict[str, Any]) -> Any:
+    """Fields of a volume encoder's configuration, with `variant` resolved to one of the published sizes of DCFormer."""
+    fields = dict(vision)
+    variant = fields.pop("variant", None)
+    if variant is None:
+        return fields
+    if fields.pop("model_type", "dcformer") != "dcformer":
+        raise ValueError("`model.vision.variant` names a size of DCFormer: leave it out for another `model_type`.")
+    return DCFormerConfig.from_variant(variant, **fields)
+
+
+def train_word_piece_tokenizer(texts: Iterable[str], size: int) -> BertTokenizer:
+    """A BERT tokenizer of at most `size` tokens, trained on the texts."""
+    special_tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    empty = BertTokenizer(vocab={token: index for index, token in enumerate(special_tokens)})
+    return empty.train_new_from_iterator(list(texts), vocab_size=size)
+
+
+def _tokenizer_size(recipe: ModelRecipe) -> int:
+    if recipe.tokenizer_size is None:
+        raise ValueError(
+            "`model.tokenizer_size` is empty: a text model from random weights needs a tokenizer of its own."
+        )
+    return recipe.tokenizer_size
+
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "LORA_TARGETS",
+    "add_lora",
+    "build_dual_encoder",
+    "build_language_model",
+    "build_text_config",
+    "build_vision_language_model",
+    "choose_trained_parts",
+    "load_vision_language_model",
+    "train_word_piece_tokenizer",
+    "vision_config_fields",
+]

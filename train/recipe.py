@@ -1,0 +1,315 @@
+"""Recipes: what a training run is made of, as YAML files that are checked before anything is loaded."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+STAGES = ("contrastive", "projector", "finetune")
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+
+
+@dataclass
+class ModelRecipe:
+    """
+    What is trained, and what it starts from. Folders of published models and names of Hub repositories are both fine.
+
+    Args:
+        start_from (`str`, *optional*):
+            Result of the stage before: for `projector` the dual encoder whose volume encoder is taken, for `finetune` the
+            vision-language model. For `contrastive`, a dual encoder to go on with.
+        vision (`dict`):
+            Volume encoder of a new dual encoder: fields of its configuration with `model_type`, or `variant` for one of
+            the published sizes of DCFormer.
+        text_encoder (`str` or `dict`):
+            Text encoder of a new dual encoder: a pretrained one by name, or the fields of a configuration to start one from
+            random weights.
+        dual_encoder (`dict`):
+            Further fields of `DCFormerSiglipConfig`, such as `loss_type`.
+        language_model (`str` or `dict`):
+            Language model of a new vision-language model: a pretrained one by name, or the fields of a configuration.
+        projector (`dict`):
+            Further fields of `Med3DVLMConfig`, such as `projector_type`.
+        tokenizer_size (`int`, *optional*):
+            Where the text model starts from random weights: size of the tokenizer that is trained on the training texts.
+        image_processor (`dict`):
+            Options of `Med3DVLMImageProcessor` where a new dual encoder decides them.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which a pretrained language model is loaded.
+    """
+
+    start_from: str | None = None
+    vision: dict[str, Any] = field(default_factory=dict)
+    text_encoder: Any = None
+    dual_encoder: dict[str, Any] = field(default_factory=dict)
+    language_model: Any = None
+    projector: dict[str, Any] = field(default_factory=dict)
+    tokenizer_size: int | None = None
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+
+
+@dataclass
+class DataRecipe:
+    """
+    What it learns from.
+
+    Args:
+        root (`str`):
+            Folder in the layout of M3D, with `M3D_Cap_npy` and `M3D-VQA`, or a manifest file of one's own.
+        tasks (`list[str]`):
+            Of "report", "closed_vqa", "open_vqa", "yes_no_vqa".
+        volumes (`str`, *optional*, defaults to `"scans"`):
+            `"scans"` go through the image processor; `"prepared"` ones, as `med3dvlm prepare m3d-cap` writes them, are in
+            [0, 1], cropped and of the model's size already.
+        cache (`str`, *optional*):
+            Folder that keeps processed volumes for the next epoch and the next run.
+        cache_dtype (`str`, *optional*, defaults to `"float16"`):
+            `"float16"`, `"uint8"` or `"float32"`.
+        max_text_length (`int`, *optional*, defaults to 512):
+            Tokens of a report in `contrastive`, of a whole conversation in the other stages.
+        augmentation (`str`, *optional*, defaults to `"laterality_safe"`):
+            `"laterality_safe"`, `"original"` or `"none"`.
+        identical_reports (`str`, *optional*, defaults to `"distinct"`):
+            In `contrastive`: whether a volume counts the identical report of another volume as a negative
+            (`"distinct"`, as in the paper) or as a positive (`"match"`).
+        num_train (`int`, *optional*):
+            Only the first so many training samples.
+        num_validation (`int`, *optional*, defaults to 512):
+            Only the first so many validation samples of each task.
+        skip_broken (`bool`, *optional*, defaults to `False`):
+            Whether cases that cannot be read are left out, and listed in `skipped.jsonl`. Otherwise they stop the run.
+    """
+
+    root: str = ""
+    tasks: list[str] = field(default_factory=list)
+    volumes: str = "scans"
+    cache: str | None = None
+    cache_dtype: str = "float16"
+    max_text_length: int = 512
+    augmentation: str = "laterality_safe"
+    identical_reports: str = "distinct"
+    num_train: int | None = None
+    num_validation: int = 512
+    skip_broken: bool = False
+
+
+@dataclass
+class Recipe:
+    """
+    One training run.
+
+    Args:
+        stage (`str`):
+            `"contrastive"`, `"projector"` or `"finetune"`.
+        description (`str`):
+            What it is, and where its numbers come from.
+        model ([`ModelRecipe`]), data ([`DataRecipe`]):
+            What is trained on what.
+        trained (`list[str]`):
+            Parts of a vision-language model whose weights are trained: of "vision_tower", "multi_modal_projector" and
+            "language_model".
+        lora (`dict`):
+            Fields of `peft.LoraConfig`; empty for none. The projector is then trained beside the adapters if `trained`
+            has it.
+        num_answers (`int`, *optional*, defaults to 4):
+            Answers to write down at each validation of `projector` and `finetune`.
+        training (`dict`):
+            Fields of `transformers.TrainingArguments`, with their own names.
+    """
+
+    stage: str = ""
+    description: str = ""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    trained: list[str] = field(default_factory=list)
+    lora: dict[str, Any] = field(default_factory=dict)
+    num_answers: int = 4
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """
+    Reads a recipe and checks it.
+
+    Args:
+        source (`str` or `Path`):
+            A YAML file, or the name of a recipe of this package, such as `"paper/contrastive"`. Its key `base` names
+            another recipe, beside it or of this package, whose values it replaces.
+        overrides (`list[str]`, *optional*):
+            `key=value` with dots between levels, such as `"training.learning_rate=2e-4"`; the value is read as YAML.
+
+    Returns:
+        [`Recipe`]
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: a key is not known, a value is not of its type or cannot be; the message says what to write.
+    """
+    merged = _read_with_base(find_recipe(source), ())
+    try:
+        for override in overrides or []:
+            key, equals, _ = override.partition("=")
+            if not equals or not key.strip():
+                raise ValueError(f"Expected an override `key=value`, such as training.seed=1, got {override!r}.")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        _check_keys(OmegaConf.to_container(merged), Recipe, "")
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {str(error).splitlines()[0]} (at `{error.full_key}`)") from error
+    assert isinstance(recipe, Recipe)
+    check_recipe(recipe)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the whole recipe, every default included, so that the file alone repeats the run."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
+    temporary.replace(path)
+
+
+def find_recipe(source: str | Path) -> Path:
+    """
+    Raises:
+        FileNotFoundError: `source` is neither a file nor the name of a recipe of this package; the message lists those.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    packaged = packaged_recipes()
+    name = str(source).removesuffix(".yaml")
+    if name in packaged:
+        return packaged[name]
+    near = difflib.get_close_matches(name, packaged, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise FileNotFoundError(
+        f"{source}: there is no such file, and no such recipe in this package.{hint} It has: {', '.join(packaged)}."
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes of this package by name, such as `"paper/contrastive"`."""
+    folder = Path(str(resources.files(__package__))) / "recipes"
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
+        if "launch" not in path.parts
+    }
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: a value cannot be, or two contradict each other.
+    """
+    # Here, so that a mistyped recipe is refused without importing torch first.
+    from .data.augmentation import AUGMENTATIONS
+    from .data.samples import TASKS
+
+    _check_choice("stage", recipe.stage, STAGES)
+    _check_choice("data.volumes", recipe.data.volumes, ("scans", "prepared"))
+    _check_choice("data.augmentation", recipe.data.augmentation, AUGMENTATIONS)
+    _check_choice("data.identical_reports", recipe.data.identical_reports, ("distinct", "match"))
+    _check_choice("data.cache_dtype", recipe.data.cache_dtype, ("float16", "uint8", "float32"))
+    for task in recipe.data.tasks:
+        _check_choice("data.tasks", task, TASKS)
+    for part in recipe.trained:
+        _check_choice("trained", part, PARTS)
+    if not recipe.data.root:
+        raise ValueError("`data.root` is empty: give the folder of the study set or the manifest, data.root=FOLDER.")
+    if not recipe.data.tasks:
+        raise ValueError("`data.tasks` is empty: name what to learn, such as [report].")
+    if not recipe.training.get("output_dir"):
+        raise ValueError("`training.output_dir` is empty: say where the run is kept, training.output_dir=FOLDER.")
+    if recipe.stage == "contrastive":
+        if recipe.data.tasks != ["report"]:
+            raise ValueError(
+                f"The stage 'contrastive' learns from reports: `data.tasks` must be [report], got {recipe.data.tasks}."
+            )
+        if recipe.trained or recipe.lora:
+            raise ValueError("The stage 'contrastive' trains the whole dual encoder: leave out `trained` and `lora`.")
+    else:
+        if not recipe.model.start_from:
+            raise ValueError(
+                f"The stage {recipe.stage!r} starts from the result of the stage before: give its folder, model.start_from=FOLDER."
+            )
+        if not recipe.trained and not recipe.lora:
+            raise ValueError("Nothing is to be trained: name parts in `trained`, or give `lora`.")
+        if recipe.lora and "language_model" in recipe.trained:
+            raise ValueError(
+                "`lora` and 'language_model' in `trained` exclude each other: adapters replace its training."
+            )
+    training_fields = _training_fields()
+    for name in recipe.training:
+        if name not in training_fields:
+            near = difflib.get_close_matches(str(name), training_fields, n=1)
+            hint = f" Did you mean `training.{near[0]}`?" if near else ""
+            raise ValueError(f"`training.{name}` is no field of transformers.TrainingArguments.{hint}")
+
+
+def _training_fields() -> list[str]:
+    from transformers import TrainingArguments
+
+    return [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    """The file merged over its `base`."""
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"{path}: the recipe is its own `base`, by way of {[str(step) for step in seen]}.")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # the YAML library has its own family of errors; whatever it is, the file is at fault
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected a mapping of keys to values.")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    beside = path.parent / base
+    base_path = beside if beside.is_file() else find_recipe(base)
+    merged = OmegaConf.merge(_read_with_base(base_path, (*seen, path)), content)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _check_keys(values: Any, structure: Any, prefix: str) -> None:
+    """Refuses a key that the dataclass `structure` does not have, naming the nearest one."""
+    known = {entry.name: entry for entry in dataclasses.fields(structure)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean `{prefix}{near[0]}`?" if near else ""
+            raise ValueError(f"`{prefix}{key}` is no key of a recipe.{hint} There are: {', '.join(known)}.")
+        nested = known[key].default_factory
+        if dataclasses.is_dataclass(nested) and isinstance(value, dict):
+            _check_keys(value, nested, f"{prefix}{key}.")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), list(choices), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}{hint}.")
+
+
+__all__ = [
+    "PARTS",
+    "STAGES",
+    "DataRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "check_recipe",
+    "find_recipe",
+    "load_recipe",
+    "packaged_recipes",
+    "save_recipe",
+]

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Two machines with 4 GPUs each, so that the 8 devices of the paper's recipes come together. Run it on both:
+#   HEAD=first-machine bash torchrun_two_nodes.sh paper/contrastive data.root=/data training.output_dir=/shared/runs/contrastive
+# data.root, data.cache and training.output_dir must lie on a file system that both see.
+set -euo pipefail
+: "${HEAD:?set HEAD to the name of the first machine}"
+exec torchrun --nnodes=2 --nproc_per_node="${GPUS_PER_NODE:-4}" \
+  --rdzv_backend=c10d --rdzv_endpoint="${HEAD}:29500" --rdzv_id="${RUN_ID:-med3dvlm}" \
+  -m med3dvlm.train.cli train "$@"

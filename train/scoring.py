@@ -1,0 +1,141 @@
+"""Scores of embeddings and answers, each to be read beside chance and beside the blind control.
+
+The blind control gives every question the volume of another case. A model that scores there what it scores with the right
+volume has not used the volume.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+
+from .data.samples import QUESTION_TYPES
+from .prompts import parse_choice
+
+
+RECALL_RANKS = (1, 5, 10)
+
+
+def retrieval_recall(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    group_ids: torch.Tensor,
+    gallery_size: int | None = None,
+    ranks: Sequence[int] = RECALL_RANKS,
+) -> dict[str, float]:
+    """
+    Share of queries whose match is among the `k` nearest of the gallery. Query `i` belongs to entry `i`.
+
+    Equal similarities are counted as if their order were drawn: an entry that ties with others gets its expected share.
+
+    Args:
+        queries (`torch.Tensor` of shape `(num_pairs, projection_dim)`):
+            Unit vectors.
+        gallery (`torch.Tensor` of shape `(num_pairs, projection_dim)`):
+            Unit vectors, in the same order.
+        group_ids (`torch.Tensor` of shape `(num_pairs,)`):
+            Equal for pairs with the identical report.
+        gallery_size (`int`, *optional*):
+            Pairs compared with each other at a time: the recall is the mean over the whole galleries of that size, one after
+            the other. By default all pairs are one gallery.
+        ranks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`):
+            Values of `k`.
+
+    Returns:
+        `dict` with `recall_at_k`, where an identical report counts as a match, and `plain_recall_at_k`, where only the pair's
+        own does, both in [0, 1].
+
+    Raises:
+        ValueError: there are fewer pairs than one gallery needs.
+    """
+    size = gallery_size or len(queries)
+    if size > len(queries) or size < 1:
+        raise ValueError(
+            f"A gallery of {size} needs as many pairs, got {len(queries)}: choose a smaller `gallery_size`."
+        )
+    sums: dict[str, float] = {}
+    starts = range(0, len(queries) - size + 1, size)
+    for start in starts:
+        block = slice(start, start + size)
+        similarities = queries[block].float() @ gallery[block].float().T
+        same = group_ids[block, None] == group_ids[None, block]
+        own = similarities.diagonal().unsqueeze(1)
+        best = similarities.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+        for rank in ranks:
+            # Places left for the own entry among those that tie with it, after all that are nearer.
+            places = rank - (similarities > own).sum(dim=1)
+            plain = (places / (similarities == own).sum(dim=1)).clamp(0, 1)
+            # An identical report is as good as the own one, so only others stand in its way.
+            before = (~same & (similarities > best)).sum(dim=1)
+            ties = (~same & (similarities == best)).sum(dim=1)
+            matching = ((rank - before) / (ties + 1)).clamp(0, 1)
+            for name, hits in {"plain_recall": plain, "recall": matching}.items():
+                key = f"{name}_at_{rank}"
+                sums[key] = sums.get(key, 0.0) + float(hits.mean())
+    return {key: value / len(starts) for key, value in sums.items()}
+
+
+def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> float:
+    """
+    What a random order of the gallery gives: the mean over queries of the chance that one of the `m` identical reports in its
+    gallery is among the first `rank`.
+    """
+    chances = []
+    for start in range(0, len(group_ids) - gallery_size + 1, gallery_size):
+        block = group_ids[start : start + gallery_size]
+        for matches in (block[:, None] == block[None]).sum(dim=1).tolist():
+            miss = 1.0
+            for place in range(rank):
+                miss *= max(gallery_size - matches - place, 0) / (gallery_size - place)
+            chances.append(1 - miss)
+    return sum(chances) / len(chances)
+
+
+def closed_accuracy(samples: Iterable[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, float]:
+    """
+    Accuracy of closed questions by type and their mean over types. An answer is right when it begins with the right letter.
+
+    Args:
+        samples (`Iterable`):
+            Closed questions.
+        answers (`Sequence[str]`):
+            What the model said, in the same order.
+
+    Returns:
+        `dict` from the name of a type that occurs to its accuracy in [0, 1], and `"mean"`, the mean of these.
+    """
+    hits: dict[str, list[bool]] = {}
+    for sample, answer in zip(samples, answers, strict=True):
+        name = QUESTION_TYPES.get(sample["question_type"], "other")
+        hits.setdefault(name, []).append(parse_choice(answer) == sample["answer_choice"])
+    scores = {name: sum(values) / len(values) for name, values in sorted(hits.items())}
+    return {**scores, "mean": sum(scores.values()) / len(scores)} if scores else {}
+
+
+def with_volume_of_another_case(samples: datasets.Dataset) -> datasets.Dataset:
+    """
+    The samples with the volume of another case each, for the blind control: all samples of a case get that of one other.
+
+    Raises:
+        ValueError: all samples are of one case.
+    """
+    images: dict[str, str] = {}
+    for case, image in zip(samples["case"], samples["image"]):
+        images.setdefault(case, image)
+    cases = list(images)
+    if len(cases) < 2:
+        raise ValueError(f"The blind control needs samples of at least two cases, got {len(cases)}.")
+    # Half-way round: neighbours in a list are often alike.
+    other = {case: images[cases[(place + len(cases) // 2) % len(cases)]] for place, case in enumerate(cases)}
+    replaced = [other[case] for case in samples["case"]]
+    return samples.remove_columns("image").add_column("image", replaced).cast(samples.features)
+
+
+__all__ = [
+    "RECALL_RANKS",
+    "chance_recall",
+    "closed_accuracy",
+    "retrieval_recall",
+    "with_volume_of_another_case",
+]

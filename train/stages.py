@@ -1,0 +1,380 @@
+"""The three stages: from a recipe to a published folder. Each starts from the result of the one before."""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from ..hub_cards.publish import publish
+from .checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish, write_json_atomically
+from .curves import save_curves
+from .data.augmentation import AUGMENTATIONS
+from .data.cache import VolumeCache
+from .data.collate import ConversationCollator, PairCollator
+from .data.dataset import ConversationBuilder, PairBuilder, ProcessedVolumes, StudyDataset, VolumeLoader
+from .data.m3d import read_m3d_cap, read_m3d_vqa
+from .data.manifest import read_manifest
+from .data.reading import leave_out_broken, read_all
+from .data.samples import Split
+from .merge import publish_adapter
+from .models import add_lora, build_dual_encoder, build_vision_language_model, choose_trained_parts
+from .prompts import REPORT_PROMPTS, format_answer, format_question
+from .recipe import DataRecipe, Recipe, save_recipe
+from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
+
+
+logger = logging.get_logger(__name__)
+
+PUBLISHED, SUMMARY, RECIPE = "published", "summary.json", "recipe.yaml"
+# Prepared volumes went through the image processor before: see `med3dvlm prepare m3d-cap`.
+PREPARED_OPTIONS: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False}
+# What may differ between a run and its continuation, because no weight depends on it.
+FREE_SETTINGS = (
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "log_level",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "run_name",
+    "save_steps",
+    "save_total_limit",
+)
+
+
+def run_recipe(recipe: Recipe) -> Path:
+    """
+    Trains what a recipe says, or goes on with it where an earlier start was ended.
+
+    The output folder holds `published/`, the result, which the next stage starts from; `recipe.yaml`, the whole recipe;
+    `summary.json`, speed, memory and final scores; `curves.png` and `curves.csv`; `answers/` of the validations; `runs/` for
+    TensorBoard; `skipped.jsonl`, if cases were skipped; and the last checkpoints.
+
+    Args:
+        recipe ([`Recipe`]):
+            See [`load_recipe`].
+
+    Returns:
+        `Path`: the published folder.
+
+    Raises:
+        ValueError: data, models and recipe do not fit each other, or the output folder holds another run.
+        SystemExit: the run was asked to stop by a signal; its state is saved.
+    """
+    arguments = build_training_arguments(recipe)
+    output_dir = Path(str(arguments.output_dir))
+    settings = fixed_settings(recipe)
+    if is_finished(output_dir, settings):
+        logger.warning(f"{output_dir}: this run is finished; its result is {output_dir / PUBLISHED}.")
+        return output_dir / PUBLISHED
+    set_seed(arguments.seed)
+    resume_from = prepare_resume(
+        arguments, settings
+    )  # before anything is loaded: another run's folder is refused here
+    if arguments.process_index == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, output_dir / RECIPE)
+
+    stop, guard = StopOnSignal(), CheckpointGuard(settings)
+    trainer = build_trainer(recipe, arguments, [stop, guard])
+    try:
+        output = train_or_finish(trainer, resume_from)
+    finally:
+        stop.restore()
+    if stop.was_stopped:
+        logger.warning(
+            f"{output_dir}: stopped by a signal at step {trainer.state.global_step}; start it again to go on."
+        )
+        sys.exit(stop.exit_code)
+
+    summary = {"stage": recipe.stage, "train": output.metrics, **describe_resources(trainer, output.metrics)}
+    if trainer.eval_dataset is not None:
+        summary["validation"] = trainer.evaluate()
+    published = publish_result(recipe, trainer)
+    if trainer.is_world_process_zero():
+        save_curves(trainer.state.log_history, output_dir, title=f"{recipe.stage}: {output_dir.name}")
+        # Last, because it says that the run is finished.
+        write_json_atomically({**summary, "settings": settings}, output_dir / SUMMARY)
+    trainer.accelerator.wait_for_everyone()
+    return published
+
+
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
+    """
+    The recipe's arguments, with what every stage needs.
+
+    Raises:
+        ValueError: transformers refuses a value.
+    """
+    fields = {
+        "remove_unused_columns": False,  # the collators need columns that no model takes
+        "ddp_find_unused_parameters": False,
+        "report_to": "tensorboard",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        **recipe.training,
+    }
+    fields["report_to"] = fields["report_to"] or "none"
+    if isinstance(fields.get("deepspeed"), str):
+        fields["deepspeed"] = find_deepspeed_config(fields["deepspeed"])
+    try:
+        return TrainingArguments(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`training` of the recipe: {error}") from error
+
+
+def find_deepspeed_config(name: str) -> str:
+    """
+    Raises:
+        FileNotFoundError: `name` is neither a file nor a configuration of this package.
+    """
+    packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{name}.json"
+    path = packaged if packaged.is_file() else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`training.deepspeed` {name!r}: expected a JSON file, or one of this package: "
+            f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
+        )
+    return str(path)
+
+
+def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[Any]) -> StudyTrainer:
+    """The stage's trainer with model, data and collator."""
+    data = recipe.data
+    train_samples = read_samples(data, "train")
+    validation_samples = read_samples(data, "validation") if arguments.eval_strategy != "no" else None
+    set_seed(arguments.seed)
+    if recipe.stage == "contrastive":
+        model, processor = build_dual_encoder(recipe.model, iterate_texts(train_samples))
+        match = data.identical_reports == "match"
+        builder: Any = PairBuilder(processor.tokenizer, data.max_text_length)
+        validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
+        collator: Any = PairCollator(processor, data.max_text_length)
+        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": match}
+    else:
+        model, processor = build_vision_language_model(recipe.model, iterate_texts(train_samples))
+        if recipe.lora:
+            model = add_lora(model, recipe.lora, recipe.trained)
+        else:
+            choose_trained_parts(model, recipe.trained)
+        builder = validation_builder = ConversationBuilder()
+        collator = ConversationCollator(processor, data.max_text_length)
+        trainer_class, options = GenerationTrainer, {"num_answers": recipe.num_answers}
+        if arguments.gradient_checkpointing:
+            model.enable_input_require_grads()
+    volumes = build_volume_loader(data, processor.image_processor)
+    train_samples = read_ahead(data, arguments, train_samples, volumes)
+    validation = None
+    if validation_samples is not None:
+        validation = StudyDataset(validation_samples, volumes, validation_builder, seed=arguments.seed)
+    return trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=StudyDataset(
+            train_samples, volumes, builder, AUGMENTATIONS[data.augmentation], seed=arguments.seed
+        ),
+        eval_dataset=validation,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=callbacks,
+        **options,
+    )
+
+
+def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
+    """
+    The samples of a split, of all tasks of the recipe, one task after the other.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not of its format, or there is no sample.
+    """
+    root = Path(data.root).expanduser()
+    if root.is_file():
+        samples = read_manifest(root, split)
+        samples = samples.filter(lambda task: task in data.tasks, input_columns="task", load_from_cache_file=False)
+        parts = [samples] if split == "train" else [limited(samples, data.num_validation)]
+    else:
+        parts = []
+        for task in data.tasks:
+            if task == "yes_no_vqa" and split == "validation" and not (root / "M3D-VQA/M3D_VQA_yn_val.csv").exists():
+                continue  # M3D publishes yes/no questions for training only
+            part = read_m3d_cap(root, split) if task == "report" else read_m3d_vqa(root, split, [task])  # type: ignore[list-item]
+            parts.append(part if split == "train" else limited(part, data.num_validation))
+    samples = datasets.concatenate_datasets(parts)
+    if split == "train" and data.num_train is not None:
+        samples = limited(samples.shuffle(seed=0), data.num_train)
+    if len(samples) == 0:
+        raise ValueError(f"{root}: no sample of {data.tasks} in the split {split!r}.")
+    return samples
+
+
+def limited(samples: datasets.Dataset, number: int) -> datasets.Dataset:
+    """The first `number` samples, or all if there are fewer."""
+    return samples.select(range(min(number, len(samples))))
+
+
+def iterate_texts(samples: datasets.Dataset) -> Iterable[str]:
+    """All that a tokenizer trained on these samples must know: questions, answers, and the requests for a report."""
+    yield from REPORT_PROMPTS
+    for sample in samples.remove_columns("image"):
+        if sample["task"] != "report":
+            yield format_question(sample)
+        yield format_answer(sample)
+
+
+def build_volume_loader(data: DataRecipe, image_processor: Any) -> VolumeLoader:
+    """What brings volumes through the image processor, with the cache of the recipe if it has one."""
+    options = PREPARED_OPTIONS if data.volumes == "prepared" else {}
+    if data.cache is None:
+        return ProcessedVolumes(image_processor, options)
+    return VolumeCache(Path(data.cache).expanduser(), image_processor, dtype=data.cache_dtype, options=options)
+
+
+def read_ahead(
+    data: DataRecipe, arguments: TrainingArguments, samples: datasets.Dataset, volumes: VolumeLoader
+) -> datasets.Dataset:
+    """
+    Reads all volumes before the first step where that is of use: to fill a cache, or to leave out what is broken. The first
+    process reads, the others wait and find the result.
+
+    Raises:
+        ValueError: volumes cannot be read, and the recipe does not allow to leave them out.
+    """
+    if data.cache is None and not data.skip_broken:
+        return samples
+    listing = Path(str(arguments.output_dir)) / "skipped.jsonl"
+    with arguments.main_process_first(local=False):
+        faults = {}
+        if arguments.process_index == 0 and not (data.skip_broken and listing.exists()):
+            images = list(dict.fromkeys(samples["image"]))
+            faults = read_all(volumes, images, progress=not arguments.disable_tqdm)
+            if faults and not data.skip_broken:
+                image, reason = next(iter(faults.items()))
+                raise ValueError(
+                    f"{len(faults)} of {len(images)} volumes cannot be read, the first is {image}: {reason} Mend them, or set "
+                    "data.skip_broken=true to leave them out and have them listed."
+                )
+        return leave_out_broken(samples, faults, listing) if data.skip_broken else samples
+
+
+def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
+    """
+    Publishes the trained model beside its checkpoints: the whole model, or the adapter. Sharded weights are put together by
+    Trainer first, so this works whatever the run was distributed with.
+    """
+    output_dir = Path(str(trainer.args.output_dir))
+    whole, published = output_dir / "_result", output_dir / PUBLISHED
+    trainer.save_model(str(whole))
+    if trainer.is_world_process_zero():
+        notes = f"Result of the training stage `{recipe.stage}`." + (
+            f" {recipe.description}" if recipe.description else ""
+        )
+        training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
+        if recipe.lora:
+            publish_adapter(whole, published, trainer.processing_class, notes=notes, training_data=training_data)
+        else:
+            publish(
+                str(whole),
+                published,
+                processor=trainer.processing_class,
+                overwrite=True,
+                notes=notes,
+                training_data=training_data,
+            )
+        shutil.rmtree(whole)
+    trainer.accelerator.wait_for_everyone()
+    return published
+
+
+def fixed_settings(recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for a start to go on with an earlier one, in a form that JSON keeps."""
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_container(OmegaConf.structured(recipe))
+    assert isinstance(settings, dict)
+    settings.pop("description")
+    settings["data"].pop("cache")
+    settings["training"] = {name: value for name, value in settings["training"].items() if name not in FREE_SETTINGS}
+    return json.loads(json.dumps(settings))
+
+
+def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
+    """
+    Whether the run was finished before.
+
+    Raises:
+        ValueError: another run was finished in this folder.
+    """
+    summary = output_dir / SUMMARY
+    if not summary.exists():
+        return False
+    finished = json.loads(summary.read_text(encoding="utf-8"))["settings"]
+    if finished == settings:
+        return True
+    different = sorted(differing_keys(finished, settings))
+    raise ValueError(
+        f"{output_dir}: holds a finished run with other settings ({', '.join(different)}). Choose another "
+        "training.output_dir, or remove it."
+    )
+
+
+def differing_keys(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    """Keys, with dots between levels, at which two settings differ."""
+    for key in {*first, *second}:
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from differing_keys(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}"
+
+
+def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """Speed, memory and versions of a run. Memory is the peak of this process, in GiB; MB are no unit of it."""
+    arguments = trainer.args
+    unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes there and in KiB elsewhere
+    resources: dict[str, Any] = {
+        "samples_per_second": metrics.get("train_samples_per_second", math.nan),
+        "num_processes": arguments.world_size,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "num_train_samples": len(trainer.train_dataset),  # type: ignore[arg-type]
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "num_threads": torch.get_num_threads(),
+        "num_cpus": os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        resources["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return resources
+
+
+__all__ = [
+    "PREPARED_OPTIONS",
+    "build_trainer",
+    "build_training_arguments",
+    "build_volume_loader",
+    "fixed_settings",
+    "read_samples",
+    "run_recipe",
+]

@@ -1,0 +1,134 @@
+"""Trainer for the two kinds of models. All that differs from transformers' own is the order of the data and what a
+validation adds to the loss: retrieval for the dual encoder, written answers for the vision-language model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, Trainer
+from transformers.utils import logging
+
+from .answering import answer_samples
+from .data.dataset import EpochSampler, StudyDataset
+from .prompts import format_answer, format_question
+from .scoring import chance_recall, retrieval_recall
+
+
+logger = logging.get_logger(__name__)
+
+# Outputs of the dual encoder that make no sense across batches.
+OUTPUTS_OF_A_BATCH = ["logits_per_image", "logits_per_text", "text_model_output", "vision_model_output"]
+
+
+class StudyTrainer(Trainer):
+    """Trainer whose order of samples, prompts and augmentations depends on seed, epoch and sample alone."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
+
+
+class ContrastiveTrainer(StudyTrainer):
+    """
+    Trains [`DCFormerSiglipModel`], and validates it by its loss and by retrieval among all validation pairs.
+
+    Args:
+        identical_reports_match (`bool`, *optional*, defaults to `False`):
+            Whether the loss counts pairs with the identical report as positives.
+        gallery_sizes (`tuple[int, ...]`, *optional*, defaults to `(100,)`):
+            Sizes at which retrieval is validated, where there are as many pairs; all pairs are always one gallery more.
+    """
+
+    def __init__(
+        self, *args: Any, identical_reports_match: bool = False, gallery_sizes: tuple[int, ...] = (100,), **kwargs: Any
+    ):
+        super().__init__(*args, compute_metrics=self._retrieval, **kwargs)
+        self.identical_reports_match, self.gallery_sizes = identical_reports_match, gallery_sizes
+        # Gathered beside the vectors, to know which reports are identical.
+        self.label_names = ["text_group_ids"]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss; the groups of identical reports reach it only where they are to match."""
+        if not self.identical_reports_match:
+            inputs = {name: value for name, value in inputs.items() if name != "text_group_ids"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validates; of the model's outputs only the two vectors are kept."""
+        kwargs["ignore_keys"] = kwargs.get("ignore_keys") or OUTPUTS_OF_A_BATCH  # `train` passes None
+        return super().evaluate(*args, **kwargs)
+
+    def _retrieval(self, prediction: EvalPrediction) -> dict[str, float]:
+        text_embeds, image_embeds = (torch.from_numpy(vectors) for vectors in prediction.predictions)
+        group_ids = torch.from_numpy(prediction.label_ids)
+        scores: dict[str, float] = {}
+        sizes = [size for size in self.gallery_sizes if size < len(group_ids)] + [len(group_ids)]
+        for size in sizes:
+            for name, pair in {
+                "image_to_text": (image_embeds, text_embeds),
+                "text_to_image": (text_embeds, image_embeds),
+            }.items():
+                recalls = retrieval_recall(*pair, group_ids, gallery_size=size)
+                scores[f"{name}_recall_at_1_of_{size}"] = recalls["recall_at_1"]
+                scores[f"{name}_plain_recall_at_1_of_{size}"] = recalls["plain_recall_at_1"]
+            scores[f"chance_recall_at_1_of_{size}"] = chance_recall(group_ids, size)
+        return scores
+
+
+class GenerationTrainer(StudyTrainer):
+    """
+    Trains [`Med3DVLMForConditionalGeneration`] or a PEFT model of it, and validates it by its loss; at each validation a few
+    answers are written to `answers/step-N.jsonl` of the output folder.
+
+    Args:
+        num_answers (`int`, *optional*, defaults to 4):
+            Answers to write, spread over the validation samples.
+    """
+
+    def __init__(self, *args: Any, num_answers: int = 4, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.num_answers = num_answers
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validates, and writes answers."""
+        metrics = super().evaluate(*args, **kwargs)
+        dataset = kwargs.get("eval_dataset") or (args[0] if args else None) or self.eval_dataset
+        if self.num_answers and isinstance(dataset, StudyDataset):
+            self.write_answers(dataset)
+        return metrics
+
+    def write_answers(self, dataset: StudyDataset) -> Path:
+        """Answers a few samples; every process takes part, as sharded weights need it, and the first one writes."""
+        count = min(self.num_answers, len(dataset))
+        samples = dataset.samples.select([place * len(dataset) // count for place in range(count)])
+        with self.autocast_smart_context_manager():
+            answers = answer_samples(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                samples,
+                dataset.volumes,
+                batch_size=count,
+            )
+        path = Path(str(self.args.output_dir)) / "answers" / f"step-{self.state.global_step:08d}.jsonl"
+        if self.is_world_process_zero():
+            rows = [
+                {
+                    "task": sample["task"],
+                    "question": format_question(sample),
+                    "expected": format_answer(sample),
+                    "answer": answer,
+                }
+                for sample, answer in zip(samples, answers)
+            ]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.new")
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            temporary.replace(path)
+            logger.info(f"{count} answers written to {path}")
+        return path
+
+
+__all__ = ["ContrastiveTrainer", "GenerationTrainer", "StudyTrainer"]
