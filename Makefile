@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # The tested release. Installed first, so that nothing after it chooses another build.
 TORCH ?= torch==2.13.0
+# Such as `--cases 240` for a shorter demonstration that has learnt less.
+DEMO_OPTIONS ?=
 BIN := $(VENV)/bin
 FOLDERS := configuration modeling_med3dvlm processing hub_cards train med3dvlm
 
-.PHONY: help demo test test-slow check style goldens coverage api build clean
+.PHONY: help demo test test-slow check style goldens bench phantom-scores ablations coverage api build clean
 
 help:  ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +19,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/.installed  ## Answer on a real scan with an embedded tiny model
-	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo
+demo: $(VENV)/.installed  ## Train the three stages on phantoms, publish, ask and score: minutes on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo $(DEMO_OPTIONS)
 
 test: $(VENV)/.installed  ## Run the test suite
 	$(BIN)/python -m pytest
@@ -38,6 +40,15 @@ style: $(VENV)/.installed  ## Mend lint and formatting
 goldens: $(VENV)/.installed  ## Print the differences from the original implementation
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/golden_cases.py
 
+bench: $(VENV)/.installed  ## Measure the cache of volumes
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_cache.py
+
+phantom-scores: $(VENV)/.installed  ## Train the recipes phantom/* in full and score them, within an hour on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo --full --cases 2600 --output phantom_scores
+
+ablations: $(VENV)/.installed  ## Compare losses, encoders and projectors on phantoms, three seeds each
+	HF_HUB_OFFLINE=1 $(BIN)/python -m med3dvlm.train.ablations ablations
+
 coverage: $(VENV)/.installed  ## Run the test suite and print what it covers
 	$(BIN)/python -m pytest $(FOLDERS:%=--cov=%) --cov-report=term
 
@@ -49,4 +60,4 @@ build: $(VENV)/.installed  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --outdir dist
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist demo_output phantom_scores ablations .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -560,7 +560,7 @@ def phantom(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for what the demonstration makes.")] = Path("demo_output"),
-    cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 900,
+    cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 1200,
     seed: Annotated[int, typer.Option(min=0, help="Of phantoms and training.")] = 0,
     full: Annotated[
         bool, typer.Option("--full", help="Train as long as the recipes phantom/* say, within an hour on two cores.")

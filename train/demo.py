@@ -122,13 +122,13 @@ print(json.dumps(answers))
 
 # What the demonstration replaces in the recipes to be done in minutes.
 QUICK: dict[str, list[str]] = {
-    "contrastive": ["training.num_train_epochs=10"],
-    "projector": ["training.num_train_epochs=1"],
-    "finetune": ["training.num_train_epochs=1"],
+    "contrastive": ["training.num_train_epochs=18", "training.eval_strategy=no"],
+    "projector": ["training.num_train_epochs=1", "training.eval_strategy=no"],
+    "finetune": ["training.num_train_epochs=0.5", "training.eval_strategy=no"],
 }
 
 
-def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = False) -> None:
+def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = False) -> None:
     """
     Shows the whole way on phantoms, and says on stdout what each thing is: a study is made, the three stages are trained, the
     result is published, loaded in a process that cannot import this package, asked about a held-out phantom and a real scan,
@@ -137,7 +137,7 @@ def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = Fal
     Args:
         output (`Path`):
             Folder for all that is made.
-        num_cases (`int`, *optional*, defaults to 900):
+        num_cases (`int`, *optional*, defaults to 1200):
             Phantoms.
         seed (`int`, *optional*, defaults to 0):
             Of phantoms and training.

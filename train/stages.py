@@ -127,19 +127,26 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "report_to": "tensorboard",
         "save_total_limit": 2,
         "logging_steps": 10,
+        "disable_tqdm": not sys.stderr.isatty(),  # in files and pipes a progress bar is noise
         **recipe.training,
     }
     fields["report_to"] = fields["report_to"] or "none"
+    # YAML reads `no`, the name of a strategy, as False.
+    fields = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in fields.items()}
     if isinstance(fields.get("deepspeed"), str):
-        fields["deepspeed"] = find_deepspeed_config(fields["deepspeed"])
+        fields["deepspeed"] = read_deepspeed_config(fields["deepspeed"], bool(fields.get("bf16")))
+        fields["bf16"] = False  # said in the configuration, see there
     try:
         return TrainingArguments(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training` of the recipe: {error}") from error
 
 
-def find_deepspeed_config(name: str) -> str:
+def read_deepspeed_config(name: str, bf16: bool) -> dict[str, Any]:
     """
+    A DeepSpeed configuration. With `bf16` its autocast is switched on: trained weights, batch statistics and what is saved
+    stay float32, as without DeepSpeed, whereas its `bf16` mode would turn them all to bfloat16.
+
     Raises:
         FileNotFoundError: `name` is neither a file nor a configuration of this package.
     """
@@ -150,7 +157,11 @@ def find_deepspeed_config(name: str) -> str:
             f"`training.deepspeed` {name!r}: expected a JSON file, or one of this package: "
             f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
         )
-    return str(path)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if bf16:
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
 
 
 def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[Any]) -> StudyTrainer:

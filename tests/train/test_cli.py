@@ -138,7 +138,21 @@ def test_publish_makes_a_folder_that_loads(folder, tmp_path):
     assert run("ask", SCAN, "?", "--model", destination, "--max-new-tokens", 2).exit_code == 0
 
 
-@pytest.mark.parametrize("command", [(), ("ask",), ("publish",), ("demo",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("ask",),
+        ("publish",),
+        ("demo",),
+        ("train",),
+        ("merge",),
+        ("phantom",),
+        ("prepare",),
+        ("prepare", "m3d-cap"),
+        ("prepare", "check"),
+    ],
+)
 def test_help_teaches(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
@@ -156,9 +170,54 @@ def test_commands_need_no_tool_of_developers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_demo_answers_from_the_published_folder(tmp_path):
-    result = run("demo", "--output", tmp_path / "demo")
+@pytest.mark.slow
+def test_demo_trains_asks_and_scores(tmp_path):
+    result = run("demo", "--output", tmp_path / "demo", "--cases", 60)
     assert result.exit_code == 0, result.stderr
-    assert "untrained" in result.stdout and "anatomical.nii" in result.stdout
-    assert "Answer of the untrained model (meaningless): " in result.stdout
+    for stage in ("contrastive", "projector", "finetune"):
+        assert f"Stage {stage}:" in result.stdout and (tmp_path / "demo" / stage / "curves.png").exists()
+    assert "anatomical.nii, a real MRI" in result.stdout and "| closed VQA, mean |" in result.stdout
     assert (tmp_path / "demo" / "model" / "modeling_med3dvlm.py").exists()
+    assert (tmp_path / "demo" / "answers.png").stat().st_size > 10_000
+
+
+def test_phantom_writes_a_study_that_check_accepts(tmp_path):
+    result = run("phantom", tmp_path / "study", "--cases", 12, "--validation", 2, "--test", 3, "--workers", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "7 train, 2 validation, 3 test" in result.stdout
+    checked = run("prepare", "check", tmp_path / "study", "--workers", 1, "--json")
+    assert checked.exit_code == 0, checked.stdout
+    again = run("phantom", tmp_path / "study", "--cases", 13, "--workers", 1)
+    assert again.exit_code == 2 and "other settings" in again.stderr
+
+
+def test_prepare_m3d_cap_lists_what_it_leaves_out(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "goldens"))
+    from make_slices import make_slices
+
+    make_slices(str(tmp_path / "raw"), 0)
+    size = ("--image-size", 8, 16, 12)
+    result = run("prepare", "m3d-cap", tmp_path / "raw", tmp_path / "M3D_Cap_npy", *size, "--workers", 0)
+    assert result.exit_code == 1  # two case folders of the golden have no series
+    assert (tmp_path / "M3D_Cap_npy" / "M3D_Cap.json").exists()
+    assert "no series" in (tmp_path / "M3D_Cap_npy" / "preparation_report.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("train", "paper/contrastve"), "Did you mean 'paper/contrastive'"),
+        (("train", "phantom/contrastive", "data.rot=x"), "Did you mean `data.root`"),
+        (("train", "phantom/contrastive", "data.root=nowhere", "training.output_dir=OUT"), "nowhere"),
+        (("train", "phantom/projector", "model.start_from=nowhere", "training.output_dir=OUT"), "phantoms"),
+        (("merge", "nowhere", "DESTINATION"), "nowhere"),
+        (("prepare", "check", "nowhere"), "nowhere"),
+        (("prepare", "m3d-cap", "nowhere", "DESTINATION"), "nowhere"),
+    ],
+    ids=str,
+)
+def test_training_commands_refuse_bad_input_with_one_clear_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr

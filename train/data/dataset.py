@@ -20,7 +20,7 @@ from .text import keep_whole_sentences
 
 # Takes the place of a volume in a conversation to learn. The processor only has to lay out the text around it: the volume is
 # prepared already, and after augmentation need not be in [0, 1], which the processor would refuse.
-STAND_IN = torch.zeros(2, 2, 2)
+STAND_IN = torch.linspace(0, 1, 8).reshape(2, 2, 2)
 
 
 class VolumeLoader(Protocol):

@@ -88,7 +88,7 @@ def test_a_template_without_generation_block_is_refused(processor):
 
 def test_volumes_of_different_sizes_are_refused(processor):
     first, second = ITEMS["report"][0], {**ITEMS["report"][0], "volume": torch.rand(32, 96, 64)}
-    with pytest.raises(ValueError, match=r"one size .* \(32, 64, 96\), \(32, 96, 64\)"):
+    with pytest.raises(ValueError, match=r"one size .* \[\(32, 64, 96\), \(32, 96, 64\)\]"):
         ConversationCollator(processor)([first, second])
 
 

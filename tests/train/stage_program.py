@@ -1,0 +1,104 @@
+"""Trains a tiny model of one kind with the trainers of the stages, in as many processes as there are, and writes its losses."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+import datasets
+import torch
+from transformers import TrainingArguments, set_seed
+
+import tiny
+from med3dvlm.train.data.augmentation import augment_laterality_safe
+from med3dvlm.train.data.collate import ConversationCollator, PairCollator
+from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyDataset
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.demo import build_tiny_model
+from med3dvlm.train.models import choose_trained_parts
+from med3dvlm.train.stages import read_deepspeed_config
+from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer
+
+
+class RandomVolumes:
+    """A volume of its own for each number."""
+
+    def load(self, path: str) -> torch.Tensor:
+        return tiny.random_volumes(1, seed=int(path))[0, 0]
+
+
+def make_samples(count: int) -> datasets.Dataset:
+    rows = [
+        {
+            "image": str(index),
+            "case": str(index),
+            "task": "report",
+            "question": "",
+            "choices": [],
+            "answer": f"Finding number {index % 5}, {'large' if index % 2 else 'small'}.",
+            "answer_choice": "",
+            "question_type": 0,
+        }
+        for index in range(count)
+    ]
+    return datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+
+
+def main(kind: str, folder: Path, deepspeed: str) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if deepspeed:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo: nothing is compiled
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4 // world_size,
+        max_steps=6,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        dataloader_drop_last=True,
+        use_cpu=True,
+        disable_tqdm=True,
+        deepspeed=read_deepspeed_config(deepspeed, bf16=False) if deepspeed else None,
+    )
+    set_seed(0)
+    model, processor = build_tiny_model(tiny.IMAGE_SIZE)
+    samples = make_samples(10)
+    if kind == "contrastive":
+        vision_config = tiny.tiny_dcformer_config(sync_batch_norm=True)
+        model = tiny.tiny_siglip(vision_config=vision_config)
+        model.text_model.resize_token_embeddings(len(processor.tokenizer))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        builder, collator = PairBuilder(processor.tokenizer, 60), PairCollator(processor, 60)
+        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": True}
+    else:
+        choose_trained_parts(model, ["multi_modal_projector", "language_model"])
+        builder, collator = ConversationBuilder(), ConversationCollator(processor)
+        trainer_class, options = GenerationTrainer, {}
+    dataset = StudyDataset(samples, RandomVolumes(), builder, augment_laterality_safe, seed=0)
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor, **options
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "losses.json").write_text(json.dumps(losses))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "")

@@ -1,0 +1,132 @@
+import pytest
+from transformers import TrainingArguments
+
+from med3dvlm import DCFormerConfig, Med3DVLMConfig
+from med3dvlm.train.models import vision_config_fields
+from med3dvlm.train.recipe import load_recipe, packaged_recipes, save_recipe
+
+
+ROOT = ["data.root=data", "model.start_from=somewhere"]
+
+
+def load(name, *overrides):
+    return load_recipe(name, [*(ROOT if "contrastive" not in name else ROOT[:1]), *overrides])
+
+
+@pytest.mark.parametrize("name", sorted(packaged_recipes()))
+def test_every_recipe_of_the_package_is_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.training["output_dir"]
+    fields = {**recipe.training, "deepspeed": None, "bf16": False, "use_cpu": True, "report_to": "none"}
+    TrainingArguments(**fields)
+
+
+@pytest.mark.parametrize(
+    "name, batch_size, epochs, learning_rate, weight_decay",
+    [
+        ("paper/contrastive", 64, 100, 1e-4, 0.1),
+        ("paper/projector", 16, 3, 1e-4, 0.0),
+        ("paper/finetune", 8, 5, 5e-5, 0.0),
+    ],
+)
+def test_the_papers_numbers(name, batch_size, epochs, learning_rate, weight_decay):
+    """Xin et al. 2025, Section 3.4."""
+    training = load_recipe(name).training
+    assert training["per_device_train_batch_size"] == batch_size and training["num_train_epochs"] == epochs
+    assert training["learning_rate"] == learning_rate and training["weight_decay"] == weight_decay
+    assert training["optim"] == "adamw_torch" and training["lr_scheduler_type"] == "cosine"
+    assert training["warmup_steps"] == 0.03  # below 1 a share of all steps
+    assert training["bf16"] is True and training["deepspeed"] == "zero2"
+
+
+def test_the_papers_models_and_tasks():
+    contrastive, projector, finetune = (load_recipe(f"paper/{stage}") for stage in ("contrastive", "projector", "finetune"))
+    vision = vision_config_fields(contrastive.model.vision)
+    assert vision.depths == DCFormerConfig.from_variant("small").depths and tuple(vision.image_size) == (128, 256, 256)
+    assert contrastive.model.text_encoder == "medicalai/ClinicalBERT"
+    assert contrastive.model.dual_encoder == {"projection_dim": 768, "loss_type": "sigmoid"}
+    assert contrastive.data.identical_reports == "distinct"
+    assert projector.model.language_model == "Qwen/Qwen2.5-7B-Instruct"
+    defaults = Med3DVLMConfig()
+    for name, value in projector.model.projector.items():
+        expected = getattr(defaults, name)
+        assert value == (list(expected) if isinstance(expected, tuple) else expected), name
+    assert projector.trained == ["multi_modal_projector"] and not projector.lora
+    assert projector.data.tasks == ["report", "closed_vqa", "open_vqa"]  # without yes/no questions
+    assert finetune.lora == {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+    assert finetune.trained == ["multi_modal_projector"] and "yes_no_vqa" in finetune.data.tasks
+
+
+def test_ablations_differ_from_the_paper_in_one_thing():
+    paper = load_recipe("paper/projector")
+    rows = {
+        "mlp_2": ("mlp", None),
+        "low_high_mlp_2": ("low_high_mlp", None),
+        "mixer_1": ("mixer", [128]),
+        "mixer_2": ("mixer", [192, 128]),
+    }
+    for name, (projector_type, low_level_tokens) in rows.items():
+        recipe = load_recipe(f"paper/ablations/{name}")
+        assert recipe.model.projector["projector_type"] == projector_type
+        assert low_level_tokens is None or recipe.model.projector["low_level_tokens"] == low_level_tokens
+        assert {**recipe.training, "output_dir": ""} == {**paper.training, "output_dir": ""} and recipe.data == paper.data
+    clip, vit = load_recipe("paper/ablations/dcformer_clip"), load_recipe("paper/ablations/vit3d_clip")
+    assert clip.model.dual_encoder["loss_type"] == vit.model.dual_encoder["loss_type"] == "softmax"
+    assert vision_config_fields(vit.model.vision)["model_type"] == "vit3d"
+
+
+def test_numbers_keep_their_type_and_overrides_reach_every_level():
+    recipe = load("phantom/contrastive", "training.learning_rate=1e-4", "data.num_train=5", "model.vision.variant=tiny")
+    assert recipe.training["learning_rate"] == 1e-4 and isinstance(recipe.training["learning_rate"], float)
+    assert recipe.data.num_train == 5 and recipe.model.vision["variant"] == "tiny"
+
+
+def test_a_saved_recipe_repeats_the_run(tmp_path):
+    recipe = load("phantom/finetune", "training.seed=7")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_base_is_found_beside_the_recipe(tmp_path):
+    (tmp_path / "first.yaml").write_text("base: paper/projector\ntraining: {seed: 1, output_dir: here}\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\ntraining: {seed: 2}\n")
+    recipe = load_recipe(tmp_path / "second.yaml")
+    assert recipe.training["seed"] == 2 and recipe.training["output_dir"] == "here" and recipe.stage == "projector"
+
+
+@pytest.mark.parametrize(
+    "name, override, message",
+    [
+        ("paper/contrastve", "", "Did you mean 'paper/contrastive'"),
+        ("paper/projector", "data.rot=x", r"`data.rot` is no key of a recipe. Did you mean `data.root`\?"),
+        ("paper/projector", "training.learning_rat=1", r"Did you mean `training.learning_rate`\?"),
+        ("paper/projector", "stage=projecter", r"did you mean 'projector'\?"),
+        ("paper/projector", "data.volumes=raw", "`data.volumes` must be one of 'scans', 'prepared'"),
+        ("paper/projector", "data.augmentation=flip", "`data.augmentation` must be one of"),
+        ("paper/projector", "data.tasks=[reports]", r"did you mean 'report'\?"),
+        ("paper/projector", "data.num_validation=many", "Value 'many'.*could not be converted to Integer"),
+        ("paper/projector", "trained=[]", "Nothing is to be trained"),
+        ("paper/projector", "model.start_from=null", "starts from the result of the stage before"),
+        ("paper/finetune", "trained=[language_model]", "exclude each other"),
+        ("paper/contrastive", "trained=[vision_tower]", "trains the whole dual encoder"),
+        ("paper/contrastive", "data.tasks=[open_vqa]", "must be \\[report\\]"),
+        ("paper/contrastive", "data.root=''", "`data.root` is empty"),
+        ("paper/contrastive", "training.output_dir=null", "`training.output_dir` is empty"),
+        ("paper/contrastive", "learning_rate", "Expected an override `key=value`"),
+    ],
+)
+def test_what_cannot_be_is_refused(name, override, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_recipe(name, [override] if override else [])
+
+
+def test_a_file_that_is_no_recipe_is_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="mapping of keys to values"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("stage: [\n")
+    with pytest.raises(ValueError, match="not readable as YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "own.yaml").write_text("base: own.yaml\n")
+    with pytest.raises(ValueError, match="is its own `base`"):
+        load_recipe(tmp_path / "own.yaml")

@@ -1,0 +1,82 @@
+import datasets
+import pytest
+import torch
+
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.scoring import chance_recall, closed_accuracy, retrieval_recall, with_volume_of_another_case
+
+
+def unit(vectors):
+    return torch.nn.functional.normalize(torch.tensor(vectors), dim=1)
+
+
+def test_recall_against_a_plain_count():
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (torch.nn.functional.normalize(torch.randn(30, 6, generator=generator), dim=1) for _ in range(2))
+    groups = torch.randint(0, 12, (30,), generator=generator)
+    recalls = retrieval_recall(queries, gallery, groups)
+    for rank in (1, 5, 10):
+        nearest = (queries @ gallery.T).topk(rank).indices
+        plain = [index in row for index, row in enumerate(nearest)]
+        matching = [bool((groups[row] == groups[index]).any()) for index, row in enumerate(nearest)]
+        assert recalls[f"plain_recall_at_{rank}"] == pytest.approx(sum(plain) / 30)
+        assert recalls[f"recall_at_{rank}"] == pytest.approx(sum(matching) / 30)
+
+
+def test_ties_count_as_if_their_order_were_drawn():
+    gallery = unit([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    apart = retrieval_recall(gallery, gallery, torch.arange(4), ranks=(1, 2))
+    assert apart["plain_recall_at_1"] == 0.5 and apart["recall_at_1"] == 0.5 and apart["plain_recall_at_2"] == 1
+    same = retrieval_recall(gallery, gallery, torch.tensor([0, 0, 1, 1]), ranks=(1,))
+    assert same["recall_at_1"] == 1 and same["plain_recall_at_1"] == 0.5
+    constant = retrieval_recall(torch.ones(8, 3), torch.ones(8, 3), torch.arange(8), ranks=(1,))
+    assert constant["recall_at_1"] == pytest.approx(1 / 8)  # a collapsed model scores chance
+
+
+def test_galleries_are_scored_one_by_one():
+    queries = unit([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    recalls = retrieval_recall(queries, queries, torch.arange(5), gallery_size=2, ranks=(1,))
+    assert recalls["plain_recall_at_1"] == 1  # among all five, equal vectors would tie; the incomplete gallery is left out
+    with pytest.raises(ValueError, match="A gallery of 9 needs as many pairs, got 5"):
+        retrieval_recall(queries, queries, torch.arange(5), gallery_size=9)
+
+
+def test_chance_of_a_recall():
+    assert chance_recall(torch.arange(100), 100) == pytest.approx(0.01)
+    assert chance_recall(torch.arange(100), 100, rank=5) == pytest.approx(0.05)
+    assert chance_recall(torch.tensor([0, 0, 1, 2]), 4) == pytest.approx((2 + 2 + 1 + 1) / 16)
+
+
+def rows(cases):
+    return datasets.Dataset.from_list(
+        [
+            {
+                "image": f"{case}.nii.gz",
+                "case": case,
+                "task": "closed_vqa",
+                "question": "?",
+                "choices": ["a", "b", "c", "d"],
+                "answer": "b",
+                "answer_choice": "B",
+                "question_type": 1 + place % 2,
+            }
+            for place, case in enumerate(cases)
+        ],
+        features=SAMPLE_FEATURES,
+    )
+
+
+def test_closed_accuracy_is_the_mean_over_types():
+    accuracy = closed_accuracy(rows(["x", "x", "y"]), ["B. b", "A. a", "A"])
+    assert accuracy == {"plane": 0.5, "phase": 0.0, "mean": 0.25}
+    assert closed_accuracy(rows(["x"]), ["it is B."]) == {"plane": 0.0, "mean": 0.0}
+
+
+def test_blind_control_gives_every_case_the_volume_of_another():
+    samples = rows(["x", "x", "y", "z", "z"])
+    blind = with_volume_of_another_case(samples)
+    assert blind.features == samples.features and blind["case"][:] == samples["case"][:]
+    pairs = {(case, image) for case, image in zip(samples["case"], blind["image"])}
+    assert len(pairs) == 3 and all(image != f"{case}.nii.gz" for case, image in pairs)
+    with pytest.raises(ValueError, match="at least two cases, got 1"):
+        with_volume_of_another_case(rows(["x", "x"]))

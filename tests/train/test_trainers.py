@@ -1,0 +1,42 @@
+"""World size 1 equals 2 in both kinds of stages, plain and with DeepSpeed, and the order of data is exact."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "train" / "stage_program.py"
+
+
+def losses_of(kind, processes, folder, deepspeed=""):
+    """Runs a stage's trainer in `processes` processes and returns the logged losses."""
+    command = [sys.executable]
+    if processes > 1 or deepspeed:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(PROGRAM), kind, str(folder), deepspeed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    output = folder / "losses.json"
+    assert output.exists(), result.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "generation"])
+def test_two_processes_lose_what_one_loses(kind, tmp_path):
+    one, two = (losses_of(kind, processes, tmp_path / str(processes)) for processes in (1, 2))
+    assert len(one) == 6 and two == pytest.approx(one, abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["contrastive", "generation"])
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_loses_what_plain_training_loses(kind, stage, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    plain = losses_of(kind, 1, tmp_path / "plain")
+    sharded = losses_of(kind, 2, tmp_path / "sharded", stage)
+    assert sharded == pytest.approx(plain, abs=2e-5)

@@ -1,0 +1,148 @@
+"""The ablation tables of the paper in small: losses, encoders and projectors on phantoms, several seeds each.
+
+`python -m med3dvlm.train.ablations FOLDER` makes a study, trains every variant with the recipes `phantom/*`, and prints means and
+spreads over the seeds. A call that was ended is continued by the same call.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .phantoms.scores import score_answers, score_retrieval
+from .phantoms.study import write_study
+from .recipe import load_recipe
+from .stages import run_recipe
+
+
+# What each variant replaces in `phantom/contrastive`. The ViT3D has as many parameters as DCFormer-nano, within a factor of 2.
+ENCODERS: dict[str, list[str]] = {
+    "DCFormer + SigLIP": [],
+    "DCFormer + CLIP": ["model.dual_encoder.loss_type=softmax"],
+    "ViT3D + CLIP": [
+        "model.dual_encoder.loss_type=softmax",
+        "model.vision.variant=null",
+        "model.vision.layer_scale_init_value=null",
+        "model.vision.model_type=vit3d",
+        "model.vision.patch_size=[16, 16, 16]",
+        "model.vision.hidden_size=128",
+        "model.vision.num_hidden_layers=4",
+        "model.vision.num_attention_heads=4",
+        "model.vision.head_dim=32",
+        "model.vision.intermediate_size=512",
+    ],
+}
+# And in `phantom/projector`.
+PROJECTORS: dict[str, list[str]] = {
+    "2xMLP": ["model.projector={projector_type: mlp, projector_depth: 2}"],
+    "2xMLP-H": ["model.projector={projector_type: low_high_mlp, projector_depth: 2}"],
+    "1xMixer-H": ["model.projector={projector_type: mixer, low_level_tokens: [8], high_level_tokens: [4]}"],
+    "2xMixer-H": ["model.projector={projector_type: mixer, low_level_tokens: [8, 8], high_level_tokens: [4, 4]}"],
+}
+RETRIEVAL_SCORES = ("R@1 of 100, volume to report, identical", "R@1 of 100, report to volume, identical")
+ANSWER_SCORE = "closed VQA, mean"
+
+
+def run_ablations(
+    output: Path, num_cases: int, seeds: list[int], overrides: list[str], num_asked: int | None = 100
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """
+    Trains and scores every variant with every seed.
+
+    Args:
+        output (`Path`):
+            Folder for all that is made.
+        num_cases (`int`):
+            Phantoms of the study, the same for all.
+        seeds (`list[int]`):
+            Of weights and order.
+        overrides (`list[str]`):
+            What else replaces values of the recipes, for all variants.
+        num_asked (`int`, *optional*, defaults to 100):
+            Held-out cases that are asked about.
+
+    Returns:
+        For "encoders" and "projectors", and each variant, a `dict` of scores for each seed.
+    """
+    study, cache = output / "phantoms", output / "cache"
+    write_study(study, num_cases, seed=0)
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {"encoders": {}, "projectors": {}}
+    for seed in seeds:
+        encoders = {}
+        for name, changes in ENCODERS.items():
+            encoders[name] = train("contrastive", name, changes, seed, output, study, cache, overrides)
+            results["encoders"].setdefault(name, []).append(cached_scores(encoders[name], study, cache, None))
+        base = encoders["DCFormer + SigLIP"]
+        for name, changes in PROJECTORS.items():
+            published = train("projector", name, [f"model.start_from={base}", *changes], seed, output, study, cache, overrides)
+            results["projectors"].setdefault(name, []).append(cached_scores(published, study, cache, num_asked))
+    return results
+
+
+def train(
+    stage: str, name: str, changes: list[str], seed: int, output: Path, study: Path, cache: Path, overrides: list[str]
+) -> Path:
+    """Trains one variant with one seed, and returns its published folder."""
+    folder = output / stage / name.replace(" ", "").replace("+", "_") / f"seed{seed}"
+    values = [f"data.root={study}", f"data.cache={cache}", f"training.output_dir={folder}", f"training.seed={seed}"]
+    values += ["training.eval_strategy=no"]
+    return run_recipe(load_recipe(f"phantom/{stage}", [*values, *changes, *overrides]))
+
+
+def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | None) -> dict[str, float]:
+    """Scores of a published model on the held-out phantoms, kept beside it."""
+    from ..hub_cards.publish import load_model
+    from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+    from ..processing.processing_med3dvlm import Med3DVLMProcessor
+    from .data.cache import VolumeCache
+
+    path = published.parent / "held_out_scores.json"
+    if not path.exists():
+        model, processor = load_model(str(published)), Med3DVLMProcessor.from_pretrained(published)
+        volumes = VolumeCache(cache, processor.image_processor)
+        if isinstance(model, DCFormerSiglipModel):
+            rows = score_retrieval(model, processor, study, volumes)
+        else:
+            rows, _ = score_answers(model, processor, study, volumes, num_asked)
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(json.dumps({row["score"]: row["value"] for row in rows}), encoding="utf-8")
+        temporary.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def format_ablations(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Mean and spread (standard deviation) over the seeds, in percent, as Markdown tables."""
+    lines = []
+    for part, names in {"encoders": RETRIEVAL_SCORES, "projectors": (ANSWER_SCORE,)}.items():
+        lines += [f"| {part} | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+        for variant, seeds in results[part].items():
+            cells = []
+            for name in names:
+                values = [100 * scores[name] for scores in seeds]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m med3dvlm.train.ablations", description=__doc__)
+    parser.add_argument("output", type=Path, help="folder for all that is made")
+    parser.add_argument("--cases", type=int, default=1600, help="phantoms (default 1600)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces values of all recipes")
+    options = parser.parse_args(arguments)
+    results = run_ablations(options.output, options.cases, list(range(options.seeds)), options.overrides)
+    table = format_ablations(results)
+    (options.output / "ablations.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["ENCODERS", "PROJECTORS", "format_ablations", "run_ablations"]
