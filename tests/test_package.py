@@ -64,9 +64,11 @@ def test_wheel_holds_every_module_and_nothing_else(tmp_path):
     packaged = {name for name in names if name.endswith(".py")}
     folders = ("configuration", "modeling_med3dvlm", "processing", "hub_cards", "train")
     expected = {
-        f"med3dvlm/{path.relative_to(ROOT).as_posix()}" for folder in folders for path in (ROOT / folder).glob("*.py")
+        f"med3dvlm/{path.relative_to(ROOT).as_posix()}" for folder in folders for path in (ROOT / folder).rglob("*.py")
     }
     assert packaged == expected | {"med3dvlm/__init__.py"}
     assert "med3dvlm/py.typed" in names
     templates = {f"med3dvlm/hub_cards/templates/{path.name}" for path in (ROOT / "hub_cards" / "templates").iterdir()}
     assert templates <= names
+    recipes = {path for path in (ROOT / "train" / "recipes").rglob("*") if path.is_file()}
+    assert {f"med3dvlm/{path.relative_to(ROOT).as_posix()}" for path in recipes} <= names and len(recipes) > 15

@@ -75,7 +75,9 @@ def run_ablations(
             results["encoders"].setdefault(name, []).append(cached_scores(encoders[name], study, cache, None))
         base = encoders["DCFormer + SigLIP"]
         for name, changes in PROJECTORS.items():
-            published = train("projector", name, [f"model.start_from={base}", *changes], seed, output, study, cache, overrides)
+            published = train(
+                "projector", name, [f"model.start_from={base}", *changes], seed, output, study, cache, overrides
+            )
             results["projectors"].setdefault(name, []).append(cached_scores(published, study, cache, num_asked))
     return results
 

@@ -86,7 +86,7 @@ def build_vision_language_model(
         OSError: a pretrained model cannot be found.
         ValueError: a field is missing or cannot be, or `start_from` is another kind of model.
     """
-    start_config = AutoConfig.from_pretrained(recipe.start_from)
+    start_config = AutoConfig.from_pretrained(str(recipe.start_from))
     if start_config.model_type == Med3DVLMConfig.model_type:
         return load_vision_language_model(recipe)
     if start_config.model_type != DCFormerSiglipConfig.model_type:
@@ -134,7 +134,7 @@ def build_language_model(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[Any
         model = AutoModelForCausalLM.from_pretrained(recipe.language_model, dtype=getattr(torch, recipe.dtype))
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > model.config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
         return model, tokenizer
     tokenizer = build_tiny_tokenizer().train_new_from_iterator(list(texts), vocab_size=_tokenizer_size(recipe))

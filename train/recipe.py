@@ -152,7 +152,7 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         FileNotFoundError: there is no such recipe.
         ValueError: a key is not known, a value is not of its type or cannot be; the message says what to write.
     """
-    merged = _read_with_base(find_recipe(source), ())
+    merged: Any = _read_with_base(find_recipe(source), ())
     try:
         for override in overrides or []:
             key, equals, _ = override.partition("=")

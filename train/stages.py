@@ -176,7 +176,8 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[
         builder: Any = PairBuilder(processor.tokenizer, data.max_text_length)
         validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
         collator: Any = PairCollator(processor, data.max_text_length)
-        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": match}
+        trainer_class: type[StudyTrainer] = ContrastiveTrainer
+        options: dict[str, Any] = {"identical_reports_match": match}
     else:
         model, processor = build_vision_language_model(recipe.model, iterate_texts(train_samples))
         if recipe.lora:
@@ -357,15 +358,15 @@ def differing_keys(first: dict[str, Any], second: dict[str, Any], prefix: str = 
 
 def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     """Speed, memory and versions of a run. Memory is the peak of this process, in GiB; MB are no unit of it."""
-    arguments = trainer.args
+    arguments, parameters = trainer.args, list(trainer.accelerator.unwrap_model(trainer.model).parameters())
     unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes there and in KiB elsewhere
     resources: dict[str, Any] = {
         "samples_per_second": metrics.get("train_samples_per_second", math.nan),
         "num_processes": arguments.world_size,
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "num_train_samples": len(trainer.train_dataset),  # type: ignore[arg-type]
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "trained_parameters": sum(map(count_weights, (entry for entry in parameters if entry.requires_grad))),
+        "all_parameters": sum(map(count_weights, parameters)),
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
         "versions": {
             "python": platform.python_version(),
@@ -378,6 +379,11 @@ def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict
     if torch.cuda.is_available():
         resources["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return resources
+
+
+def count_weights(parameter: torch.nn.Parameter) -> int:
+    """Number of weights of a parameter, of all processes together where DeepSpeed shares it out."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 __all__ = [

@@ -26,7 +26,7 @@ class StudyTrainer(Trainer):
     """Trainer whose order of samples, prompts and augmentations depends on seed, epoch and sample alone."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
 
@@ -45,7 +45,7 @@ class ContrastiveTrainer(StudyTrainer):
     def __init__(
         self, *args: Any, identical_reports_match: bool = False, gallery_sizes: tuple[int, ...] = (100,), **kwargs: Any
     ):
-        super().__init__(*args, compute_metrics=self._retrieval, **kwargs)
+        super().__init__(*args, **{"compute_metrics": self._retrieval, **kwargs})
         self.identical_reports_match, self.gallery_sizes = identical_reports_match, gallery_sizes
         # Gathered beside the vectors, to know which reports are identical.
         self.label_names = ["text_group_ids"]

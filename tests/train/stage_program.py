@@ -9,10 +9,10 @@ from pathlib import Path
 sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 import datasets
+import tiny
 import torch
 from transformers import TrainingArguments, set_seed
 
-import tiny
 from med3dvlm.train.data.augmentation import augment_laterality_safe
 from med3dvlm.train.data.collate import ConversationCollator, PairCollator
 from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyDataset
@@ -88,7 +88,12 @@ def main(kind: str, folder: Path, deepspeed: str) -> None:
         trainer_class, options = GenerationTrainer, {}
     dataset = StudyDataset(samples, RandomVolumes(), builder, augment_laterality_safe, seed=0)
     trainer = trainer_class(
-        model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor, **options
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        **options,
     )
     trainer.train()
     if trainer.is_world_process_zero():

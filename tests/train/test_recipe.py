@@ -40,7 +40,9 @@ def test_the_papers_numbers(name, batch_size, epochs, learning_rate, weight_deca
 
 
 def test_the_papers_models_and_tasks():
-    contrastive, projector, finetune = (load_recipe(f"paper/{stage}") for stage in ("contrastive", "projector", "finetune"))
+    contrastive, projector, finetune = (
+        load_recipe(f"paper/{stage}") for stage in ("contrastive", "projector", "finetune")
+    )
     vision = vision_config_fields(contrastive.model.vision)
     assert vision.depths == DCFormerConfig.from_variant("small").depths and tuple(vision.image_size) == (128, 256, 256)
     assert contrastive.model.text_encoder == "medicalai/ClinicalBERT"
@@ -69,14 +71,19 @@ def test_ablations_differ_from_the_paper_in_one_thing():
         recipe = load_recipe(f"paper/ablations/{name}")
         assert recipe.model.projector["projector_type"] == projector_type
         assert low_level_tokens is None or recipe.model.projector["low_level_tokens"] == low_level_tokens
-        assert {**recipe.training, "output_dir": ""} == {**paper.training, "output_dir": ""} and recipe.data == paper.data
+        assert {**recipe.training, "output_dir": ""} == {
+            **paper.training,
+            "output_dir": "",
+        } and recipe.data == paper.data
     clip, vit = load_recipe("paper/ablations/dcformer_clip"), load_recipe("paper/ablations/vit3d_clip")
     assert clip.model.dual_encoder["loss_type"] == vit.model.dual_encoder["loss_type"] == "softmax"
     assert vision_config_fields(vit.model.vision)["model_type"] == "vit3d"
 
 
 def test_numbers_keep_their_type_and_overrides_reach_every_level():
-    recipe = load("phantom/contrastive", "training.learning_rate=1e-4", "data.num_train=5", "model.vision.variant=tiny")
+    recipe = load(
+        "phantom/contrastive", "training.learning_rate=1e-4", "data.num_train=5", "model.vision.variant=tiny"
+    )
     assert recipe.training["learning_rate"] == 1e-4 and isinstance(recipe.training["learning_rate"], float)
     assert recipe.data.num_train == 5 and recipe.model.vision["variant"] == "tiny"
 

@@ -12,7 +12,9 @@ def unit(vectors):
 
 def test_recall_against_a_plain_count():
     generator = torch.Generator().manual_seed(0)
-    queries, gallery = (torch.nn.functional.normalize(torch.randn(30, 6, generator=generator), dim=1) for _ in range(2))
+    queries, gallery = (
+        torch.nn.functional.normalize(torch.randn(30, 6, generator=generator), dim=1) for _ in range(2)
+    )
     groups = torch.randint(0, 12, (30,), generator=generator)
     recalls = retrieval_recall(queries, gallery, groups)
     for rank in (1, 5, 10):
@@ -36,7 +38,9 @@ def test_ties_count_as_if_their_order_were_drawn():
 def test_galleries_are_scored_one_by_one():
     queries = unit([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     recalls = retrieval_recall(queries, queries, torch.arange(5), gallery_size=2, ranks=(1,))
-    assert recalls["plain_recall_at_1"] == 1  # among all five, equal vectors would tie; the incomplete gallery is left out
+    assert (
+        recalls["plain_recall_at_1"] == 1
+    )  # among all five, equal vectors would tie; the incomplete gallery is left out
     with pytest.raises(ValueError, match="A gallery of 9 needs as many pairs, got 5"):
         retrieval_recall(queries, queries, torch.arange(5), gallery_size=9)
 

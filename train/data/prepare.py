@@ -106,6 +106,10 @@ class Dropped:
     reason: str
 
 
+class CannotWriteError(OSError):
+    """A file of the result cannot be written."""
+
+
 @dataclass
 class PreparationReport:
     """
@@ -245,7 +249,9 @@ def prepare_m3d_cap(
     Raises:
         FileNotFoundError: there is no folder `source`, or no index `splits`.
         ValueError: an option has a value that cannot be, `source` holds no case, or `destination` lies within it.
-        RuntimeError: another call is working on `destination`.
+        BlockingIOError: another call is working on `destination`.
+        FileExistsError: `destination` holds an index that preparation has not made, and that `splits` does not name.
+        CannotWriteError: a file cannot be written, for instance because the disk is full. Nothing more is tried.
 
     Example:
 
@@ -287,8 +293,9 @@ def prepare_m3d_cap(
             "with a text file for each case; name the folder above the cases."
         )
 
-    destination.mkdir(parents=True, exist_ok=True)
     root = destination.parent if destination.name == CAP_FOLDER else destination
+    check_index_is_ours(root / CAP_INDEX, destination, splits)
+    destination.mkdir(parents=True, exist_ok=True)
     index_folder = (root / CAP_INDEX).parent
     index_folder.mkdir(parents=True, exist_ok=True)
     with _only_one_at(destination):
@@ -308,6 +315,19 @@ def prepare_m3d_cap(
     return report
 
 
+def check_index_is_ours(index: Path, destination: Path, splits: Any) -> None:
+    """
+    Raises:
+        FileExistsError: there is an index that no earlier call has made. It may hold the only copy of official splits.
+    """
+    is_named = isinstance(splits, (str, Path)) and Path(splits).resolve() == index.resolve()
+    if index.exists() and not is_named and not (destination / f"{REPORT_NAME}.json").exists():
+        raise FileExistsError(
+            f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, pass it as "
+            "`splits`; otherwise move it away."
+        )
+
+
 def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
     """
     The case folders below `source`, sorted, relative to it: folders with a text file, a NIfTI file or folders of slices; and
@@ -315,8 +335,12 @@ def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
     """
     cases: list[str] = []
     waiting = [path for path in reversed(visible_entries(source)) if path.is_dir()]
+    seen = {source.resolve()}
     while waiting:
         folder = waiting.pop()
+        if folder.resolve() in seen:  # a link to a folder that was looked at, perhaps one above it
+            continue
+        seen.add(folder.resolve())
         entries = visible_entries(folder)
         folders = [path for path in entries if path.is_dir()]
         is_case = any(path.name.endswith(".txt") or is_nifti_file(path) for path in entries) or not folders
@@ -508,8 +532,12 @@ def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
         for path, name in _name_series(folder, series, result):
             try:
                 _prepare_series(path, name, output, settings, result)
+            except CannotWriteError:
+                raise
             except Exception as error:  # whatever it is, it is listed, and the other series are prepared
                 result.drop("series", _reason(error, path), path.name)
+    except CannotWriteError:
+        raise  # it would meet every other case too
     except Exception as error:
         result.drop("case", _reason(error, folder))
         return result
@@ -537,7 +565,7 @@ def _prepare_report(folder: Path, output: Path, result: _CaseResult) -> None:
     content = text.encode()
     target = output / path.name
     if not target.is_file() or target.read_bytes() != content:
-        write_atomically(content, target)
+        write_or_stop(content, target)
     result.report = path.name
 
 
@@ -579,6 +607,10 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
     fingerprint = fingerprint_of(image_processor, "float32", {**options, "accept_jpg": settings.accept_jpg})
     state = describe_source(path)
     record = read_preparation_record(output / name)
+    if record is None and is_readable_volume(output / name):
+        raise FileExistsError(
+            f"{output / name} exists, and preparation has not made it, so it is not replaced: move it away"
+        )
     if record is None or (record.get("settings"), record.get("source")) != (fingerprint, state):
         scan: Any = open_volume(path) if not is_stack else None
         is_orientation_known = not is_stack and scan.is_orientation_known
@@ -600,10 +632,33 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
         content = encode_prepared_volume(
             inputs["pixel_values"][0, 0], np.array(report["affine"]), not is_stack, is_orientation_known, record
         )
-        write_atomically(content, output / name)
+        write_or_stop(content, output / name)
         result.num_made += 1
     result.volumes.append(name)
     result.drop_from_series(path.name, [(file, reason) for file, reason in record["dropped"]])
+
+
+def is_readable_volume(path: Path) -> bool:
+    """Whether there is a NIfTI file that can be opened, whoever made it."""
+    try:
+        open_volume(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def write_or_stop(content: bytes, path: Path) -> None:
+    """
+    Raises:
+        CannotWriteError: the file cannot be written. Unlike a fault of a case, this ends the preparation.
+    """
+    try:
+        write_atomically(content, path)
+    except OSError as error:
+        raise CannotWriteError(
+            f"{path}: it cannot be written ({error.strerror}). Free some space, or choose another folder; the same call then "
+            "goes on."
+        ) from error
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -622,7 +677,7 @@ def _only_one_at(destination: Path) -> Iterator[None]:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RuntimeError(
+                raise BlockingIOError(
                     f"{destination}: another call is preparing this folder. Wait for it, or choose another folder."
                 ) from error
             except OSError as error:

@@ -429,7 +429,7 @@ def test_two_calls_do_not_work_on_one_folder(tmp_path):
     prepare_here(source, tmp_path / "out")
     with (
         prepare._only_one_at(tmp_path / "out"),
-        pytest.raises(RuntimeError, match="another call is preparing this folder"),
+        pytest.raises(BlockingIOError, match="another call is preparing this folder"),
     ):
         prepare_here(source, tmp_path / "out")
     assert prepare_here(source, tmp_path / "out").is_ok
@@ -466,3 +466,45 @@ def test_wrong_use_is_refused_before_anything_is_written(options, message, tmp_p
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare_here(source, destination, **folders)
     assert not destination.exists()
+
+
+def test_what_preparation_has_not_made_is_not_replaced(tmp_path):
+    write_cases(tmp_path / "raw", 1)
+    write_series(tmp_path / "raw" / "000001" / "Axial")
+    destination = tmp_path / "M3D_Cap_npy"
+    index = destination / "M3D_Cap.json"
+    index.parent.mkdir()
+    official = {"train": [], "validation": [], "test": [{"image": "a", "text": "b"}]}
+    index.write_text(json.dumps(official))
+    with pytest.raises(
+        FileExistsError, match="preparation has not made it, so it is not replaced. To keep its splits"
+    ):
+        prepare_here(tmp_path / "raw", destination)
+    assert json.loads(index.read_text()) == official
+    index.unlink()
+
+    (volume := destination / "000001" / "Axial.nii.gz").parent.mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), volume)
+    content = volume.read_bytes()
+    report = prepare_here(tmp_path / "raw", destination)
+    assert volume.read_bytes() == content and not report.is_ok
+    assert any("has not made it" in entry.reason for entry in report.dropped if entry.level == "series")
+
+
+def test_a_full_disk_ends_the_call(tmp_path, monkeypatch):
+    write_cases(tmp_path / "raw", 2)
+    write_series(tmp_path / "raw" / "000001" / "Axial")
+
+    def full(content, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "write_atomically", full)
+    with pytest.raises(prepare.CannotWriteError, match="No space left on device.*the same call then goes on"):
+        prepare_here(tmp_path / "raw", tmp_path / "out")
+
+
+def test_a_link_back_invents_no_cases(tmp_path):
+    write_report(tmp_path / "raw" / "set" / "000001")
+    write_series(tmp_path / "raw" / "set" / "000001" / "Axial")
+    (tmp_path / "raw" / "set" / "loop").symlink_to(tmp_path / "raw", target_is_directory=True)
+    assert find_cases(tmp_path / "raw") == ["set/000001"]
