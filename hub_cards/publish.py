@@ -141,8 +141,7 @@ def load_model(source: str) -> PreTrainedModel:
     check_source(source)
     if (Path(source) / "adapter_config.json").exists() and not (Path(source) / CONFIG_NAME).exists():
         raise FileNotFoundError(
-            f"{source}: an adapter, not a whole model. Merge it first, in Python: `PeftModel.from_pretrained(base, "
-            f"{source!r}).merge_and_unload().save_pretrained(folder)` and `processor.save_pretrained(folder)`."
+            f"{source}: an adapter, not a whole model. Merge it first: `med3dvlm merge {source} FOLDER` publishes the whole."
         )
     config, _ = PreTrainedConfig.get_config_dict(source)
     if not config:  # transformers gives an empty one where there is no file

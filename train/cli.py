@@ -334,17 +334,15 @@ def train(
     """
     with bad_input_is_an_answer():
         require_extra("train", "accelerate", "datasets", "omegaconf", "peft")
-        from .recipe import load_recipe
+        from .recipe import check_places, load_recipe
 
         loaded = load_recipe(recipe, overrides)
+        check_places(loaded)  # before processes are started, whose errors come with much else
         if is_to_be_launched(processes, loaded.training):
             command = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
             raise typer.Exit(code=launch(processes, command))
         with step("importing"):
-            from transformers.utils.logging import set_verbosity_info
-
             from .stages import run_recipe
-        set_verbosity_info()
         hush_progress_bars()
         published = run_recipe(loaded)
         if int(os.environ.get("RANK", 0)) == 0:

@@ -171,6 +171,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
             f"data.cache={cache}",
             f"training.output_dir={output / stage}",
             f"training.seed={seed}",
+            "training.logging_steps=25",
             *([f"model.start_from={list(stages.values())[-1]}"] if stages else []),
             *([] if full else QUICK[stage]),
         ]

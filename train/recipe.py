@@ -80,7 +80,7 @@ class DataRecipe:
             In `contrastive`: whether a volume counts the identical report of another volume as a negative
             (`"distinct"`, as in the paper) or as a positive (`"match"`).
         num_train (`int`, *optional*):
-            Only the first so many training samples.
+            So many training samples, drawn once; all by default.
         num_validation (`int`, *optional*, defaults to 512):
             Only the first so many validation samples of each task.
         skip_broken (`bool`, *optional*, defaults to `False`):
@@ -254,6 +254,30 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"`training.{name}` is no field of transformers.TrainingArguments.{hint}")
 
 
+def check_places(recipe: Recipe) -> None:
+    """
+    Raises:
+        FileNotFoundError: the data, or a folder that the run starts from, is not there.
+    """
+    root = Path(recipe.data.root).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(
+            f"`data.root` {recipe.data.root}: there is no such folder or manifest; a relative path starts at {Path.cwd()}."
+        )
+    for name in ("start_from", "text_encoder", "language_model"):
+        place = getattr(recipe.model, name)
+        # The name of a repository has one slash at most; all else can only be a folder.
+        if (
+            isinstance(place, str)
+            and not Path(place).expanduser().exists()
+            and (place.count("/") > 1 or place.startswith((".", "/", "~")))
+        ):
+            raise FileNotFoundError(
+                f"`model.{name}` {place}: expected a published folder or a Hub repository `org/name`; there is no such folder. "
+                "Is the stage before finished?"
+            )
+
+
 def _training_fields() -> list[str]:
     from transformers import TrainingArguments
 
@@ -307,6 +331,7 @@ __all__ = [
     "DataRecipe",
     "ModelRecipe",
     "Recipe",
+    "check_places",
     "check_recipe",
     "find_recipe",
     "load_recipe",

@@ -31,7 +31,7 @@ from .data.samples import Split
 from .merge import publish_adapter
 from .models import add_lora, build_dual_encoder, build_vision_language_model, choose_trained_parts
 from .prompts import REPORT_PROMPTS, format_answer, format_question
-from .recipe import DataRecipe, Recipe, save_recipe
+from .recipe import DataRecipe, Recipe, check_places, save_recipe
 from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -73,9 +73,11 @@ def run_recipe(recipe: Recipe) -> Path:
         `Path`: the published folder.
 
     Raises:
+        FileNotFoundError: the data, or what the run starts from, is not there.
         ValueError: data, models and recipe do not fit each other, or the output folder holds another run.
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
+    check_places(recipe)
     arguments = build_training_arguments(recipe)
     output_dir = Path(str(arguments.output_dir))
     settings = fixed_settings(recipe)

@@ -112,6 +112,19 @@ def test_unequal_numbers_of_volumes_and_texts_are_refused():
         contrastive_loss(unit_vectors(2, 0), unit_vectors(3, 1), torch.zeros(1))
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
+def test_autocast_does_not_reach_the_loss(loss_type):
+    """A product of similarities in bfloat16 would move the loss by up to a thousandth."""
+    images, texts = unit_vectors(9, 0), unit_vectors(9, 1)
+    scalars = torch.tensor([2.5]), torch.tensor([-3.0])
+    ids = torch.tensor([1, 2, 1, 3, 4, 5, 6, 2, 7])
+    for group_ids in (None, ids):
+        expected = contrastive_loss(images, texts, *scalars, loss_type=loss_type, text_group_ids=group_ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = contrastive_loss(images, texts, *scalars, loss_type=loss_type, text_group_ids=group_ids)
+        assert torch.equal(loss, expected)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 1), ()])
 def test_other_numbers_of_group_ids_are_refused(shape):
     ids = torch.zeros(shape, dtype=torch.long)

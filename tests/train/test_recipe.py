@@ -3,7 +3,7 @@ from transformers import TrainingArguments
 
 from med3dvlm import DCFormerConfig, Med3DVLMConfig
 from med3dvlm.train.models import vision_config_fields
-from med3dvlm.train.recipe import load_recipe, packaged_recipes, save_recipe
+from med3dvlm.train.recipe import check_places, load_recipe, packaged_recipes, save_recipe
 
 
 ROOT = ["data.root=data", "model.start_from=somewhere"]
@@ -137,3 +137,16 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
     (tmp_path / "own.yaml").write_text("base: own.yaml\n")
     with pytest.raises(ValueError, match="is its own `base`"):
         load_recipe(tmp_path / "own.yaml")
+
+
+def test_places_that_are_not_there_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`data.root` data: there is no such folder or manifest"):
+        check_places(load_recipe("paper/projector"))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="`model.start_from` runs/contrastive/published.*stage before finished"
+    ):
+        check_places(load_recipe("paper/projector"))
+    check_places(load_recipe("paper/projector", ["model.start_from=org/encoder"]))
+    check_places(load_recipe("paper/contrastive"))
