@@ -66,11 +66,15 @@ def bad_input_is_an_answer() -> Iterator[None]:
 
 
 def hush_progress_bars() -> None:
-    """Leaves out the progress bars of transformers where no one watches: in files and pipes they are noise."""
+    """Leaves out the progress bars of libraries where no one watches: in files and pipes they are noise."""
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        if importlib.util.find_spec("datasets") is not None:
+            from datasets.utils.logging import disable_progress_bar as disable_progress_bar_of_datasets
+
+            disable_progress_bar_of_datasets()
 
 
 @contextmanager

@@ -123,8 +123,8 @@ print(json.dumps(answers))
 # What the demonstration replaces in the recipes to be done in minutes.
 QUICK: dict[str, list[str]] = {
     "contrastive": ["training.num_train_epochs=18", "training.eval_strategy=no"],
-    "projector": ["training.num_train_epochs=1", "training.eval_strategy=no"],
-    "finetune": ["training.num_train_epochs=0.5", "training.eval_strategy=no"],
+    "projector": ["training.max_steps=-1", "training.num_train_epochs=1", "training.eval_strategy=no"],
+    "finetune": ["training.max_steps=-1", "training.num_train_epochs=0.5", "training.eval_strategy=no"],
 }
 
 
@@ -158,7 +158,10 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     def report(message: str) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {message}", flush=True)
 
-    summary = write_study(study, num_cases, seed, progress=sys.stderr.isatty())
+    num_validation, num_test = (100, 400) if full else (None, None)
+    summary = write_study(
+        study, num_cases, seed, num_validation=num_validation, num_test=num_test, progress=sys.stderr.isatty()
+    )
     counts = ", ".join(f"{count} {split}" for split, count in summary["num_cases"].items())
     report(
         f"Phantoms: {counts}, in {study}. The same by hand: med3dvlm phantom {study} --cases {num_cases} --seed {seed}"
@@ -171,7 +174,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
             f"data.cache={cache}",
             f"training.output_dir={output / stage}",
             f"training.seed={seed}",
-            "training.logging_steps=25",
+            "training.logging_steps=10",
             *([f"model.start_from={list(stages.values())[-1]}"] if stages else []),
             *([] if full else QUICK[stage]),
         ]
