@@ -374,8 +374,9 @@ def test_what_is_done_is_left_as_it_is(tmp_path):
     assert prepare_here(source, tmp_path / "out", image_size=(12, 8, 16)).num_made == 3
     nibabel.save(
         nibabel.Nifti1Image(np.zeros((3, 4, 5)), np.eye(4)), files["000001/Axial.nii.gz"]
-    )  # of something else
-    assert prepare_here(source, tmp_path / "out", image_size=(12, 8, 16)).num_made == 1
+    )  # of something else, which is left as it is, and said
+    report = prepare_here(source, tmp_path / "out", image_size=(12, 8, 16))
+    assert report.num_made == 0 and not report.is_ok and "has not made it" in format_preparation_report(report)
 
 
 def is_running(group):
