@@ -97,7 +97,7 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
     from ..hub_cards.publish import load_model
     from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
     from ..processing.processing_med3dvlm import Med3DVLMProcessor
-    from .data.cache import VolumeCache
+    from .data.cache import VolumeCache, write_atomically
 
     path = published.parent / "held_out_scores.json"
     if not path.exists():
@@ -107,9 +107,7 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
             rows = score_retrieval(model, processor, study, volumes)
         else:
             rows, _ = score_answers(model, processor, study, volumes, num_asked)
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(json.dumps({row["score"]: row["value"] for row in rows}), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(json.dumps({row["score"]: row["value"] for row in rows}).encode(), path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

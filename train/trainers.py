@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
 from .answering import answer_samples
+from .data.cache import write_atomically
 from .data.dataset import EpochSampler, StudyDataset
 from .prompts import format_answer, format_question
 from .scoring import chance_recall, retrieval_recall
@@ -124,9 +125,7 @@ class GenerationTrainer(StudyTrainer):
                 for sample, answer in zip(samples, answers)
             ]
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.new")
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            temporary.replace(path)
+            write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
             logger.info(f"{count} answers written to {path}")
         return path
 

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
+from .cache import write_atomically
 from .dataset import VolumeLoader
 
 
@@ -78,10 +79,8 @@ def leave_out_broken(samples: datasets.Dataset, faults: dict[str, str], listing:
     """
     if not listing.exists():
         listing.parent.mkdir(parents=True, exist_ok=True)
-        temporary = listing.with_name(f".{listing.name}.new")
         rows = [json.dumps({"image": image, "reason": reason}) + "\n" for image, reason in sorted(faults.items())]
-        temporary.write_text("".join(rows), encoding="utf-8")
-        temporary.replace(listing)
+        write_atomically("".join(rows).encode(), listing)
     broken = {json.loads(line)["image"] for line in listing.read_text(encoding="utf-8").splitlines()}
     if broken:
         logger.warning(f"{len(broken)} volumes cannot be read and are left out; {listing} lists them with reasons.")
