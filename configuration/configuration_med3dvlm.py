@@ -77,7 +77,7 @@ class Med3DVLMConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=DCFormerConfig),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", init_kwargs=QWEN2_5_7B),
     }
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

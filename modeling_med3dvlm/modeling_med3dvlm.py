@@ -7,15 +7,23 @@ from torch import nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from ..configuration.configuration_med3dvlm import Med3DVLMConfig
 from .modeling_dcformer_siglip import VISION_MODELS
 from .modeling_projector import PROJECTORS
 from .strict_loading import StrictLoadingMixin
+
+
+# What language models call their keys and values, as an argument and in their outputs: renamed by transformers 5.24.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -50,7 +58,7 @@ class Med3DVLMModelOutputWithPast(BaseModelOutputWithPast):
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`):
             Last hidden states of the language model.
         past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
-            Keys and values of the attention layers.
+            Keys and values of the attention layers; `cache` from transformers 5.24 on.
         hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
             Hidden states of the language model.
         attentions (`tuple(torch.Tensor)`, *optional*, returned with `output_attentions=True`):
@@ -63,7 +71,7 @@ class Med3DVLMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class Med3DVLMCausalLMOutputWithPast(ModelOutput):
+class Med3DVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Output of [`Med3DVLMForConditionalGeneration`].
 
@@ -73,7 +81,7 @@ class Med3DVLMCausalLMOutputWithPast(ModelOutput):
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the next token.
         past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
-            Keys and values of the attention layers.
+            Keys and values of the attention layers; `cache` from transformers 5.24 on.
         hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
             Hidden states of the language model.
         attentions (`tuple(torch.Tensor)`, *optional*, returned with `output_attentions=True`):
@@ -82,11 +90,6 @@ class Med3DVLMCausalLMOutputWithPast(ModelOutput):
             The image tokens.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -97,7 +100,7 @@ class Med3DVLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -213,9 +216,9 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
-    def check_no_placeholder(self, input_ids: torch.LongTensor, past_key_values: Cache | None) -> None:
+    def check_no_placeholder(self, input_ids: torch.LongTensor, cache: Cache | None) -> None:
         """Raises where a text that starts here has placeholders but came without volumes: it would be read blind."""
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         num_placeholders = (input_ids == self.config.image_token_id).sum()
         torch_compilable_check(
             (num_placeholders == 0) | (past_length > 0),
@@ -235,6 +238,7 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Med3DVLMModelOutputWithPast:
         r"""
@@ -253,16 +257,21 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
                 Embeddings in place of `input_ids`.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": features}` with what `get_image_features` returned, in place of `pixel_values`.
+            cache (`Cache`, *optional*):
+                The name that transformers 5.24 gave to `past_key_values`.
 
         Returns:
             [`Med3DVLMModelOutputWithPast`]
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, both of `pixel_values` and
-                `mm_encoder_outputs`, or another number of placeholders than image tokens.
+                `mm_encoder_outputs`, both of `past_key_values` and `cache`, or another number of placeholders than image tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
+        if past_key_values is not None and cache is not None:
+            raise ValueError("Expected `past_key_values` or `cache`, not both: they are two names of the same.")
+        cache = past_key_values if cache is None else cache
         image_features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_features is not None:
             raise ValueError("Expected `pixel_values` or `mm_encoder_outputs`, not both: they are the same volumes.")
@@ -277,18 +286,18 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_tokens)
         elif input_ids is not None and input_ids.shape[1] > 1:
-            self.check_no_placeholder(input_ids, past_key_values)
+            self.check_no_placeholder(input_ids, cache)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return Med3DVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
@@ -348,6 +357,7 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Med3DVLMCausalLMOutputWithPast:
         r"""
@@ -370,6 +380,7 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -382,7 +393,7 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
         return Med3DVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

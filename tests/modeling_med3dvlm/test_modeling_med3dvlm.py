@@ -5,9 +5,16 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+)
 
 from med3dvlm import Med3DVLMConfig, Med3DVLMForConditionalGeneration, Med3DVLMModel
+from med3dvlm.modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME
 
 
 TEXT = [11, 12, 13]
@@ -111,6 +118,23 @@ def test_padded_batch_generates_what_single_texts_do(model, settings):
         inputs = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
         alone = generate(model, **inputs, **({"pixel_values": own} if len(own) else {}), **settings)
         assert torch.equal(together[index], alone[0])
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_keys_and_values_go_on_under_the_names_of_both_transformers(model, name):
+    inputs = one_volume(model)
+    whole = model(**inputs).logits
+    begun = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-2], "attention_mask": None}, use_cache=True)
+    kept = getattr(begun, CACHE_NAME)
+    rest = model(input_ids=inputs["input_ids"][:, -2:], **{name: kept}, use_cache=True)
+    torch.testing.assert_close(rest.logits, whole[:, -2:])
+    assert getattr(rest, CACHE_NAME).get_seq_length() == inputs["input_ids"].shape[1]
+
+
+def test_keys_and_values_under_two_names_are_refused(model):
+    cache = DynamicCache(config=model.config.text_config)
+    with pytest.raises(ValueError, match="`past_key_values` or `cache`, not both"):
+        model(input_ids=torch.tensor([[10]]), past_key_values=cache, cache=cache)
 
 
 def test_greedy_decoding_is_the_argmax_of_the_whole_text_each_time(model):
