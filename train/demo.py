@@ -147,6 +147,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     Raises:
         RuntimeError: the published folder did not answer in the clean process.
     """
+    from .data.cache import write_atomically
     from .merge import merge_adapter
     from .phantoms.study import write_study
     from .recipe import load_recipe
@@ -163,8 +164,10 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
         study, num_cases, seed, num_validation=num_validation, num_test=num_test, progress=sys.stderr.isatty()
     )
     counts = ", ".join(f"{count} {split}" for split, count in summary["num_cases"].items())
+    held_out = f"--validation {summary['num_cases']['validation']} --test {summary['num_cases']['test']}"
     report(
-        f"Phantoms: {counts}, in {study}. The same by hand: med3dvlm phantom {study} --cases {num_cases} --seed {seed}"
+        f"Phantoms: {counts}, in {study}. The same by hand: med3dvlm phantom {study} --cases {num_cases} {held_out} "
+        f"--seed {seed}"
     )
 
     stages: dict[str, Path] = {}
@@ -200,9 +203,9 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     table, records = score_models(
         stages["contrastive"], model_folder, study, cache, num_cases=40 if not full else None
     )
-    (output / "scores.md").write_text(table + "\n", encoding="utf-8")
+    write_atomically(f"{table}\n".encode(), output / "scores.md")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    (output / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_atomically("".join(lines).encode(), output / "answers.jsonl")
     picture = draw_answers(study, model_folder, records, output / "answers.png")
     report(f"Scores on held-out phantoms; blind: the volume replaced by another case's. Picture: {picture}")
     print(f"\n{table}\n")
