@@ -34,6 +34,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from .files import write_json_atomically
+
 
 logger = logging.get_logger(__name__)
 
@@ -273,17 +275,7 @@ def mark_complete(checkpoint: Path, description: Mapping[str, Any]) -> None:
     for folder in [*reversed(folders), checkpoint.parent]:  # their entries, the innermost first
         flush_to_disk(folder)
     write_json_atomically({**description, "files": files}, checkpoint / MARKER_NAME)
-
-
-def write_json_atomically(content: Mapping[str, Any], path: Path) -> None:
-    """Whatever happens, the file afterwards is the old one or the new one as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)  # noqa: PTH105
-    flush_to_disk(path.parent)
+    flush_to_disk(checkpoint)
 
 
 def flush_to_disk(path: Path) -> None:

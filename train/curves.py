@@ -3,12 +3,13 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
+
+from .files import write_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -202,13 +203,3 @@ def running_mean(values: list[float], width: int) -> list[float]:
         window = [value for value in values[max(0, end - width) : end] if not math.isnan(value)]
         means.append(sum(window) / len(window) if window else math.nan)
     return means
-
-
-def write_atomically(content: bytes, path: Path) -> None:
-    """Whatever happens, the file afterwards is the old one or the new one as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)  # noqa: PTH105

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     def full_disk(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(curves.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_curves([train_entry(1), train_entry(2)], tmp_path, "New")
     assert (tmp_path / "curves.csv").read_text() == before

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from transformers.utils import logging
 
 from ...processing.volume_io import Volume
+from ..files import write_atomically
 from .slices import DroppedSlice, is_slice_folder, read_slices
 
 
@@ -194,18 +194,4 @@ def describe_source(path: Path) -> dict[str, str]:
     return state
 
 
-def write_atomically(content: bytes, path: Path) -> None:
-    """Writes a file that appears whole or not at all, under a name that no other process uses in the meantime."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-__all__ = ["CACHE_DTYPES", "VolumeCache", "describe_source", "fingerprint_of", "settings_of", "write_atomically"]
+__all__ = ["CACHE_DTYPES", "VolumeCache", "describe_source", "fingerprint_of", "settings_of"]

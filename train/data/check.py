@@ -7,7 +7,6 @@ An information is neither: reports that are the same in two splits, which M3D ha
 """
 
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ...processing.volume_io import InvalidVolumeError, open_volume, orient, read_voxels, spacing_of
+from ..files import write_json_atomically
 from .m3d import (
     CAP_INDEX,
     CHOICE_COLUMNS,
@@ -245,7 +245,7 @@ def check_study(
         problems=sorted(problems, key=lambda problem: SEVERITIES.index(problem.severity)),
     )
     if report_path is not None:
-        _write_json_atomically(report.to_dict(), Path(report_path))
+        write_json_atomically(report.to_dict(), Path(report_path))
     return report
 
 
@@ -677,17 +677,6 @@ def _count_samples(rows: list[_Row]) -> dict[str, dict[str, int]]:
 def _count_shapes(facts: dict[str, _VolumeFacts]) -> dict[str, int]:
     shapes = Counter("x".join(map(str, found.shape)) for found in facts.values() if found.shape is not None)
     return dict(shapes.most_common())
-
-
-def _write_json_atomically(content: dict[str, Any], path: Path) -> None:
-    """Whatever happens, the file afterwards is the old one or the new one as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 __all__ = ["CheckReport", "Problem", "check_study", "format_check_report"]

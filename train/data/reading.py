@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .cache import write_atomically
+from ..files import write_atomically
 from .dataset import VolumeLoader
 
 
