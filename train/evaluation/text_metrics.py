@@ -1,0 +1,205 @@
+"""
+The four text metrics of the paper, as `evaluate.Metric` modules that work offline and score every sample by itself.
+
+They equal the metric scripts that Hugging Face publishes for `evaluate`, which the original evaluation uses, except that an
+empty prediction scores 0 where those scripts fail. Each rests on a library: sacrebleu, rouge_score, nltk and bert_score.
+
+Example:
+
+```python
+>>> from med3dvlm.train.evaluation.text_metrics import Rouge1
+
+>>> Rouge1().compute(predictions=["A small cyst."], references=["A cyst."])
+{'rouge_1': 0.8, 'per_sample': [0.8]}
+```"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+
+
+NLTK_DATA = ("corpora/wordnet", "tokenizers/punkt_tab/english")
+NLTK_HINT = (
+    "METEOR needs data of NLTK: run `python -m nltk.downloader wordnet punkt_tab` where there is a network, and point the "
+    "environment variable NLTK_DATA to the folder."
+)
+
+
+class SampleMetric(evaluate.Metric):
+    """
+    A metric whose score is the mean of a score in [0, 1] for each pair of a prediction and its reference.
+
+    `compute(predictions=..., references=...)` returns a `dict` with the mean under `name`, and `per_sample`, the scores in the
+    order of the predictions. White space around texts does not count.
+    """
+
+    name = ""
+    description = ""
+    citation = ""
+
+    def __init__(self, **kwargs: Any):
+        # In memory: pairs of texts of patients are not to be left in a cache folder.
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=self.citation,
+            inputs_description="predictions: list of str. references: list of str, one for each prediction.",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+        per_sample = self.score_samples([text.strip() for text in predictions], [text.strip() for text in references])
+        return {self.name: sum(per_sample) / len(per_sample), "per_sample": per_sample}
+
+    def score_samples(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Scores in [0, 1], one for each pair."""
+        raise NotImplementedError
+
+
+class Bleu1(SampleMetric):
+    """BLEU of order 1: share of the prediction's 13a tokens that the reference has, with the brevity penalty."""
+
+    name = "bleu_1"
+    description = "Sentence BLEU of order 1, 13a tokens, no smoothing, with the brevity penalty."
+    citation = "Papineni et al. 2002, BLEU: a Method for Automatic Evaluation of Machine Translation"
+
+    def score_samples(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Scores in [0, 1], one for each pair."""
+        # As a corpus of one: `sentence_score` would drop orders that a short text does not have.
+        metric = BLEU(max_ngram_order=1, smooth_method="none", effective_order=False, tokenize="13a")
+        return [
+            metric.corpus_score([text], [[reference]]).score / 100 for text, reference in zip(predictions, references)
+        ]
+
+
+class Rouge1(SampleMetric):
+    """ROUGE-1: F-measure of the words that prediction and reference share, without stemming."""
+
+    name = "rouge_1"
+    description = "F-measure of ROUGE-1 without stemming."
+    citation = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries"
+
+    def score_samples(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Scores in [0, 1], one for each pair."""
+        scorer = RougeScorer(["rouge1"], use_stemmer=False)
+        return [scorer.score(reference, text)["rouge1"].fmeasure for text, reference in zip(predictions, references)]
+
+
+class Meteor(SampleMetric):
+    """
+    METEOR of NLTK with its defaults (alpha 0.9, beta 3, gamma 0.5): words, their stems and their WordNet synonyms.
+
+    Raises:
+        FileNotFoundError: NLTK's data are not there; the message says how to get them.
+    """
+
+    name = "meteor"
+    description = "METEOR of NLTK on tokens of `word_tokenize`: alpha 0.9, beta 3, gamma 0.5, WordNet."
+    citation = "Banerjee and Lavie 2005, METEOR: An Automatic Metric for MT Evaluation"
+
+    def score_samples(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Scores in [0, 1], one for each pair."""
+        from nltk import word_tokenize
+        from nltk.translate.meteor_score import single_meteor_score
+
+        check_nltk_data()
+        return [
+            float(single_meteor_score(word_tokenize(reference), word_tokenize(text)))
+            for text, reference in zip(predictions, references)
+        ]
+
+
+class BertScore(SampleMetric):
+    """
+    F1 of BERTScore, without idf weights and without rescaling.
+
+    Args:
+        model (`str`, *optional*):
+            Encoder, by name or folder; roberta-large, as in the original, if not given.
+        num_layers (`int`, *optional*):
+            Layer whose vectors are compared; needed for a folder, known to bert_score for published encoders.
+        batch_size (`int`, *optional*, defaults to 64):
+            Pairs at a time.
+        device (`str`, *optional*):
+            Where the encoder runs; CUDA if there is one.
+
+    Raises:
+        ValueError: bert_score does not know how many layers of `model` to use.
+    """
+
+    name = "bertscore"
+    description = "F1 of BERTScore without idf and without baseline rescaling."
+    citation = "Zhang et al. 2020, BERTScore: Evaluating Text Generation with BERT"
+
+    def __init__(
+        self, model: str | None = None, num_layers: int | None = None, batch_size: int = 64, device: str | None = None
+    ):
+        super().__init__()
+        self.model, self.num_layers, self.batch_size, self.device = model, num_layers, batch_size, device
+
+    def score_samples(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Scores, one for each pair; in [-1, 1] by definition, and hardly ever below 0."""
+        scores = [0.0] * len(predictions)
+        # bert_score cannot encode an empty text with transformers 5. What it gave before, with nothing to match, is 0.
+        filled = [place for place, pair in enumerate(zip(predictions, references)) if all(pair)]
+        if filled:
+            texts, targets = ([entries[place] for place in filled] for entries in (predictions, references))
+            for place, value in zip(filled, self.scorer.score(texts, targets, batch_size=self.batch_size)[2].tolist()):
+                scores[place] = value
+        return scores
+
+    @functools.cached_property
+    def scorer(self) -> Any:
+        """The loaded encoder."""
+        from bert_score import BERTScorer
+        from bert_score.utils import model2layers
+
+        if self.model is not None and self.num_layers is None and self.model not in model2layers:
+            raise ValueError(
+                f"BERTScore does not know which layer of {self.model!r} to compare: pass `num_layers`, such as the number "
+                "of its layers."
+            )
+        return BERTScorer(
+            model_type=self.model,
+            num_layers=self.num_layers,
+            lang=None if self.model else "en",
+            idf=False,
+            rescale_with_baseline=False,
+            use_fast_tokenizer=True,
+            device=self.device,
+            batch_size=self.batch_size,
+        )
+
+
+def check_nltk_data() -> None:
+    """
+    Raises:
+        FileNotFoundError: what METEOR needs is in none of NLTK's folders.
+    """
+    import nltk
+
+    for resource in NLTK_DATA:
+        try:
+            nltk.data.find(resource)
+        except LookupError as error:
+            try:
+                nltk.data.find(f"{resource}.zip")
+            except LookupError:
+                raise FileNotFoundError(f"{NLTK_HINT} Not found: {resource}.") from error
+
+
+# The paper's columns, in its order.
+TEXT_METRICS: dict[str, Callable[[], SampleMetric]] = {
+    metric.name: metric for metric in (Bleu1, Rouge1, Meteor, BertScore)
+}
+
+
+__all__ = ["TEXT_METRICS", "BertScore", "Bleu1", "Meteor", "Rouge1", "SampleMetric", "check_nltk_data"]
