@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from .files import write_atomically
 from .phantoms.scores import score_answers, score_retrieval
 from .phantoms.study import write_study
 from .recipe import load_recipe
@@ -68,6 +69,7 @@ def run_ablations(
     study, cache = output / "phantoms", output / "cache"
     write_study(study, num_cases, seed=0)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {"encoders": {}, "projectors": {}}
+    language_model = train("language", "small", [], 0, output, study, cache, overrides)
     for seed in seeds:
         encoders = {}
         for name, changes in ENCODERS.items():
@@ -75,9 +77,8 @@ def run_ablations(
             results["encoders"].setdefault(name, []).append(cached_scores(encoders[name], study, cache, None))
         base = encoders["DCFormer + SigLIP"]
         for name, changes in PROJECTORS.items():
-            published = train(
-                "projector", name, [f"model.start_from={base}", *changes], seed, output, study, cache, overrides
-            )
+            starts = [f"model.start_from={base}", f"model.language_model={language_model}"]
+            published = train("projector", name, [*starts, *changes], seed, output, study, cache, overrides)
             results["projectors"].setdefault(name, []).append(cached_scores(published, study, cache, num_asked))
     return results
 
@@ -97,7 +98,7 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
     from ..hub_cards.publish import load_model
     from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
     from ..processing.processing_med3dvlm import Med3DVLMProcessor
-    from .data.cache import VolumeCache, write_atomically
+    from .data.cache import VolumeCache
 
     path = published.parent / "held_out_scores.json"
     if not path.exists():
@@ -137,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results = run_ablations(options.output, options.cases, list(range(options.seeds)), options.overrides)
     table = format_ablations(results)
-    (options.output / "ablations.md").write_text(table, encoding="utf-8")
+    write_atomically(table.encode(), options.output / "ablations.md")
     print(table)
 
 

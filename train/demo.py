@@ -122,17 +122,23 @@ print(json.dumps(answers))
 
 # What the demonstration replaces in the recipes to be done in minutes.
 QUICK: dict[str, list[str]] = {
-    "contrastive": ["training.num_train_epochs=18", "training.eval_strategy=no"],
-    "projector": ["training.max_steps=-1", "training.num_train_epochs=1", "training.eval_strategy=no"],
-    "finetune": ["training.max_steps=-1", "training.num_train_epochs=0.5", "training.eval_strategy=no"],
+    stage: ["training.max_steps=-1", f"training.num_train_epochs={epochs}", "training.eval_strategy=no"]
+    for stage, epochs in {"language": 1, "contrastive": 11, "projector": 0.6, "finetune": 0.4}.items()
+}
+# What each stage takes from earlier ones: fields of the recipe's `model`.
+STARTS_FROM: dict[str, dict[str, str]] = {
+    "language": {},
+    "contrastive": {},
+    "projector": {"start_from": "contrastive", "language_model": "language"},
+    "finetune": {"start_from": "projector"},
 }
 
 
 def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = False) -> None:
     """
-    Shows the whole way on phantoms, and says on stdout what each thing is: a study is made, the three stages are trained, the
-    result is published, loaded in a process that cannot import this package, asked about a held-out phantom and a real scan,
-    and scored on the held-out phantoms. A demonstration that was interrupted is continued.
+    Shows the whole way on phantoms, and says on stdout what each thing is: a study is made, a small language model and the
+    three stages are trained, the result is published, loaded in a process that cannot import this package, asked about a
+    held-out phantom and a real scan, and scored on the held-out phantoms. A demonstration that was interrupted is continued.
 
     Args:
         output (`Path`):
@@ -147,10 +153,10 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     Raises:
         RuntimeError: the published folder did not answer in the clean process.
     """
-    from .data.cache import write_atomically
+    from .files import write_atomically
     from .merge import merge_adapter
     from .phantoms.study import write_study
-    from .recipe import load_recipe
+    from .recipe import STAGES, load_recipe
     from .stages import run_recipe
 
     start = time.perf_counter()
@@ -171,14 +177,14 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     )
 
     stages: dict[str, Path] = {}
-    for stage in ("contrastive", "projector", "finetune"):
+    for stage in STAGES:
         overrides = [
             f"data.root={study}",
             f"data.cache={cache}",
             f"training.output_dir={output / stage}",
             f"training.seed={seed}",
             "training.logging_steps=10",
-            *([f"model.start_from={list(stages.values())[-1]}"] if stages else []),
+            *(f"model.{name}={stages[earlier]}" for name, earlier in STARTS_FROM[stage].items()),
             *([] if full else QUICK[stage]),
         ]
         stages[stage] = run_recipe(load_recipe(f"phantom/{stage}", overrides))

@@ -1,6 +1,6 @@
 """The models a recipe asks for, put together from published folders, pretrained text models and fresh parts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 from .demo import build_tiny_tokenizer
 from .recipe import ModelRecipe
+from .whitening import whiten_text_projection
 
 
 IMAGE_TOKEN = "<image>"
@@ -27,7 +28,9 @@ IMAGE_TOKEN = "<image>"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def build_dual_encoder(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[DCFormerSiglipModel, Med3DVLMProcessor]:
+def build_dual_encoder(
+    recipe: ModelRecipe, texts: Iterable[str], reports: Sequence[str] = (), max_text_length: int = 512
+) -> tuple[DCFormerSiglipModel, Med3DVLMProcessor]:
     """
     The dual encoder of the stage `contrastive`, and its processor.
 
@@ -36,6 +39,10 @@ def build_dual_encoder(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[DCFor
             `start_from`, or `vision` and `text_encoder` for a new one.
         texts (`Iterable[str]`):
             Training texts, for the tokenizer of a text encoder that starts from random weights.
+        reports (`Sequence[str]`, *optional*):
+            Training reports, for `whiten_text`.
+        max_text_length (`int`, *optional*, defaults to 512):
+            Tokens of a report.
 
     Raises:
         OSError: a pretrained model cannot be found.
@@ -65,6 +72,8 @@ def build_dual_encoder(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[DCFor
     if text_model is not None:
         text_model.pooler = None  # the dual encoder has none: it takes the vector itself
         model.text_model.load_state_dict(text_model.state_dict())
+    if recipe.whiten_text:
+        whiten_text_projection(model, tokenizer, reports, max_text_length)
     image_processor = Med3DVLMImageProcessor(image_size=list(config.image_size), **recipe.image_processor)
     return model, Med3DVLMProcessor(image_processor, tokenizer)
 

@@ -5,7 +5,7 @@ tokens. The form of closed questions and answers is that of the original impleme
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,59 @@ def build_messages(
     return messages
 
 
+def describe_case(samples: Sequence[Mapping[str, Any]]) -> str:
+    """
+    What is known of a case, as a text that can stand where its volume would: the report, and the open questions whose answer
+    the report does not have the words of, each with its answer.
+
+    Args:
+        samples (`Sequence[Mapping]`):
+            Rows of `SAMPLE_FEATURES` of one case.
+
+    Returns:
+        `str`, one paragraph.
+
+    Example:
+
+    ```python
+    >>> report = {"task": "report", "question": "", "answer": "Cyst of the liver."}
+    >>> organ = {"task": "open_vqa", "question": "Which organ is abnormal?", "answer": "liver"}
+    >>> plane = {"task": "open_vqa", "question": "Which plane is shown?", "answer": "axial"}
+    >>> describe_case([report, organ, plane])
+    'Cyst of the liver. Which plane is shown? axial.'
+    ```"""
+    reports = [sample["answer"] for sample in samples if sample["task"] == "report"]
+    told = set(_words(" ".join(reports)))
+    facts = dict.fromkeys(
+        f"{sample['question']} {sample['answer'].rstrip('.')}."
+        for sample in samples
+        if sample["task"] == "open_vqa" and not told.issuperset(_words(sample["answer"]))
+    )
+    return " ".join([*dict.fromkeys(reports), *facts])
+
+
+def build_text_messages(description: str, question: str, answer: str) -> list[dict[str, Any]]:
+    """
+    The conversation of [`build_messages`] with a text in the place of the volume, from which a language model can learn to
+    answer before it has seen any volume.
+
+    Args:
+        description (`str`):
+            What is known of the case, see [`describe_case`].
+        question (`str`), answer (`str`):
+            What the user asks, and what the model is to learn.
+
+    Returns:
+        `list` of messages.
+    """
+    content = [{"type": "text", "text": f"{description}\n"}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
 def parse_choice(text: str) -> str | None:
     """
     The letter that an answer to a closed question begins with, such as `"B"` in `"B. spleen"`, `"(b) spleen"` or `"B"`.
@@ -118,4 +171,12 @@ def parse_choice(text: str) -> str | None:
     return match.group(1).upper() if match else None
 
 
-__all__ = ["REPORT_PROMPTS", "build_messages", "format_answer", "format_question", "parse_choice"]
+__all__ = [
+    "REPORT_PROMPTS",
+    "build_messages",
+    "build_text_messages",
+    "describe_case",
+    "format_answer",
+    "format_question",
+    "parse_choice",
+]

@@ -10,8 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .files import write_atomically
 
-STAGES = ("contrastive", "projector", "finetune")
+
+# Before the paper's three stages, `language` makes a small language model where none can be downloaded.
+STAGES = ("language", "contrastive", "projector", "finetune")
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
@@ -32,6 +35,9 @@ class ModelRecipe:
             random weights.
         dual_encoder (`dict`):
             Further fields of `DCFormerSiglipConfig`, such as `loss_type`.
+        whiten_text (`bool`, *optional*, defaults to `False`):
+            Whether the vectors of the training reports are whitened by a new dual encoder's text projection, so that
+            different reports start with different vectors, see [`~train.whitening.whiten_text_projection`].
         language_model (`str` or `dict`):
             Language model of a new vision-language model: a pretrained one by name, or the fields of a configuration.
         projector (`dict`):
@@ -48,6 +54,7 @@ class ModelRecipe:
     vision: dict[str, Any] = field(default_factory=dict)
     text_encoder: Any = None
     dual_encoder: dict[str, Any] = field(default_factory=dict)
+    whiten_text: bool = False
     language_model: Any = None
     projector: dict[str, Any] = field(default_factory=dict)
     tokenizer_size: int | None = None
@@ -107,7 +114,8 @@ class Recipe:
 
     Args:
         stage (`str`):
-            `"contrastive"`, `"projector"` or `"finetune"`.
+            `"contrastive"`, `"projector"` or `"finetune"`; or `"language"`, which trains a language model on the texts of
+            a study alone, for `model.language_model` of the stage `projector`.
         description (`str`):
             What it is, and where its numbers come from.
         model ([`ModelRecipe`]), data ([`DataRecipe`]):
@@ -118,6 +126,9 @@ class Recipe:
         lora (`dict`):
             Fields of `peft.LoraConfig`; empty for none. The projector is then trained beside the adapters if `trained`
             has it.
+        text_learning_rate (`float`, *optional*):
+            Highest learning rate of the text encoder and its projection in `contrastive`; that of all else,
+            `training.learning_rate`, if not given.
         num_answers (`int`, *optional*, defaults to 4):
             Answers to write down at each validation of `projector` and `finetune`.
         training (`dict`):
@@ -130,6 +141,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     trained: list[str] = field(default_factory=list)
     lora: dict[str, Any] = field(default_factory=dict)
+    text_learning_rate: float | None = None
     num_answers: int = 4
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -170,9 +182,7 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the whole recipe, every default included, so that the file alone repeats the run."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(OmegaConf.to_yaml(OmegaConf.structured(recipe)).encode(), path)
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -228,7 +238,24 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("`data.tasks` is empty: name what to learn, such as [report].")
     if not recipe.training.get("output_dir"):
         raise ValueError("`training.output_dir` is empty: say where the run is kept, training.output_dir=FOLDER.")
-    if recipe.stage == "contrastive":
+    if recipe.text_learning_rate is not None:
+        if recipe.stage != "contrastive":
+            raise ValueError(
+                f"`text_learning_rate` is that of a dual encoder's text encoder: the stage {recipe.stage!r} has none."
+            )
+        if recipe.text_learning_rate < 0:
+            raise ValueError(f"`text_learning_rate` must not be negative, got {recipe.text_learning_rate}.")
+    if recipe.stage == "language":
+        if not recipe.model.language_model:
+            raise ValueError(
+                "The stage 'language' needs `model.language_model`: the fields of a configuration, such as "
+                "{model_type: qwen2, hidden_size: 128, ...}, or a pretrained one by name."
+            )
+        if recipe.model.start_from or recipe.trained or recipe.lora:
+            raise ValueError(
+                "The stage 'language' trains all of `model.language_model`: leave out `model.start_from`, `trained` and `lora`."
+            )
+    elif recipe.stage == "contrastive":
         if recipe.data.tasks != ["report"]:
             raise ValueError(
                 f"The stage 'contrastive' learns from reports: `data.tasks` must be [report], got {recipe.data.tasks}."

@@ -1,4 +1,4 @@
-"""The three stages: from a recipe to a published folder. Each starts from the result of the one before."""
+"""The stages: from a recipe to a published folder. Each starts from the result of the one before."""
 
 import json
 import math
@@ -17,19 +17,35 @@ import transformers
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from ..hub_cards.publish import publish
-from .checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish, write_json_atomically
+from ..hub_cards.publish import publish, replaced_when_complete
+from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ..processing.processing_med3dvlm import Med3DVLMProcessor
+from .checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish
 from .curves import save_curves
 from .data.augmentation import AUGMENTATIONS
 from .data.cache import VolumeCache
 from .data.collate import ConversationCollator, PairCollator
-from .data.dataset import ConversationBuilder, PairBuilder, ProcessedVolumes, StudyDataset, VolumeLoader
+from .data.dataset import (
+    ConversationBuilder,
+    PairBuilder,
+    ProcessedVolumes,
+    StudyDataset,
+    TextDataset,
+    VolumeLoader,
+)
 from .data.m3d import read_m3d_cap, read_m3d_vqa
 from .data.manifest import read_manifest
 from .data.reading import leave_out_broken, read_all
 from .data.samples import Split
+from .files import write_json_atomically
 from .merge import publish_adapter
-from .models import add_lora, build_dual_encoder, build_vision_language_model, choose_trained_parts
+from .models import (
+    add_lora,
+    build_dual_encoder,
+    build_language_model,
+    build_vision_language_model,
+    choose_trained_parts,
+)
 from .prompts import REPORT_PROMPTS, format_answer, format_question
 from .recipe import DataRecipe, Recipe, check_places, save_recipe
 from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
@@ -173,13 +189,20 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[
     validation_samples = read_samples(data, "validation") if arguments.eval_strategy != "no" else None
     set_seed(arguments.seed)
     if recipe.stage == "contrastive":
-        model, processor = build_dual_encoder(recipe.model, iterate_texts(train_samples))
+        model, processor = build_dual_encoder(
+            recipe.model, iterate_texts(train_samples), train_samples["answer"], data.max_text_length
+        )
         match = data.identical_reports == "match"
         builder: Any = PairBuilder(processor.tokenizer, data.max_text_length)
         validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
         collator: Any = PairCollator(processor, data.max_text_length)
         trainer_class: type[StudyTrainer] = ContrastiveTrainer
-        options: dict[str, Any] = {"identical_reports_match": match}
+        options: dict[str, Any] = {
+            "identical_reports_match": match,
+            "text_learning_rate": recipe.text_learning_rate,
+        }
+    elif recipe.stage == "language":
+        return build_language_trainer(recipe, arguments, callbacks, train_samples, validation_samples)
     else:
         model, processor = build_vision_language_model(recipe.model, iterate_texts(train_samples))
         if recipe.lora:
@@ -207,6 +230,29 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[
         processing_class=processor,
         callbacks=callbacks,
         **options,
+    )
+
+
+def build_language_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    callbacks: list[Any],
+    train_samples: datasets.Dataset,
+    validation_samples: datasets.Dataset | None,
+) -> StudyTrainer:
+    """The trainer of the stage `language`: a language model and conversations in words alone, no volumes."""
+    model, tokenizer = build_language_model(recipe.model, iterate_texts(train_samples))
+    model.float()  # trained weights are float32 whatever they were loaded as
+    # Lays out conversations as for the vision-language model to come.
+    processor = Med3DVLMProcessor(Med3DVLMImageProcessor(), tokenizer, image_seq_length=1)
+    return StudyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=TextDataset(train_samples, seed=arguments.seed),
+        eval_dataset=None if validation_samples is None else TextDataset(validation_samples, seed=arguments.seed),
+        data_collator=ConversationCollator(processor, recipe.data.max_text_length),
+        processing_class=processor,
+        callbacks=callbacks,
     )
 
 
@@ -294,19 +340,24 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
     """
     output_dir = Path(str(trainer.args.output_dir))
     whole, published = output_dir / "_result", output_dir / PUBLISHED
+    processor: Any = trainer.processing_class
     trainer.save_model(str(whole))
     if trainer.is_world_process_zero():
         notes = f"Result of the training stage `{recipe.stage}`." + (
             f" {recipe.description}" if recipe.description else ""
         )
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
-        if recipe.lora:
-            publish_adapter(whole, published, trainer.processing_class, notes=notes, training_data=training_data)
+        if recipe.stage == "language":  # a plain model of transformers, for the next stage
+            with replaced_when_complete(published) as folder:
+                shutil.copytree(whole, folder, dirs_exist_ok=True)
+                processor.tokenizer.save_pretrained(folder)
+        elif recipe.lora:
+            publish_adapter(whole, published, processor, notes=notes, training_data=training_data)
         else:
             publish(
                 str(whole),
                 published,
-                processor=trainer.processing_class,
+                processor=processor,
                 overwrite=True,
                 notes=notes,
                 training_data=training_data,

@@ -11,8 +11,8 @@ from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
 from .answering import answer_samples
-from .data.cache import write_atomically
 from .data.dataset import EpochSampler, StudyDataset
+from .files import write_atomically
 from .prompts import format_answer, format_question
 from .scoring import chance_recall, retrieval_recall
 
@@ -41,15 +41,36 @@ class ContrastiveTrainer(StudyTrainer):
             Whether the loss counts pairs with the identical report as positives.
         gallery_sizes (`tuple[int, ...]`, *optional*, defaults to `(100,)`):
             Sizes at which retrieval is validated, where there are as many pairs; all pairs are always one gallery more.
+        text_learning_rate (`float`, *optional*):
+            Highest learning rate of the text encoder and its projection, instead of `args.learning_rate`.
     """
 
     def __init__(
-        self, *args: Any, identical_reports_match: bool = False, gallery_sizes: tuple[int, ...] = (100,), **kwargs: Any
+        self,
+        *args: Any,
+        identical_reports_match: bool = False,
+        gallery_sizes: tuple[int, ...] = (100,),
+        text_learning_rate: float | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **{"compute_metrics": self._retrieval, **kwargs})
         self.identical_reports_match, self.gallery_sizes = identical_reports_match, gallery_sizes
+        self.text_learning_rate = text_learning_rate
         # Gathered beside the vectors, to know which reports are identical.
         self.label_names = ["text_group_ids"]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; parameters of the text encoder get groups of their own where their rate differs."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.text_learning_rate is None:
+            return optimizer
+        model = self.accelerator.unwrap_model(self.model)
+        of_text = {id(entry) for part in (model.text_model, model.text_projection) for entry in part.parameters()}
+        for group in list(optimizer.param_groups):
+            members = [entry for entry in group["params"] if id(entry) in of_text]
+            group["params"] = [entry for entry in group["params"] if id(entry) not in of_text]
+            optimizer.add_param_group({**group, "params": members, "lr": self.text_learning_rate})
+        return optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; the groups of identical reports reach it only where they are to match."""
@@ -124,7 +145,6 @@ class GenerationTrainer(StudyTrainer):
                 }
                 for sample, answer in zip(samples, answers)
             ]
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
             logger.info(f"{count} answers written to {path}")
         return path

@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from med3dvlm.train.prompts import REPORT_PROMPTS, build_messages, format_answer, format_question, parse_choice
+from med3dvlm.train.prompts import (
+    REPORT_PROMPTS,
+    build_messages,
+    build_text_messages,
+    describe_case,
+    format_answer,
+    format_question,
+    parse_choice,
+)
 
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -67,3 +75,26 @@ def test_messages_have_the_volume_before_the_question():
 )
 def test_choice_is_the_letter_an_answer_begins_with(text, expected):
     assert parse_choice(text) == expected
+
+
+CASE = [
+    sample(task="report", question="", choices=[], answer="Small cyst of the liver, upper part.", answer_choice=""),
+    sample(task="open_vqa", question="Which plane?", choices=[], answer="axial", answer_choice=""),
+    sample(task="open_vqa", question="Where?", choices=[], answer="Upper part of the liver", answer_choice=""),
+    sample(task="closed_vqa", question="Which organ?", choices=["spleen", "liver", "heart", "lung"], answer="liver"),
+    sample(task="yes_no_vqa", question="Is it a mass?", choices=[], answer="No", answer_choice=""),
+]
+
+
+def test_a_case_is_described_by_its_report_and_what_that_leaves_out():
+    assert describe_case(CASE) == "Small cyst of the liver, upper part. Which plane? axial."
+    assert describe_case(CASE[1:3]) == "Which plane? axial. Where? Upper part of the liver."
+    assert describe_case(CASE[3:]) == ""
+    assert describe_case([*CASE, CASE[0], CASE[1]]) == describe_case(CASE)
+
+
+def test_a_conversation_in_words_differs_from_one_about_a_volume_in_its_place_alone():
+    question, answer = format_question(CASE[3]), format_answer(CASE[3])
+    told, shown = build_text_messages("A cyst.", question, answer), build_messages("volume", question, answer)
+    assert told[0]["content"][0] == {"type": "text", "text": "A cyst.\n"}
+    assert told[0]["content"][1:] == shown[0]["content"][1:] and told[1:] == shown[1:]

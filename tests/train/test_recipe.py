@@ -10,7 +10,8 @@ ROOT = ["data.root=data", "model.start_from=somewhere"]
 
 
 def load(name, *overrides):
-    return load_recipe(name, [*(ROOT if "contrastive" not in name else ROOT[:1]), *overrides])
+    alone = "contrastive" in name or "language" in name
+    return load_recipe(name, [*(ROOT[:1] if alone else ROOT), *overrides])
 
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
@@ -119,6 +120,11 @@ def test_base_is_found_beside_the_recipe(tmp_path):
         ("paper/contrastive", "data.tasks=[open_vqa]", "must be \\[report\\]"),
         ("paper/contrastive", "data.root=''", "`data.root` is empty"),
         ("paper/contrastive", "training.output_dir=null", "`training.output_dir` is empty"),
+        ("paper/contrastive", "text_learning_rate=-1", "`text_learning_rate` must not be negative, got -1"),
+        ("paper/finetune", "text_learning_rate=1e-4", "the stage 'finetune' has none"),
+        ("phantom/language", "model.language_model=null", "needs `model.language_model`"),
+        ("phantom/language", "trained=[language_model]", "trains all of `model.language_model`"),
+        ("phantom/language", "model.start_from=runs", "trains all of `model.language_model`"),
         ("paper/contrastive", "learning_rate", "Expected an override `key=value`"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.merge import merge_adapter
@@ -57,7 +57,8 @@ def contrastive(manifest, tmp_path_factory):
 @pytest.fixture(scope="module")
 def projector(manifest, contrastive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("projector")
-    overrides = (LANGUAGE, "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}")
+    overrides = (LANGUAGE, "model.tokenizer_size=300", "trained=[multi_modal_projector, language_model]")
+    overrides += ("model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}",)
     return run_recipe(recipe_of("projector", manifest, folder, *overrides, start_from=contrastive))
 
 
@@ -65,6 +66,11 @@ def projector(manifest, contrastive, tmp_path_factory):
 def finetuned(manifest, projector, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     return run_recipe(recipe_of("finetune", manifest, folder, start_from=projector))
+
+
+@pytest.fixture(scope="module")
+def language(manifest, tmp_path_factory):
+    return run_recipe(recipe_of("language", manifest, tmp_path_factory.mktemp("language"), LANGUAGE))
 
 
 def tensors(folder, name="model.safetensors"):
@@ -87,6 +93,24 @@ def test_projector_stage_takes_the_encoder_and_leaves_it_as_it_is(contrastive, p
     assert len(names) > 50 and any("running_mean" in name for name in names)
     for name in names:  # weights and running statistics, to the bit
         assert torch.equal(before[name], after["model.vision_tower" + name.removeprefix("vision_model")]), name
+
+
+def test_language_stage_publishes_a_plain_language_model_that_stage_2_leaves_as_it_is(
+    manifest, contrastive, language, tmp_path
+):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(language), AutoTokenizer.from_pretrained(language)
+    assert len(tokenizer) == model.config.vocab_size and tokenizer.convert_tokens_to_ids("<image>") < len(tokenizer)
+    summary = json.loads((language.parent / "summary.json").read_text())
+    assert summary["stage"] == "language" and summary["trained_parameters"] == summary["all_parameters"]
+
+    overrides = [f"model.language_model={language}", "trained=[multi_modal_projector]"]
+    overrides += ["model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}"]
+    published = run_recipe(recipe_of("projector", manifest, tmp_path, *overrides, start_from=contrastive))
+    before, after = tensors(language), tensors(published)
+    names = [name for name in before if name.startswith("model.")]
+    assert len(names) > 20
+    for name in names:
+        assert torch.equal(before[name], after["model.language_model" + name.removeprefix("model")]), name
 
 
 def test_paper_stage_2_changes_the_projector_alone(manifest, projector, tmp_path):
@@ -173,7 +197,8 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, 
 
 def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, projector, caplog):
     output_dir = projector.parent
-    overrides = (LANGUAGE, "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}")
+    overrides = (LANGUAGE, "model.tokenizer_size=300", "trained=[multi_modal_projector, language_model]")
+    overrides += "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}"
     start_from = json.loads((output_dir / "summary.json").read_text())["settings"]["model"]["start_from"]
     time_of_result = (projector / "model.safetensors").stat().st_mtime_ns
     recipe = recipe_of("projector", manifest, output_dir, *overrides, start_from=start_from)

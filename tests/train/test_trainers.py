@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from transformers import TrainingArguments
+
+from med3dvlm.train.trainers import ContrastiveTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +34,22 @@ def losses_of(kind, processes, folder, deepspeed=""):
 def test_two_processes_lose_what_one_loses(kind, tmp_path):
     one, two = (losses_of(kind, processes, tmp_path / str(processes)) for processes in (1, 2))
     assert len(one) == 6 and two == pytest.approx(one, abs=2e-5)
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, 1e-4])
+def test_the_text_encoder_has_its_own_learning_rate(rate, tmp_path):
+    arguments = TrainingArguments(
+        output_dir=tmp_path, learning_rate=1e-3, weight_decay=0.1, use_cpu=True, report_to="none"
+    )
+    model = tiny.tiny_siglip()
+    groups = ContrastiveTrainer(model=model, args=arguments, text_learning_rate=rate).create_optimizer().param_groups
+    rates = {id(entry): group["lr"] for group in groups for entry in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        is_text = name.startswith(("text_model.", "text_projection."))
+        assert rates[id(parameter)] == (rate if is_text and rate is not None else 1e-3), name
+    decayed = {id(entry) for group in groups if group["weight_decay"] for entry in group["params"]}
+    assert id(model.text_projection.weight) in decayed and id(model.text_projection.bias) not in decayed
 
 
 @pytest.mark.slow

@@ -37,11 +37,12 @@ class ConversationCollator:
         """
         Args:
             items (`list`):
-                Dictionaries with `messages`, and `volume`: a prepared volume of shape `(depth, height, width)`.
+                Dictionaries with `messages`, and `volume`: a prepared volume of shape `(depth, height, width)`, or all
+                without one, for conversations in words alone.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, and `pixel_values` of
-            shape `(batch_size, 1, depth, height, width)`.
+            `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, and, if there are
+            volumes, `pixel_values` of shape `(batch_size, 1, depth, height, width)`.
 
         Raises:
             ValueError: the whole answer of an item was cut off by `max_length`, so there is nothing to learn from it.
@@ -61,11 +62,12 @@ class ConversationCollator:
                 f"A conversation has no token to learn within {self.max_length} tokens: its question fills them, or its "
                 "answer is empty. Raise `max_text_length`, and check the data with `med3dvlm prepare check`."
             )
+        volumes = {"pixel_values": stack_volumes(items)} if any("volume" in item for item in items) else {}
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "labels": batch["input_ids"].masked_fill(~is_answer, -100),
-            "pixel_values": stack_volumes(items),
+            **volumes,
         }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..prompts import build_messages, format_answer, format_question
+from ..prompts import build_messages, build_text_messages, describe_case, format_answer, format_question
 from .augmentation import Augmentation
 from .text import keep_whole_sentences
 
@@ -101,6 +101,46 @@ class StudyDataset(Dataset):
         if self.augmentation is not None:
             volume = self.augmentation(volume, generator)
         return self.build_item(sample, volume, generator)
+
+
+class TextDataset(Dataset):
+    """
+    The conversations of samples with a text in the place of the volume, for a language model that is to learn to answer
+    before it sees volumes. No volume is read.
+
+    Indices count draws, as those of [`StudyDataset`].
+
+    Args:
+        samples (`datasets.Dataset`):
+            Rows of `SAMPLE_FEATURES`. What they tell of a case together stands for its volume, see
+            [`~train.prompts.describe_case`].
+        seed (`int`, *optional*, defaults to 0):
+            Of the requests for a report.
+    """
+
+    def __init__(self, samples: datasets.Dataset, seed: int = 0):
+        self.samples, self.seed = samples.remove_columns("image"), seed
+        cases: dict[str, list[dict[str, Any]]] = {}
+        for sample in self.samples:
+            cases.setdefault(sample["case"], []).append(sample)
+        self.descriptions = {case: describe_case(members) for case, members in cases.items()}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        """
+        `{"messages": ...}`.
+
+        Raises:
+            IndexError: a negative index.
+        """
+        if draw < 0:
+            raise IndexError(f"Expected an index from 0, got {draw}.")
+        epoch, index = divmod(draw, len(self))
+        sample = self.samples[index]
+        question = format_question(sample, item_generator(self.seed, epoch, index))
+        return {"messages": build_text_messages(self.descriptions[sample["case"]], question, format_answer(sample))}
 
 
 def item_generator(seed: int, epoch: int, index: int) -> torch.Generator:
@@ -191,6 +231,7 @@ __all__ = [
     "PairBuilder",
     "ProcessedVolumes",
     "StudyDataset",
+    "TextDataset",
     "VolumeLoader",
     "item_generator",
     "text_group_id",

@@ -58,7 +58,7 @@ SOLID_MASS_LEAST_HU = 220.0
 # Diameters in mm.
 SIZE_RANGES = {"small": (34.0, 40.0), "large": (52.0, 62.0)}
 # Height of a lesion's centre above or below that of its organ, as a share of the organ's half height.
-PART_RANGE = (0.4, 0.5)
+PART_RANGE = (0.5, 0.62)
 
 # Spacings in mm, and standard deviation of the noise in HU: (lowest, highest) of uniform draws.
 IN_PLANE_SPACING = (2.5, 3.5)

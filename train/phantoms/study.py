@@ -18,6 +18,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
+from ..files import write_atomically
 from .anatomy import (
     FACTORS,
     IN_PLANE_SPACING,
@@ -37,7 +38,7 @@ from .anatomy import (
 SETTINGS_FILE = "phantom.json"
 TRUTH_FILE = "phantoms.jsonl"
 # Counts up when the same settings would give other files.
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 
 LETTERS = ("A", "B", "C", "D")
 # The columns of M3D-VQA's files, in the order of M3D's own writer.
@@ -272,7 +273,7 @@ def claim_destination(destination: Path, settings: dict[str, Any]) -> None:
             "another folder."
         )
     else:
-        write_atomically(path, _as_json(settings))
+        write_atomically(_as_json(settings), path)
 
 
 def draw_findings(count: int, generator: np.random.Generator) -> list[PhantomFindings]:
@@ -448,8 +449,7 @@ def _words(question_type: int, asked: tuple[str, ...]) -> dict[str, str]:
 
 def write_report(findings: PhantomFindings) -> str:
     """
-    The report of a phantom, in fixed words: equal findings have equal reports, and different ones different, except that a
-    report does not state the plane, as most radiologists' reports do not.
+    The report of a phantom, in fixed words: equal findings have equal reports, and different ones different.
 
     Args:
         findings (`PhantomFindings`): What it shows.
@@ -461,10 +461,10 @@ def write_report(findings: PhantomFindings) -> str:
 
     ```python
     >>> write_report(PhantomFindings("axial", "arterial", "liver", "upper", "cyst", "small"))
-    'Arterial phase. Small cyst of the liver, upper part.'
+    'Axial scan, arterial phase. Small cyst of the liver, upper part.'
     ```"""
-    phase = PHASE_TEXTS[findings.phase].capitalize()
-    return f"{phase}. {findings.size.capitalize()} {findings.kind} of the {findings.organ}, {findings.part} part."
+    technique = f"{findings.plane.capitalize()} scan, {PHASE_TEXTS[findings.phase]}."
+    return f"{technique} {findings.size.capitalize()} {findings.kind} of the {findings.organ}, {findings.part} part."
 
 
 def make_case(
@@ -493,8 +493,8 @@ def make_case(
         voxels, affine = scan_patient(
             patient, findings.plane, generator, in_plane_spacing, slice_spacing, noise_hu=noise_hu
         )
-        write_atomically(report, write_report(findings).encode() + b"\n")
-        write_atomically(scan, encode_nifti(voxels, affine))
+        write_atomically(write_report(findings).encode() + b"\n", report)
+        write_atomically(encode_nifti(voxels, affine), scan)
     return {
         "made": made,
         "bytes": scan.stat().st_size,
@@ -542,11 +542,11 @@ def write_lists(
             rows[split].append({"Image Path": scan, "Text": report, **row})
         lesion = {f"lesion_{name}": case[name] for name in ("centre", "diameter", "hu")}
         truth.append({"case": f"phantom/{index + 1:06d}", "split": split, "image": scan, **asdict(of_case), **lesion})
-    write_atomically(destination / "M3D_Cap_npy" / "M3D_Cap.json", _as_json(entries))
+    write_atomically(_as_json(entries), destination / "M3D_Cap_npy" / "M3D_Cap.json")
     for split, name in SPLIT_NAMES.items():
-        write_atomically(destination / "M3D-VQA" / f"M3D_VQA_{name}.csv", _as_csv(closed[split]))
-        write_atomically(destination / "M3D-VQA" / f"M3D_VQA_yn_{name}.csv", _as_csv(yes_no[split]))
-    write_atomically(destination / TRUTH_FILE, "".join(json.dumps(line) + "\n" for line in truth).encode())
+        write_atomically(_as_csv(closed[split]), destination / "M3D-VQA" / f"M3D_VQA_{name}.csv")
+        write_atomically(_as_csv(yes_no[split]), destination / "M3D-VQA" / f"M3D_VQA_yn_{name}.csv")
+    write_atomically("".join(json.dumps(line) + "\n" for line in truth).encode(), destination / TRUTH_FILE)
 
 
 def count_usable_cores() -> int:
@@ -554,21 +554,6 @@ def count_usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that appears only when it is complete, whatever interrupts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _in_parallel(make: Any, findings: Sequence[PhantomFindings], num_workers: int) -> Iterator[tuple[int, Any]]:

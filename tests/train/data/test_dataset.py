@@ -9,6 +9,7 @@ from med3dvlm.train.data.dataset import (
     EpochSampler,
     PairBuilder,
     StudyDataset,
+    TextDataset,
     item_generator,
     text_group_id,
 )
@@ -112,3 +113,24 @@ def test_identical_reports_have_one_group():
     assert groups[0] == groups[3] == groups[6] and len(set(groups)) == 3
     assert text_group_id("a  b\n") == text_group_id("a b") != text_group_id("a c")
     assert all(0 <= group < 2**63 for group in groups)
+
+
+def test_conversations_in_words_tell_what_is_known_of_the_case():
+    rows = list(samples(3))
+    question = {"image": "0", "task": "open_vqa", "question": "Which plane?", "answer": "axial", "question_type": 1}
+    rows.append({**rows[0], **question})
+    dataset = TextDataset(datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES), seed=3)
+    assert len(dataset) == 4
+    told = [dataset[row]["messages"][0]["content"][0]["text"] for row in range(4)]
+    assert told == [
+        "Report 0. Which plane? axial.\n",
+        "Report 1.\n",
+        "Report 2.\n",
+        "Report 0. Which plane? axial.\n",
+    ]
+    asked = [dataset[draw]["messages"][0]["content"][1]["text"] for draw in range(3, 4 * 12, 4)]
+    assert set(asked) == {"Which plane?"} and dataset[3]["messages"][1]["content"] == "axial"
+    requests = [dataset[draw]["messages"][0]["content"][1]["text"] for draw in range(0, 4 * 12, 4)]
+    assert len(set(requests)) > 3  # drawn anew in every epoch
+    with pytest.raises(IndexError, match="index from 0"):
+        dataset[-1]
