@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from med3dvlm.train.evaluation.predictions import build_references, read_predictions
+
+
+def sample(task="open_vqa", **fields):
+    base = {"image": "a.nii.gz", "case": "a", "task": task, "question": "Where?", "choices": [], "answer": "liver"}
+    return {**base, "answer_choice": "", "question_type": 3, **fields}
+
+
+SAMPLES = [
+    sample(),
+    sample("closed_vqa", choices=["liver", "spleen", "lung", "heart"], answer_choice="A"),
+    sample(question="Which?", case="b"),
+    sample("report", question="", question_type=0, answer="A cyst."),
+]
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_references_are_numbered_within_their_task():
+    references = build_references(SAMPLES)
+    assert [reference.id for reference in references] == [
+        "open_vqa/000000",
+        "closed_vqa/000000",
+        "open_vqa/000001",
+        "report/000000",
+    ]
+    closed = references[1]
+    assert closed.question == "Where? Choices: A. liver B. spleen C. lung D. heart"
+    assert (closed.reference, closed.expected, references[3].expected) == ("liver", "A. liver", "A cyst.")
+
+
+def test_unknown_types_of_questions_are_named():
+    with pytest.raises(ValueError, match=r"a: question type 9 is not one of \[1, 2, 3, 4, 5\], for 'Where\?'"):
+        build_references([sample(question_type=9)])
+
+
+def test_predictions_come_in_the_order_of_the_references(tmp_path):
+    references = build_references(SAMPLES)
+    rows = [{"id": entry.id, "prediction": entry.id[-1] + entry.task, "more": 1} for entry in reversed(references)]
+    path = write(tmp_path / "p.jsonl", *rows[:2], "\n", *rows[2:])
+    assert read_predictions(path, references) == ["0open_vqa", "0closed_vqa", "1open_vqa", "0report"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (["{\n"], "line 1: not JSON"),
+        (["[1]\n"], r"line 1: expected .* got \[1\]"),
+        ([{"id": "open_vqa/000000"}], "line 1: expected"),
+        ([{"id": "open_vqa/000000", "prediction": None}], "line 1: expected"),
+        ([{"id": "x", "prediction": ""}] * 2, "line 2: the id 'x' occurs a second time"),
+        (
+            [{"id": "x", "prediction": ""}],
+            r"1 ids are not among the 4 asked: x; 4 of 4 have no prediction: .*, \.\.\.",
+        ),
+        ([], "4 of 4 have no prediction: open_vqa/000000, closed_vqa/000000, open_vqa/000001, ..."),
+    ],
+)
+def test_what_does_not_match_is_named(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_predictions(write(tmp_path / "p.jsonl", *rows), build_references(SAMPLES))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file of predictions"):
+        read_predictions(tmp_path / "none.jsonl", build_references(SAMPLES))

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from med3dvlm.train.evaluation.predictions import Reference
+from med3dvlm.train.evaluation.scores import Score, score_samples, summarise
+
+
+def references(task, *types, answer="liver", letter=""):
+    return [
+        Reference(f"{task}/{row:06d}", f"case{row // 2}", "x.nii.gz", task, question_type, "?", answer, letter)
+        for row, question_type in enumerate(types)
+    ]
+
+
+def test_closed_answers_by_the_strict_and_by_the_original_rule():
+    answers = ["B. liver", "b", "(B) liver", "A. spleen", "A. B. C. D.", "It is B.", "liver", ""]
+    scores = score_samples(references("closed_vqa", *[3] * 8, letter="B"), answers, {})
+    assert scores["accuracy"] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert scores["original_accuracy"] == [1, 0, 0, 0, 1, 1, 0, 0]
+
+
+def test_yes_and_no_are_words_whatever_their_case():
+    answers = ["yes", "Yes.", "No", "Yes it is", ""]
+    assert score_samples(references("yes_no_vqa", *[1] * 5, answer="Yes"), answers, {}) == {
+        "accuracy": [1, 1, 0, 0, 0]
+    }
+
+
+def test_open_answers_and_reports_get_the_text_metrics():
+    metrics = {"length": lambda predictions, texts: [float(len(a) - len(b)) for a, b in zip(predictions, texts)]}
+    scores = score_samples(references("open_vqa", 3, 3), ["Liver.", "a"], metrics)
+    assert scores == {"length": [1, -4], "exact": [1, 0]}
+
+
+def test_means_by_type_over_types_and_over_all():
+    asked = references("closed_vqa", 3, 3, 3, 1, letter="B")
+    lines = summarise(asked, {"accuracy": [1, 1, 0, 0]}, {"accuracy": [1, 0, 0, 0]})
+    values = {line.group: (round(line.value, 4), round(line.blind, 4), line.count) for line in lines}
+    assert values == {
+        "plane": (0, 0, 1),
+        "organ": (0.6667, 0.3333, 3),
+        "mean of types": (0.3333, 0.1667, 4),
+        "all": (0.5, 0.25, 4),
+    }
+    assert [line.group for line in lines] == ["plane", "organ", "mean of types", "all"]
+    assert {line.chance for line in lines} == {0.25}
+    whole = lines[-1]
+    assert whole.low == 0 and whole.high == 1 and math.isnan(lines[2].low)
+
+
+def test_reports_have_no_types_and_no_chance():
+    (line,) = summarise(references("report", 0, 0), {"rouge_1": [0.5, 0.7]})
+    assert line == Score("report", "rouge_1", "all", 0.6, line.low, line.high, 2) and line.low == pytest.approx(0.6)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a prediction for each of at least one reference, got 1 for 2"):
+        score_samples(references("report", 0, 0), ["a"], {})
+    with pytest.raises(ValueError, match="got 0 for 0"):
+        score_samples([], [], {})
+    with pytest.raises(ValueError, match="of one task, got open_vqa, report"):
+        score_samples([*references("report", 0), *references("open_vqa", 1)], ["a", "b"], {})

@@ -1,0 +1,53 @@
+import math
+
+import numpy as np
+import pytest
+
+from med3dvlm.train.evaluation.statistics import bootstrap_interval, describe_answers
+
+
+def test_interval_of_independent_values_is_that_of_the_normal_approximation():
+    values = np.random.default_rng(0).random(400) < 0.3
+    low, high = bootstrap_interval(values.astype(float))
+    mean = values.mean()
+    half = 1.96 * math.sqrt(mean * (1 - mean) / 400)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.01)
+
+
+def test_questions_about_one_case_count_as_one():
+    values = np.repeat(np.random.default_rng(1).random(50) < 0.5, 10).astype(float)
+    cases = np.repeat(np.arange(50), 10).tolist()
+    narrow, wide = bootstrap_interval(values), bootstrap_interval(values, cases)
+    ratio = (wide[1] - wide[0]) / (narrow[1] - narrow[0])
+    assert ratio == pytest.approx(math.sqrt(10), rel=0.15)
+
+
+def test_cases_of_unequal_size_weigh_by_their_questions():
+    low, high = bootstrap_interval([1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"])
+    assert (low, high) == (0.0, 1.0)  # one case drawn twice
+    assert bootstrap_interval([0.25] * 7, list("aabbbcc")) == (0.25, 0.25)
+
+
+def test_the_same_seed_gives_the_same_interval_and_no_values_give_none():
+    values = np.random.default_rng(2).random(30).tolist()
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, level=0.5)[0] > bootstrap_interval(values, level=0.99)[0]
+    assert all(map(math.isnan, bootstrap_interval([])))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="`level` must lie between 0 and 1, got 95"):
+        bootstrap_interval([1.0], level=95)
+    with pytest.raises(ValueError, match="a cluster for each of 2 values, got 1"):
+        bootstrap_interval([1.0, 0.0], ["a"])
+    with pytest.raises(ValueError, match="got none"):
+        describe_answers([])
+
+
+def test_collapse_is_seen():
+    collapsed = describe_answers(["No abnormality is seen here."] * 3 + [""])
+    assert collapsed["distinct_share"] == 0.5 and collapsed["most_common_share"] == 0.75
+    assert collapsed["empty_share"] == 0.25 and collapsed["repetition"] == 0
+    assert collapsed["mean_words"] == 15 / 4
+    # 8 words have 5 runs of 4; "a b a b a b a b" has two different ones.
+    assert describe_answers(["a b a b a b a b", "one two"])["repetition"] == pytest.approx((1 - 2 / 5) / 2)

@@ -1,0 +1,150 @@
+"""
+Questions with their references, and what a system answered: one JSON line for each, matched by id.
+
+Any system can be scored by the harness: `references.jsonl` lists what is asked, and a file with a line
+`{"id": "closed_vqa/000012", "prediction": "B. spleen"}` for each of its entries answers it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.samples import QUESTION_TYPES
+from ..prompts import format_answer, format_question
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    One thing that is asked, and the true answer.
+
+    Args:
+        id (`str`): `task/row`, the row counted from 0 among the samples of the task, in the order of the data.
+        case (`str`): Patient or study.
+        image (`str`): Path of the volume.
+        task (`str`): One of `TASKS`.
+        question_type (`int`): A key of `QUESTION_TYPES`, or 0.
+        question (`str`): As the model is asked, choices included.
+        reference (`str`): The true answer; for a closed question its text, without the letter.
+        answer_choice (`str`): The letter of the right choice of a closed question, else empty.
+    """
+
+    id: str
+    case: str
+    image: str
+    task: str
+    question_type: int
+    question: str
+    reference: str
+    answer_choice: str
+
+    @property
+    def expected(self) -> str:
+        """The whole answer that a model is taught: the letter and the text, for a closed question."""
+        return f"{self.answer_choice}. {self.reference}" if self.answer_choice else self.reference
+
+
+def build_references(samples: Iterable[Mapping[str, Any]]) -> list[Reference]:
+    """
+    References of samples, in their order.
+
+    Args:
+        samples (`Iterable`):
+            Rows of `SAMPLE_FEATURES`.
+
+    Raises:
+        ValueError: a sample has a type of question that is not known.
+    """
+    counts: dict[str, int] = {}
+    references = []
+    for sample in samples:
+        task, question_type = sample["task"], sample["question_type"]
+        if question_type and question_type not in QUESTION_TYPES:
+            raise ValueError(
+                f"{sample['case']}: question type {question_type} is not one of {sorted(QUESTION_TYPES)}, for "
+                f"{sample['question']!r}. Check the data with `med3dvlm prepare check`."
+            )
+        row = counts[task] = counts.get(task, -1) + 1
+        references.append(
+            Reference(
+                id=f"{task}/{row:06d}",
+                case=sample["case"],
+                image=sample["image"],
+                task=task,
+                question_type=question_type,
+                question=format_question(sample),
+                reference=sample["answer"],
+                answer_choice=sample["answer_choice"],
+            )
+        )
+        assert references[-1].expected == format_answer(sample)
+    return references
+
+
+def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
+    """
+    The predictions of a file, in the order of the references.
+
+    Args:
+        path (`Path`):
+            JSON lines with `id` and `prediction`; further keys are ignored.
+        references (`Sequence[Reference]`):
+            What was asked.
+
+    Returns:
+        `list[str]`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not of this form, an id occurs twice, is not among the references, or has no line. The message
+            names the line, or the first few ids and how many there are.
+    """
+    found: dict[str, str] = {}
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "prediction")):
+            raise ValueError(
+                f'{path}, line {number}: expected {{"id": "...", "prediction": "..."}} with two texts, got {str(row)[:80]}.'
+            )
+        if row["id"] in found:
+            raise ValueError(f"{path}, line {number}: the id {row['id']!r} occurs a second time.")
+        found[row["id"]] = row["prediction"]
+    wanted = [reference.id for reference in references]
+    known = set(wanted)
+    unknown = [name for name in found if name not in known]
+    missing = [name for name in wanted if name not in found]
+    problems = []
+    if unknown:
+        problems.append(f"{len(unknown)} ids are not among the {len(wanted)} asked: {_first(unknown)}")
+    if missing:
+        problems.append(f"{len(missing)} of {len(wanted)} have no prediction: {_first(missing)}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}. The ids are those of references.jsonl.")
+    return [found[name] for name in wanted]
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """
+    Lines of a JSONL file with their number from 1; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of predictions.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+
+
+def _first(names: Sequence[str], number: int = 3) -> str:
+    return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
+
+
+__all__ = ["Reference", "build_references", "read_json_lines", "read_predictions"]

@@ -1,0 +1,175 @@
+"""From answers to scores: each sample by itself, then means by type of question with intervals, chance and blind control."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..data.samples import CHOICE_LETTERS, QUESTION_TYPES
+from ..prompts import parse_choice
+from .predictions import Reference
+from .statistics import bootstrap_interval
+
+
+# Of a metric: a score for each pair of a prediction and its reference, in their order.
+SampleScores = dict[str, list[float]]
+# Scores whole lists, as `SampleMetric.score_samples` does, because encoders take batches.
+TextMetric = Callable[[Sequence[str], Sequence[str]], list[float]]
+
+CHANCE = {"closed_vqa": 1 / len(CHOICE_LETTERS), "yes_no_vqa": 0.5}
+# Names of the lines that are no type of question: the mean over types, and over samples.
+MEAN_OF_TYPES, ALL_SAMPLES = "mean of types", "all"
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    One figure.
+
+    Args:
+        task (`str`): One of `TASKS`.
+        metric (`str`): Such as "accuracy" or "meteor".
+        group (`str`): A type of question, "mean of types" or "all".
+        value (`float`): The mean over the samples of the group, in [0, 1]; of "mean of types", over the types.
+        low, high (`float`): Ends of its 95 % interval, cases resampled; those of "mean of types" are not estimated: NaN.
+        count (`int`): Samples it is a mean of.
+        blind (`float`, *optional*): The same with the volume of another case.
+        chance (`float`, *optional*): What guessing gives, where that is defined.
+    """
+
+    task: str
+    metric: str
+    group: str
+    value: float
+    low: float
+    high: float
+    count: int
+    blind: float | None = None
+    chance: float | None = None
+
+
+def score_samples(
+    references: Sequence[Reference], predictions: Sequence[str], text_metrics: Mapping[str, TextMetric]
+) -> SampleScores:
+    """
+    Scores of each sample of one task.
+
+    - Closed questions: `accuracy`, by the letter that the answer begins with, see [`~train.prompts.parse_choice`]; and
+      `original_accuracy`, the rule of the original evaluation, for which the letter and a full stop may stand anywhere
+      in the answer, so that one which names all four choices is right.
+    - Yes/no questions: `accuracy`, the same words whatever the case of letters and the full stop.
+    - Open questions and reports: the text metrics, and `exact`, the same words.
+
+    Args:
+        references (`Sequence[Reference]`):
+            Of one task.
+        predictions (`Sequence[str]`):
+            In the same order.
+        text_metrics (`Mapping`):
+            By name.
+
+    Returns:
+        `dict` from the name of a metric to a score for each sample.
+
+    Raises:
+        ValueError: the numbers differ, there are none, or the references are of several tasks.
+    """
+    if len(references) != len(predictions) or not references:
+        raise ValueError(
+            f"Expected a prediction for each of at least one reference, got {len(predictions)} for {len(references)}."
+        )
+    tasks = {reference.task for reference in references}
+    if len(tasks) > 1:
+        raise ValueError(f"Expected references of one task, got {', '.join(sorted(tasks))}.")
+    pairs = list(zip(references, predictions))
+    if tasks == {"closed_vqa"}:
+        return {
+            "accuracy": [float(parse_choice(text) == entry.answer_choice) for entry, text in pairs],
+            "original_accuracy": [float(f"{entry.answer_choice}." in text) for entry, text in pairs],
+        }
+    same = [float(normalised_words(text) == normalised_words(entry.reference)) for entry, text in pairs]
+    if tasks == {"yes_no_vqa"}:
+        return {"accuracy": same}
+    texts = [reference.reference for reference in references]
+    return {**{name: metric(predictions, texts) for name, metric in text_metrics.items()}, "exact": same}
+
+
+def summarise(
+    references: Sequence[Reference], scores: SampleScores, blind_scores: SampleScores | None = None
+) -> list[Score]:
+    """
+    Means over the samples of each type of question that occurs, over the types, and over all samples.
+
+    Args:
+        references (`Sequence[Reference]`):
+            Of one task.
+        scores (`dict`):
+            Of [`score_samples`].
+        blind_scores (`dict`, *optional*):
+            The same, of answers that were given with the volume of another case.
+
+    Returns:
+        `list[Score]`. The mean over types stands there only if there are types.
+    """
+    places_of: dict[str, list[int]] = {}
+    for place, reference in enumerate(references):
+        places_of.setdefault(QUESTION_TYPES.get(reference.question_type, ""), []).append(place)
+    lines = []
+    for metric, values in scores.items():
+        blind = None if blind_scores is None else blind_scores[metric]
+        of_types = [
+            _score(references, metric, name, places_of[name], values, blind)
+            for name in QUESTION_TYPES.values()
+            if name in places_of
+        ]
+        lines += of_types
+        if of_types:
+            lines.append(_mean_of(of_types))
+        lines.append(_score(references, metric, ALL_SAMPLES, range(len(references)), values, blind))
+    return lines
+
+
+def _score(
+    references: Sequence[Reference],
+    metric: str,
+    group: str,
+    places: Sequence[int],
+    values: Sequence[float],
+    blind: Sequence[float] | None,
+) -> Score:
+    chosen = [values[place] for place in places]
+    low, high = bootstrap_interval(chosen, [references[place].case for place in places])
+    return Score(
+        task=references[0].task,
+        metric=metric,
+        group=group,
+        value=_mean(chosen),
+        low=low,
+        high=high,
+        count=len(places),
+        blind=None if blind is None else _mean([blind[place] for place in places]),
+        chance=CHANCE.get(references[0].task) if metric == "accuracy" else None,
+    )
+
+
+def _mean_of(scores: Sequence[Score]) -> Score:
+    blind = [score.blind for score in scores if score.blind is not None]
+    return replace(
+        scores[0],
+        group=MEAN_OF_TYPES,
+        value=_mean([score.value for score in scores]),
+        low=float("nan"),
+        high=float("nan"),
+        count=sum(score.count for score in scores),
+        blind=_mean(blind) if blind else None,
+    )
+
+
+def normalised_words(text: str) -> list[str]:
+    """Words in small letters, without a full stop at the end."""
+    return text.lower().rstrip(". ").split()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+__all__ = ["ALL_SAMPLES", "MEAN_OF_TYPES", "Score", "normalised_words", "score_samples", "summarise"]

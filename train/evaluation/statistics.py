@@ -1,0 +1,103 @@
+"""Uncertainty of scores, and signs that answers do not depend on the question."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    clusters: Sequence[Any] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """
+    Percentile interval of the mean, by resampling with replacement (Efron 1979).
+
+    Questions about one case share its volume, so their scores are not independent: with `clusters`, whole cases are drawn, and
+    the interval is as wide as the number of cases, not of questions, warrants.
+
+    Args:
+        values (`Sequence[float]`):
+            A score for each sample.
+        clusters (`Sequence`, *optional*):
+            Case of each sample; each sample is its own by default.
+        level (`float`, *optional*, defaults to 0.95):
+            Share of resampled means that lie within.
+        num_resamples (`int`, *optional*, defaults to 2000):
+            How often to draw.
+        seed (`int`, *optional*, defaults to 0):
+            Of the draws.
+
+    Returns:
+        `tuple[float, float]`: the lower and the upper end; NaN for no values.
+
+    Raises:
+        ValueError: `level` is not between 0 and 1, or `clusters` has another length.
+
+    Example:
+
+    ```python
+    >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
+    >>> 0.39 < low < 0.42 and 0.58 < high < 0.61
+    True
+    ```"""
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
+    if clusters is not None and len(clusters) != len(values):
+        raise ValueError(f"Expected a cluster for each of {len(values)} values, got {len(clusters)}.")
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    names: dict[Any, int] = {}
+    places = np.array([names.setdefault(name, len(names)) for name in clusters or range(len(values))])
+    sums = np.bincount(places, weights=np.asarray(values, dtype=float))
+    sizes = np.bincount(places)
+    generator = np.random.default_rng(seed)
+    means = np.empty(num_resamples)
+    for start in range(0, num_resamples, 100):  # in blocks: all draws at once would need gigabytes for large studies
+        drawn = generator.integers(len(sums), size=(min(100, num_resamples - start), len(sums)))
+        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def describe_answers(answers: Sequence[str], order: int = 4) -> dict[str, float]:
+    """
+    Signs of template collapse: a model that gives everybody the same answer can score well on similar references.
+
+    Args:
+        answers (`Sequence[str]`):
+            What a model said.
+        order (`int`, *optional*, defaults to 4):
+            Words in a run, for the repetition.
+
+    Returns:
+        `dict` with `distinct_share`, different answers per answer; `most_common_share`, the share of the most frequent one;
+        `empty_share`; `mean_words`; and `repetition`, the share of runs of `order` words within an answer that it has said
+        before, as the mean over answers.
+
+    Raises:
+        ValueError: there are no answers.
+    """
+    if not answers:
+        raise ValueError("Expected answers to describe, got none.")
+    counts = Counter(" ".join(answer.split()) for answer in answers)
+    words = [answer.split() for answer in answers]
+    return {
+        "distinct_share": len(counts) / len(answers),
+        "most_common_share": counts.most_common(1)[0][1] / len(answers),
+        "empty_share": counts[""] / len(answers),
+        "mean_words": sum(map(len, words)) / len(answers),
+        "repetition": sum(_repetition(entry, order) for entry in words) / len(answers),
+    }
+
+
+def _repetition(words: list[str], order: int) -> float:
+    runs = [tuple(words[start : start + order]) for start in range(len(words) - order + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+__all__ = ["bootstrap_interval", "describe_answers"]
