@@ -34,6 +34,15 @@ LANGUAGE = (
     "model.language_model={model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: true}"
 )
+# What starts from a vision-language model has one.
+NO_LANGUAGE_MODEL = "model.language_model=null"
+# A language model from random weights learns with the projector: nothing comes before.
+PROJECTOR = (
+    LANGUAGE,
+    "model.tokenizer_size=300",
+    "trained=[multi_modal_projector, language_model]",
+    "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}",
+)
 
 
 def recipe_of(stage, manifest, output_dir, *overrides, start_from=None, max_steps=2):
@@ -57,9 +66,7 @@ def contrastive(manifest, tmp_path_factory):
 @pytest.fixture(scope="module")
 def projector(manifest, contrastive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("projector")
-    overrides = (LANGUAGE, "model.tokenizer_size=300", "trained=[multi_modal_projector, language_model]")
-    overrides += ("model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}",)
-    return run_recipe(recipe_of("projector", manifest, folder, *overrides, start_from=contrastive))
+    return run_recipe(recipe_of("projector", manifest, folder, *PROJECTOR, start_from=contrastive))
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +121,7 @@ def test_language_stage_publishes_a_plain_language_model_that_stage_2_leaves_as_
 
 
 def test_paper_stage_2_changes_the_projector_alone(manifest, projector, tmp_path):
-    published = run_recipe(
-        recipe_of("projector", manifest, tmp_path, "trained=[multi_modal_projector]", start_from=projector)
-    )
+    published = run_recipe(recipe_of("projector", manifest, tmp_path, NO_LANGUAGE_MODEL, start_from=projector))
     before, after = tensors(projector), tensors(published)
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"multi_modal_projector"}
@@ -168,9 +173,9 @@ def losses(output_dir):
 
 def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, tmp_path):
     """Prompts, augmentation and order depend on seed, epoch and sample, so the losses are equal to the bit."""
-    whole = recipe_of("projector", manifest, tmp_path / "whole", start_from=projector, max_steps=9)
+    whole = recipe_of("projector", manifest, tmp_path / "whole", NO_LANGUAGE_MODEL, start_from=projector, max_steps=9)
     run_recipe(whole)
-    first = recipe_of("projector", manifest, tmp_path / "parts", start_from=projector, max_steps=9)
+    first = recipe_of("projector", manifest, tmp_path / "parts", NO_LANGUAGE_MODEL, start_from=projector, max_steps=9)
     from med3dvlm.train import stages
 
     real, calls = stages.publish_result, []
@@ -197,11 +202,9 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, 
 
 def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, projector, caplog):
     output_dir = projector.parent
-    overrides = (LANGUAGE, "model.tokenizer_size=300", "trained=[multi_modal_projector, language_model]")
-    overrides += "model.projector={low_level_tokens: [6, 5], high_level_tokens: [2, 3]}"
     start_from = json.loads((output_dir / "summary.json").read_text())["settings"]["model"]["start_from"]
     time_of_result = (projector / "model.safetensors").stat().st_mtime_ns
-    recipe = recipe_of("projector", manifest, output_dir, *overrides, start_from=start_from)
+    recipe = recipe_of("projector", manifest, output_dir, *PROJECTOR, start_from=start_from)
     assert run_recipe(recipe) == projector
     assert (projector / "model.safetensors").stat().st_mtime_ns == time_of_result
     recipe.training["learning_rate"] = 1.0
