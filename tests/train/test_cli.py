@@ -174,7 +174,7 @@ def test_commands_need_no_tool_of_developers():
 def test_demo_trains_asks_and_scores(tmp_path):
     result = run("demo", "--output", tmp_path / "demo", "--cases", 60)
     assert result.exit_code == 0, result.stderr
-    for stage in ("contrastive", "projector", "finetune"):
+    for stage in ("language", "contrastive", "projector", "finetune"):
         assert f"Stage {stage}:" in result.stdout and (tmp_path / "demo" / stage / "curves.png").exists()
     assert "anatomical.nii, a real MRI" in result.stdout and "| closed VQA, mean |" in result.stdout
     assert (tmp_path / "demo" / "model" / "modeling_med3dvlm.py").exists()

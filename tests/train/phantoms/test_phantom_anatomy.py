@@ -11,6 +11,7 @@ from med3dvlm.train.phantoms.anatomy import (
     KINDS,
     ORGAN_HU,
     ORGANS,
+    PART_RANGE,
     PHASES,
     PLANES,
     SIZE_RANGES,
@@ -142,7 +143,7 @@ def test_lesions_lie_within_their_part_of_their_organ(size: str) -> None:
                 assert SIZE_RANGES[size][0] <= lesion.diameter <= SIZE_RANGES[size][1]
                 assert shape.level(*lesion.shape.centre) < 1
                 height = sign * (lesion.shape.centre[2] - shape.centre[2]) / shape.half_axes[2]
-                assert 0.39 < height < 0.51
+                assert PART_RANGE[0] - 0.01 < height < PART_RANGE[1] + 0.01
 
 
 @pytest.mark.parametrize(("plane", "axis"), [("axial", 2), ("sagittal", 0), ("coronal", 1)])

@@ -307,13 +307,3 @@ def test_questions_of_one_case_need_no_plan() -> None:
     assert [row["Answer"] for row in rows[:5]] == answers
     assert all(row["Answer"] in ("Yes", "No") for row in rows[5:]) and len(rows) == 10
     assert rows == make_questions(findings, np.random.default_rng(0))
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(study.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        study.write_atomically(tmp_path / "scan.nii.gz", b"voxels")
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,25 @@
+import json
+import os
+
+import pytest
+
+from med3dvlm.train.files import write_atomically, write_json_atomically
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    write_atomically(b"old", tmp_path / "new" / "scan.nii.gz")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(b"voxels", tmp_path / "new" / "scan.nii.gz")
+    assert [file.read_bytes() for file in (tmp_path / "new").iterdir()] == [b"old"]
+
+
+def test_json_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    for content in ({"a": 1}, {"b": [2.5, None]}):
+        write_json_atomically(content, path)
+        assert json.loads(path.read_text()) == content
+    assert list(tmp_path.iterdir()) == [path]
