@@ -6,9 +6,10 @@ from typing import Any
 import datasets
 import torch
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .data.collate import PREPARED, PairCollator
-from .data.dataset import PairBuilder, VolumeLoader
+from .data.collate import PREPARED, PairCollator, stack_volumes
+from .data.dataset import STAND_IN, PairBuilder, VolumeLoader
 from .prompts import build_messages, format_question
 
 
@@ -37,7 +38,8 @@ def answer_samples(
         max_new_tokens (`int`, *optional*, defaults to 128):
             Longest answer, in tokens.
         batch_size (`int`, *optional*, defaults to 16):
-            Questions at a time.
+            Questions at a time. Those about one volume that are asked together share its encoding, so samples are best given
+            case by case.
         show_progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
 
@@ -50,17 +52,23 @@ def answer_samples(
     answers: list[str] = []
     try:
         for rows in batched(samples, batch_size, show_progress, "answering"):
-            items = [{"volume": volumes.load(row["image"])} for row in rows]
+            images = list(dict.fromkeys(row["image"] for row in rows))
+            pixel_values = stack_volumes([{"volume": volumes.load(image)} for image in images])
+            features = model.get_image_features(pixel_values.to(model.device, model.dtype), return_dict=True)
+            # All questions about a volume share its encoding.
+            places = torch.tensor([images.index(row["image"]) for row in rows], device=features.pooler_output.device)
             inputs = processor.apply_chat_template(
-                [build_messages(item["volume"], format_question(row)) for item, row in zip(items, rows)],
+                [build_messages(STAND_IN, format_question(row)) for row in rows],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={**PREPARED, "padding": True},
-            ).to(model.device, dtype=model.dtype)
+            ).to(model.device)
             generated = model.generate(
-                **inputs,
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output[places])},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=end_token_ids(tokenizer),
