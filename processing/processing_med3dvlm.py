@@ -55,6 +55,19 @@ def count_volumes(volumes: Any) -> int:
     return sum(map(count_volumes, volumes)) if isinstance(volumes, (list, tuple)) else 1
 
 
+def forget_last_call(tokenizer: Any) -> None:
+    """
+    Clears the truncation and padding of the last call, which a tokenizer would else save as its own: whoever reads its file
+    without transformers would cut all texts at the length of the last training batch.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    for name in ("max_length", "truncation_strategy", "stride", "pad_to_multiple_of"):
+        getattr(tokenizer, "init_kwargs", {}).pop(name, None)
+
+
 class Med3DVLMProcessorKwargs(ProcessingKwargs, total=False):
     """Options of [`Med3DVLMProcessor`], those of the image processor included."""
 
@@ -123,6 +136,11 @@ class Med3DVLMProcessor(ProcessorMixin):
         # Set here, because loading drops it: a processor saved without it would load as a bare tokenizer.
         self.auto_map = {"AutoProcessor": "processing_med3dvlm.Med3DVLMProcessor"}
 
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Saves all parts; see [`forget_last_call`] for what is left out of the tokenizer's files."""
+        forget_last_call(self.tokenizer)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """
         Checks that every placeholder has a volume and every volume a placeholder.
@@ -166,4 +184,4 @@ class Med3DVLMProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
 
-__all__ = ["CHAT_TEMPLATE", "Med3DVLMProcessor", "Med3DVLMProcessorKwargs"]
+__all__ = ["CHAT_TEMPLATE", "Med3DVLMProcessor", "Med3DVLMProcessorKwargs", "forget_last_call"]

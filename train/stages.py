@@ -15,11 +15,11 @@ import datasets
 import torch
 import transformers
 from transformers import TrainingArguments, set_seed
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from ..hub_cards.publish import publish, replaced_when_complete
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
-from ..processing.processing_med3dvlm import Med3DVLMProcessor
+from ..processing.processing_med3dvlm import Med3DVLMProcessor, forget_last_call
 from .checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish
 from .curves import save_curves
 from .data.augmentation import AUGMENTATIONS
@@ -348,9 +348,7 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
         )
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
         if recipe.stage == "language":  # a plain model of transformers, for the next stage
-            with replaced_when_complete(published) as folder:
-                shutil.copytree(whole, folder, dirs_exist_ok=True)
-                processor.tokenizer.save_pretrained(folder)
+            publish_language_model(whole, published, processor.tokenizer)
         elif recipe.lora:
             publish_adapter(whole, published, processor, notes=notes, training_data=training_data)
         else:
@@ -365,6 +363,16 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
         shutil.rmtree(whole)
     trainer.accelerator.wait_for_everyone()
     return published
+
+
+def publish_language_model(whole: Path, published: Path, tokenizer: Any) -> None:
+    """Publishes a language model as `AutoModelForCausalLM` and `AutoTokenizer` load it: no code or processor of ours."""
+    forget_last_call(tokenizer)
+    with replaced_when_complete(published) as folder:
+        for file in whole.iterdir():
+            if file.name in (CONFIG_NAME, GENERATION_CONFIG_NAME) or file.name.startswith("model"):
+                shutil.copy2(file, folder)
+        tokenizer.save_pretrained(folder)
 
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:

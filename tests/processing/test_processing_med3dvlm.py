@@ -1,3 +1,5 @@
+import json
+import warnings
 from pathlib import Path
 
 import nibabel
@@ -142,6 +144,19 @@ def test_save_and_load_gives_the_same_inputs(processor, tmp_path):
     messages = [{"role": "user", "content": [image(volume()), text("?")]}]
     ours, theirs = tokenize(processor, messages), tokenize(loaded, messages)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_saved_tokenizer_does_not_keep_the_length_of_the_last_batch(processor, tmp_path):
+    volumes = [volume(0), volume(1)]
+    processor(images=volumes, text=["<image>a"] * 2, padding=True, truncation=True, max_length=SEQUENCE + 4)
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "`max_length` is ignored ..."
+        inputs = loaded(images=volumes, text=["<image>" + "a" * 30, "<image>a"], padding=True, return_tensors="pt")
+    assert inputs["input_ids"].shape == (2, SEQUENCE + 30)
 
 
 def test_dual_encoders_texts_have_no_placeholders(tmp_path):
