@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import write_atomically, write_json_atomically
 from .phantoms.scores import score_answers, score_retrieval
 from .phantoms.study import write_study
 from .recipe import load_recipe
@@ -119,7 +119,7 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
             rows = score_retrieval(model, processor, study, volumes)
         else:
             rows, _ = score_answers(model, processor, study, volumes, num_asked)
-        write_atomically(json.dumps({row["score"]: row["value"] for row in rows}).encode(), path)
+        write_json_atomically({row["score"]: row["value"] for row in rows}, path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

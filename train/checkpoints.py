@@ -68,9 +68,7 @@ class CheckpointGuard(TrainerCallback):
         """
         check_checkpoint_arguments(args)
         if state.is_world_process_zero:
-            output_dir = Path(str(args.output_dir))
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_json_atomically({"marker": MARKER_NAME}, output_dir / GUARDED_NAME)
+            write_json_atomically({"marker": MARKER_NAME}, Path(str(args.output_dir)) / GUARDED_NAME)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if is_distributed():

@@ -577,7 +577,7 @@ def demo(
     """
     with bad_input_is_an_answer():
         require_extra("train", "accelerate", "datasets", "matplotlib", "omegaconf", "peft", "tensorboard")
-        require_extra("eval", "rouge_score", "sacrebleu")
+        require_extra("eval", "evaluate", "rouge_score", "sacrebleu")
         with step("importing"):
             from .demo import run_demo
         hush_progress_bars()

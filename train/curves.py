@@ -45,9 +45,7 @@ def save_curves(log_history: Sequence[dict[str, Any]], destination: str | Path, 
     if not series:
         logger.warning("No curves: nothing was logged. Choose `logging_steps` below the number of steps.")
         return []
-    destination = Path(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    picture, table = destination / "curves.png", destination / "curves.csv"
+    picture, table = (Path(destination) / name for name in ("curves.png", "curves.csv"))
     write_atomically(draw(series, title), picture)
     write_atomically(to_csv(series).encode(), table)
     return [picture, table]

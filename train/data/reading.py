@@ -78,7 +78,6 @@ def leave_out_broken(samples: datasets.Dataset, faults: dict[str, str], listing:
         ValueError: not one volume can be read.
     """
     if not listing.exists():
-        listing.parent.mkdir(parents=True, exist_ok=True)
         rows = [json.dumps({"image": image, "reason": reason}) + "\n" for image, reason in sorted(faults.items())]
         write_atomically("".join(rows).encode(), listing)
     broken = {json.loads(line)["image"] for line in listing.read_text(encoding="utf-8").splitlines()}

@@ -85,10 +85,10 @@ def score_samples(
             "accuracy": [float(parse_choice(text) == entry.answer_choice) for entry, text in pairs],
             "original_accuracy": [float(f"{entry.answer_choice}." in text) for entry, text in pairs],
         }
-    same = [float(normalised_words(text) == normalised_words(entry.reference)) for entry, text in pairs]
+    texts = [reference.reference for reference in references]
+    same = exact_matches(predictions, texts)
     if tasks == {"yes_no_vqa"}:
         return {"accuracy": same}
-    texts = [reference.reference for reference in references]
     return {**{name: metric(predictions, texts) for name, metric in text_metrics.items()}, "exact": same}
 
 
@@ -163,13 +163,19 @@ def _mean_of(scores: Sequence[Score]) -> Score:
     )
 
 
-def normalised_words(text: str) -> list[str]:
-    """Words in small letters, without a full stop at the end."""
-    return text.lower().rstrip(". ").split()
+def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1 for each prediction that [`has_same_words`] as its reference, else 0."""
+    return [float(has_same_words(text, reference)) for text, reference in zip(predictions, references)]
+
+
+def has_same_words(text: str, other: str) -> bool:
+    """Whether two texts have the same words, whatever the case of letters and the full stop at the end."""
+    one, two = (entry.lower().rstrip(". ").split() for entry in (text, other))
+    return one == two
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-__all__ = ["ALL_SAMPLES", "MEAN_OF_TYPES", "Score", "normalised_words", "score_samples", "summarise"]
+__all__ = ["ALL_SAMPLES", "MEAN_OF_TYPES", "Score", "exact_matches", "has_same_words", "score_samples", "summarise"]

@@ -14,7 +14,7 @@ Example:
 ```"""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -196,10 +196,4 @@ def check_nltk_data() -> None:
                 raise FileNotFoundError(f"{NLTK_HINT} Not found: {resource}.") from error
 
 
-# The paper's columns, in its order.
-TEXT_METRICS: dict[str, Callable[[], SampleMetric]] = {
-    metric.name: metric for metric in (Bleu1, Rouge1, Meteor, BertScore)
-}
-
-
-__all__ = ["TEXT_METRICS", "BertScore", "Bleu1", "Meteor", "Rouge1", "SampleMetric", "check_nltk_data"]
+__all__ = ["BertScore", "Bleu1", "Meteor", "Rouge1", "SampleMetric", "check_nltk_data"]

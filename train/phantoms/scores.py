@@ -11,6 +11,7 @@ from ..answering import answer_samples, embed_samples
 from ..data.dataset import VolumeLoader, text_group_id
 from ..data.m3d import read_m3d_cap, read_m3d_vqa
 from ..data.samples import CHOICE_LETTERS, QUESTION_TYPES
+from ..evaluation.scores import exact_matches, has_same_words
 from ..prompts import format_answer
 from ..scoring import chance_recall, closed_accuracy, retrieval_recall, with_volume_of_another_case
 
@@ -138,7 +139,7 @@ def accuracy_by_type(samples: datasets.Dataset, answers: list[str]) -> dict[str,
     hits: dict[str, list[bool]] = {}
     for sample, answer in zip(samples, answers, strict=True):
         name = QUESTION_TYPES[sample["question_type"]]
-        hits.setdefault(name, []).append(_words(answer) == _words(sample["answer"]))
+        hits.setdefault(name, []).append(has_same_words(answer, sample["answer"]))
     scores = {name: sum(values) / len(values) for name, values in sorted(hits.items())}
     return {**scores, "mean": sum(scores.values()) / len(scores)}
 
@@ -147,31 +148,23 @@ def report_rows(samples: datasets.Dataset, answers: list[str], blind: list[str])
     """
     BLEU-1 and ROUGE-1 of the reports, and the share that is right in every word. Chance is the true report of another case.
     """
+    from ..evaluation.text_metrics import Bleu1, Rouge1  # here, because the extra `eval` is not needed for the rest
+
     references = list(samples["answer"])
     half = len(references) // 2
     others = references[half:] + references[:half]
     rows = []
-    for name, score in {"BLEU-1": bleu_1, "ROUGE-1": rouge_1, "every word right": _is_same}.items():
+    metrics = {
+        "BLEU-1": Bleu1().score_samples,
+        "ROUGE-1": Rouge1().score_samples,
+        "every word right": exact_matches,
+    }
+    for name, metric in metrics.items():
         value, blind_value, chance = (
-            sum(map(score, texts, references)) / len(references) for texts in (answers, blind, others)
+            sum(metric(texts, references)) / len(references) for texts in (answers, blind, others)
         )
         rows.append({"score": f"report, {name}", "value": value, "blind": blind_value, "chance": chance})
     return rows
-
-
-def bleu_1(prediction: str, reference: str) -> float:
-    """BLEU of order 1 in [0, 1]: 13a tokens, no smoothing, with the brevity penalty (sacrebleu)."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU(max_ngram_order=1, smooth_method="none", effective_order=False, tokenize="13a")
-    return metric.corpus_score([prediction], [[reference]]).score / 100
-
-
-def rouge_1(prediction: str, reference: str) -> float:
-    """F-measure of ROUGE-1 in [0, 1], without stemming (rouge_score)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1"]).score(reference, prediction)["rouge1"].fmeasure
 
 
 def format_table(rows: list[Row]) -> str:
@@ -188,21 +181,11 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _words(text: str) -> list[str]:
-    return text.lower().rstrip(". ").split()
-
-
-def _is_same(prediction: str, reference: str) -> float:
-    return float(_words(prediction) == _words(reference))
-
-
 __all__ = [
     "accuracy_by_type",
-    "bleu_1",
     "first_cases",
     "format_table",
     "report_rows",
-    "rouge_1",
     "score_answers",
     "score_retrieval",
 ]
