@@ -52,8 +52,8 @@ CYST_HU = 0.0
 CALCIFICATION_HU = 900.0
 FAT_LESION_HU = -150.0
 # A solid mass is brighter than its organ in each phase, and never darker than this.
-SOLID_MASS_EXCESS_HU = 150.0
-SOLID_MASS_LEAST_HU = 220.0
+SOLID_MASS_EXCESS_HU = 100.0
+SOLID_MASS_LEAST_HU = 180.0
 
 # Diameters in mm.
 SIZE_RANGES = {"small": (34.0, 40.0), "large": (52.0, 62.0)}

@@ -38,7 +38,7 @@ from .anatomy import (
 SETTINGS_FILE = "phantom.json"
 TRUTH_FILE = "phantoms.jsonl"
 # Counts up when the same settings would give other files.
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 
 LETTERS = ("A", "B", "C", "D")
 # The columns of M3D-VQA's files, in the order of M3D's own writer.
