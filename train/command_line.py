@@ -1,0 +1,176 @@
+"""What the commands of `med3dvlm` share: options, errors as one clear line, progress, and starting processes."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Folder of a published model, or a Hub repository `org/name`.", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+# How the options of Python functions, which messages name, are called here.
+OPTIONS_HERE = {
+    "`volume_index`": "--volume-index",
+    "`overwrite=True`": "--overwrite",
+    "pass `license`": "pass --license",
+    "`image_size`": "--image-size",
+    "`num_workers`": "--workers",
+    "`volumes`": "--volumes",
+}
+
+
+@contextmanager
+def bad_input_is_an_answer() -> Iterator[None]:
+    """Turns the errors that tell a user what to do into a line on stderr and exit code 2. Others are faults of ours."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        message = str(error)
+        for there, here in OPTIONS_HERE.items():
+            message = message.replace(there, here)
+        typer.echo(f"med3dvlm: {message}", err=True)
+        raise typer.Exit(code=2) from error
+
+
+def hush_progress_bars() -> None:
+    """Leaves out the progress bars of libraries where no one watches: in files and pipes they are noise."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        if importlib.util.find_spec("datasets") is not None:
+            from datasets.utils.logging import disable_progress_bar as disable_progress_bar_of_datasets
+
+            disable_progress_bar_of_datasets()
+
+
+@contextmanager
+def step(message: str) -> Iterator[None]:
+    """Says on stderr what is being done, and how long it took."""
+    typer.echo(f"{message} ...", err=True)
+    start = time.perf_counter()
+    yield
+    typer.echo(f"{message}: done in {time.perf_counter() - start:.1f} s", err=True)
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """
+    Raises:
+        ImportError: a package of an optional set is not installed; the message says how to install it.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f'This needs {", ".join(missing)}: pip install "med3dvlm[{extra}]", or pip install ".[{extra}]" from a clone.'
+        )
+
+
+def check_model_name(model: str) -> str:
+    """
+    Raises:
+        FileNotFoundError: `model` can only be a folder, and there is none of that name, or no model in it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{model}: expected a published model, the folder has no config.json.")
+        return str(path)
+    is_repository = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists()
+    if not is_repository:
+        raise FileNotFoundError(
+            f"{model}: expected a folder with a published model or a Hub repository `org/name`; there is no such folder."
+        )
+    return model
+
+
+def check_answers_questions(model: str) -> None:
+    """
+    Raises:
+        ValueError: the model is of another kind than those that answer.
+    """
+    from transformers import AutoConfig
+
+    if (Path(model) / "adapter_config.json").exists():
+        return  # its base model answers
+    model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type != "med3dvlm":
+        raise ValueError(
+            f"{model}: expected a vision-language model (model_type 'med3dvlm'), got {model_type!r}, which answers no "
+            "questions."
+        )
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device}: it cannot be used here ({error}). Try cpu.") from error
+
+
+def is_to_be_launched(processes: int | None, use_cpu: bool = False, needs_launcher: bool = False) -> bool:
+    """Whether processes are needed that are not there yet: more than one, or the surroundings that DeepSpeed expects."""
+    if "RANK" in os.environ:
+        if processes is not None:
+            raise ValueError(
+                "--processes has no place under torchrun or accelerate, which start the processes themselves."
+            )
+        return False
+    import torch
+
+    count = processes or max(1, 0 if use_cpu else torch.cuda.device_count())
+    return count > 1 or needs_launcher
+
+
+def launch(processes: int | None, command: list[str]) -> int:
+    """Runs a command of ours in several processes of this machine by torchrun, and returns its exit code."""
+    import torch
+
+    count = processes or max(1, torch.cuda.device_count())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    process = subprocess.Popen([*torchrun, "-m", "med3dvlm.train.cli", *command])
+    previous = {
+        number: signal.signal(number, lambda received, frame: process.send_signal(received))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+__all__ = [
+    "OPTIONS_HERE",
+    "JsonOption",
+    "ModelOption",
+    "bad_input_is_an_answer",
+    "check_answers_questions",
+    "check_device",
+    "check_model_name",
+    "hush_progress_bars",
+    "is_to_be_launched",
+    "launch",
+    "require_extra",
+    "step",
+]
