@@ -1,19 +1,39 @@
 """Answers and embeddings of a model for many samples, in batches."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME
 from .data.collate import PREPARED, PairCollator, stack_volumes
 from .data.dataset import STAND_IN, PairBuilder, VolumeLoader
 from .prompts import build_messages, format_question
 
 
-@torch.inference_mode()
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    What a model said.
+
+    Args:
+        text (`str`): The answer, without special tokens and white space at its ends.
+        confidence (`float`): Geometric mean of the probabilities of its tokens, the end included; in [0, 1].
+    """
+
+    text: str
+    confidence: float
+
+
 def answer_samples(
     model: Any,
     processor: Any,
@@ -24,61 +44,219 @@ def answer_samples(
     show_progress: bool = False,
 ) -> list[str]:
     """
-    Asks the model what each sample asks, and returns what it says, decoded greedily.
+    Asks the model what each sample asks, and returns what it says, in the order of the samples: see [`iterate_answers`].
+    """
+    batches = iterate_answers(model, processor, samples, volumes, max_new_tokens, batch_size, show_progress)
+    return [answer.text for _, answers in batches for answer in answers]
+
+
+def iterate_answers(
+    model: Any,
+    processor: Any,
+    samples: datasets.Dataset | Sequence[Row],
+    volumes: VolumeLoader,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    show_progress: bool = False,
+) -> Iterator[tuple[list[Row], list[Answer]]]:
+    """
+    Asks the model what each sample asks, decoded greedily, batch by batch.
+
+    Questions about one volume that follow each other come in one batch and share its encoding, so samples are best given case
+    by case. The volumes of the next batch are loaded while the model is busy with one.
 
     Args:
         model ([`Med3DVLMForConditionalGeneration`] or a `peft.PeftModel` of one):
             Asked in evaluation mode; its mode is restored.
         processor ([`Med3DVLMProcessor`]):
             The model's processor.
-        samples (`datasets.Dataset`):
+        samples (`datasets.Dataset` or `Sequence`):
             Rows of `SAMPLE_FEATURES`.
         volumes ([`VolumeLoader`]):
             Loads the volumes.
         max_new_tokens (`int`, *optional*, defaults to 128):
             Longest answer, in tokens.
         batch_size (`int`, *optional*, defaults to 16):
-            Questions at a time. Those about one volume that are asked together share its encoding, so samples are best given
-            case by case.
+            Most questions at a time.
         show_progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
 
-    Returns:
-        `list[str]`, an answer for each sample.
+    Yields:
+        The rows of a batch, and their answers.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"Expected a batch of at least 1 question, got {batch_size}.")
     was_training = model.training
     model.eval()
-    tokenizer = processor.tokenizer
-    answers: list[str] = []
+
+    def load(rows: list[Row]) -> dict[str, torch.Tensor]:
+        return {image: volumes.load(image) for image in dict.fromkeys(row["image"] for row in rows)}
+
+    batches = batch_by_volume(samples, batch_size)
     try:
-        for rows in batched(samples, batch_size, show_progress, "answering"):
-            images = list(dict.fromkeys(row["image"] for row in rows))
-            pixel_values = stack_volumes([{"volume": volumes.load(image)} for image in images])
-            features = model.get_image_features(pixel_values.to(model.device, model.dtype), return_dict=True)
-            # All questions about a volume share its encoding.
-            places = torch.tensor([images.index(row["image"]) for row in rows], device=features.pooler_output.device)
-            inputs = processor.apply_chat_template(
-                [build_messages(STAND_IN, format_question(row)) for row in rows],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={**PREPARED, "padding": True},
-            ).to(model.device)
-            generated = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output[places])},
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=end_token_ids(tokenizer),
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            )
-            new_tokens = generated[:, inputs["input_ids"].shape[1] :]
-            answers += [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+        with (
+            ThreadPoolExecutor(1) as pool,
+            tqdm(total=len(samples), desc="answering", disable=not show_progress) as bar,
+        ):
+            rows = next(batches, None)
+            loading = None if rows is None else pool.submit(load, rows)
+            while rows is not None and loading is not None:
+                loaded, answered = loading.result(), rows
+                rows = next(batches, None)
+                loading = None if rows is None else pool.submit(load, rows)
+                yield answered, answer_batch(model, processor, answered, loaded, max_new_tokens)
+                bar.update(len(answered))
     finally:
         model.train(was_training)
-    return answers
+
+
+def batch_by_volume(samples: datasets.Dataset | Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+    """
+    Rows in lists of at most `batch_size`. Rows of one volume that follow each other are parted only if they are more than that.
+    """
+    batch: list[Row] = []
+    group: list[Row] = []
+    for row in iterate_rows(samples):
+        if group and (row["image"] != group[0]["image"] or len(group) == batch_size):
+            if len(batch) + len(group) > batch_size:
+                yield batch
+                batch = []
+            batch, group = batch + group, []
+        group.append(row)
+    if batch and len(batch) + len(group) > batch_size:
+        yield batch
+        batch = []
+    if batch or group:
+        yield batch + group
+
+
+def iterate_rows(samples: datasets.Dataset | Sequence[Row]) -> Iterator[Row]:
+    """The rows, each as a `dict`."""
+    return (samples[index] for index in range(len(samples)))
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: Any, processor: Any, rows: Sequence[Row], volumes: dict[str, torch.Tensor], max_new_tokens: int
+) -> list[Answer]:
+    """
+    Answers to rows, decoded greedily together.
+
+    A volume goes through the encoder, the projector and the language model once, however many rows ask about it: what comes
+    before the questions, the volume's tokens above all, is their common prefix, whose keys and values are copied. Shorter
+    questions are padded between prefix and question, where the attention mask hides the padding and positions do not count
+    it, so an answer is that of its question alone.
+
+    Args:
+        model, processor:
+            As for [`iterate_answers`].
+        rows (`Sequence[dict]`):
+            Of `SAMPLE_FEATURES`.
+        volumes (`dict[str, torch.Tensor]`):
+            The volume of shape `(depth, height, width)` for each path in `image`.
+        max_new_tokens (`int`):
+            Longest answer, in tokens.
+
+    Returns:
+        `list[Answer]`, one for each row.
+    """
+    tokenizer, device = processor.tokenizer, model.device
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    input_ids: list[list[int]] = processor.apply_chat_template(
+        [build_messages(STAND_IN, format_question(row)) for row in rows],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={**PREPARED},
+    )["input_ids"]
+    lengths = [prefix_length(ids, processor.image_token_id) for ids in input_ids]
+    keys = [(row["image"], tuple(ids[:length])) for row, ids, length in zip(rows, input_ids, lengths)]
+    prefixes = list(dict.fromkeys(keys))
+    owners = torch.tensor([prefixes.index(key) for key in keys], device=device)
+
+    images = list(volumes)
+    pixel_values = stack_volumes([{"volume": volumes[image]} for image in images]).to(device, model.dtype)
+    image_tokens = model.get_image_features(pixel_values, return_dict=True).pooler_output
+    image_tokens = image_tokens[
+        torch.tensor([images.index(image) for image, _ in prefixes], device=image_tokens.device)
+    ]
+    prefix_ids, prefix_mask = pad_left([list(ids) for _, ids in prefixes], pad_token_id, device)
+    outputs = model(
+        input_ids=prefix_ids,
+        attention_mask=prefix_mask,
+        position_ids=(prefix_mask.cumsum(1) - 1).clamp(min=0),
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=image_tokens)},
+        use_cache=True,
+        logits_to_keep=1,
+        return_dict=True,
+    )
+    cache = getattr(outputs, CACHE_NAME)
+    cache.batch_select_indices(owners)
+
+    question_ids, question_mask = pad_left(
+        [ids[length:] for ids, length in zip(input_ids, lengths)], pad_token_id, device
+    )
+    recorder = ConfidenceRecorder()
+    end_ids = end_token_ids(tokenizer)
+    generated = model.generate(
+        input_ids=torch.cat([prefix_ids[owners], question_ids], dim=1),
+        attention_mask=torch.cat([prefix_mask[owners], question_mask], dim=1),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end_ids,
+        pad_token_id=pad_token_id,
+        logits_processor=LogitsProcessorList([recorder]),
+        **{CACHE_NAME: cache},
+    )
+    new_tokens = generated[:, prefix_ids.shape[1] + question_ids.shape[1] :]
+    texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return [Answer(text.strip(), value) for text, value in zip(texts, recorder.confidences(new_tokens, end_ids))]
+
+
+class ConfidenceRecorder(LogitsProcessor):
+    """Notes the probability of the most probable token at each step, and changes nothing. The last of the processors."""
+
+    def __init__(self) -> None:
+        self.log_probabilities: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Takes and returns scores of shape `(batch_size, vocab_size)`."""
+        self.log_probabilities.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+    def confidences(self, new_tokens: torch.Tensor, end_ids: Sequence[int]) -> list[float]:
+        """
+        Geometric means of the probabilities up to the first end.
+
+        Args:
+            new_tokens (`torch.Tensor` of shape `(batch_size, num_steps)`):
+                What was generated.
+            end_ids (`Sequence[int]`):
+                Tokens that end an answer.
+
+        Returns:
+            `list[float]`, one for each answer.
+        """
+        values = torch.stack(self.log_probabilities, dim=1)
+        is_end = torch.isin(new_tokens, torch.tensor(end_ids, device=new_tokens.device)).long()
+        counts = is_end.cumsum(1) - is_end == 0  # all tokens with no end before them
+        return ((values * counts).sum(1) / counts.sum(1)).exp().tolist()
+
+
+def prefix_length(input_ids: Sequence[int], image_token_id: int) -> int:
+    """Number of tokens up to the last placeholder of a volume."""
+    return len(input_ids) - list(reversed(input_ids)).index(image_token_id)
+
+
+def pad_left(sequences: list[list[int]], pad_token_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both of shape `(num_sequences, longest)`."""
+    longest = max(map(len, sequences))
+    ids = [[pad_token_id] * (longest - len(sequence)) + sequence for sequence in sequences]
+    mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def end_token_ids(tokenizer: Any) -> list[int]:
@@ -149,4 +327,4 @@ def batched(
         yield [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
 
 
-__all__ = ["answer_samples", "batched", "embed_samples", "end_token_ids"]
+__all__ = ["Answer", "answer_batch", "answer_samples", "embed_samples", "end_token_ids", "iterate_answers"]
