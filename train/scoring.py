@@ -58,22 +58,37 @@ def retrieval_recall(
     starts = range(0, len(queries) - size + 1, size)
     for start in starts:
         block = slice(start, start + size)
-        similarities = queries[block].float() @ gallery[block].float().T
-        same = group_ids[block, None] == group_ids[None, block]
-        own = similarities.diagonal().unsqueeze(1)
-        best = similarities.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
-        for rank in ranks:
-            # Places left for the own entry among those that tie with it, after all that are nearer.
-            places = rank - (similarities > own).sum(dim=1)
-            plain = (places / (similarities == own).sum(dim=1)).clamp(0, 1)
-            # An identical report is as good as the own one, so only others stand in its way.
-            before = (~same & (similarities > best)).sum(dim=1)
-            ties = (~same & (similarities == best)).sum(dim=1)
-            matching = ((rank - before) / (ties + 1)).clamp(0, 1)
-            for name, hits in {"plain_recall": plain, "recall": matching}.items():
-                key = f"{name}_at_{rank}"
-                sums[key] = sums.get(key, 0.0) + float(hits.mean())
+        for key, hits in retrieval_hits(queries[block], gallery[block], group_ids[block], ranks).items():
+            sums[key] = sums.get(key, 0.0) + float(hits.mean())
     return {key: value / len(starts) for key, value in sums.items()}
+
+
+def retrieval_hits(
+    queries: torch.Tensor, gallery: torch.Tensor, group_ids: torch.Tensor, ranks: Sequence[int] = RECALL_RANKS
+) -> dict[str, torch.Tensor]:
+    """
+    Whether the match of each query is among the `k` nearest of one gallery; where it ties with others, the chance that it is.
+
+    Args:
+        queries, gallery, group_ids (`torch.Tensor`), ranks (`Sequence[int]`):
+            As for [`retrieval_recall`].
+
+    Returns:
+        `dict` from `recall_at_k` and `plain_recall_at_k` to a `torch.Tensor` of shape `(num_pairs,)`, in [0, 1].
+    """
+    similarities = queries.float() @ gallery.float().T
+    same = group_ids[:, None] == group_ids[None]
+    own = similarities.diagonal().unsqueeze(1)
+    best = similarities.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+    nearer, ties = (similarities > own).sum(dim=1), (similarities == own).sum(dim=1)
+    # An identical report is as good as the own one, so only others stand in its way.
+    before = (~same & (similarities > best)).sum(dim=1)
+    ties_of_others = (~same & (similarities == best)).sum(dim=1)
+    hits = {}
+    for rank in ranks:
+        hits[f"plain_recall_at_{rank}"] = ((rank - nearer) / ties).clamp(0, 1)
+        hits[f"recall_at_{rank}"] = ((rank - before) / (ties_of_others + 1)).clamp(0, 1)
+    return hits
 
 
 def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> float:
@@ -136,6 +151,7 @@ __all__ = [
     "RECALL_RANKS",
     "chance_recall",
     "closed_accuracy",
+    "retrieval_hits",
     "retrieval_recall",
     "with_volume_of_another_case",
 ]

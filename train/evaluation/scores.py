@@ -1,7 +1,7 @@
 """From answers to scores: each sample by itself, then means by type of question with intervals, chance and blind control."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..data.samples import CHOICE_LETTERS, QUESTION_TYPES
 from ..prompts import parse_choice
@@ -29,10 +29,10 @@ class Score:
         metric (`str`): Such as "accuracy" or "meteor".
         group (`str`): A type of question, "mean of types" or "all".
         value (`float`): The mean over the samples of the group, in [0, 1]; of "mean of types", over the types.
-        low, high (`float`): Ends of its 95 % interval, cases resampled; those of "mean of types" are not estimated: NaN.
+        low, high (`float`): Ends of its 95 % interval, cases resampled; NaN where none is estimated.
         count (`int`): Samples it is a mean of.
         blind (`float`, *optional*): The same with the volume of another case.
-        chance (`float`, *optional*): What guessing gives, where that is defined.
+        chance (`float`, *optional*): What guessing gives: among the choices, or for texts the true answer of another case.
     """
 
     task: str
@@ -93,7 +93,10 @@ def score_samples(
 
 
 def summarise(
-    references: Sequence[Reference], scores: SampleScores, blind_scores: SampleScores | None = None
+    references: Sequence[Reference],
+    scores: SampleScores,
+    blind_scores: SampleScores | None = None,
+    chance_scores: SampleScores | None = None,
 ) -> list[Score]:
     """
     Means over the samples of each type of question that occurs, over the types, and over all samples.
@@ -105,62 +108,62 @@ def summarise(
             Of [`score_samples`].
         blind_scores (`dict`, *optional*):
             The same, of answers that were given with the volume of another case.
+        chance_scores (`dict`, *optional*):
+            The same, of [`answers_of_another_case`]. Chance of an accuracy is one in the number of choices instead.
 
     Returns:
         `list[Score]`. The mean over types stands there only if there are types.
     """
-    places_of: dict[str, list[int]] = {}
-    for place, reference in enumerate(references):
-        places_of.setdefault(QUESTION_TYPES.get(reference.question_type, ""), []).append(place)
+    task = references[0].task
+    types = [QUESTION_TYPES.get(reference.question_type, "") for reference in references]
+    names = [name for name in QUESTION_TYPES.values() if name in types]
+    places_of = {name: [place for place, other in enumerate(types) if other == name] for name in names}
+    typed = [place for name in names for place in places_of[name]]
+    groups = {**places_of, **({MEAN_OF_TYPES: typed} if typed else {}), ALL_SAMPLES: list(range(len(references)))}
+
+    def mean(values: Sequence[float], group: str) -> float:
+        if group == MEAN_OF_TYPES:
+            return _mean([_mean([values[place] for place in places_of[name]]) for name in names])
+        return _mean([values[place] for place in groups[group]])
+
     lines = []
     for metric, values in scores.items():
-        blind = None if blind_scores is None else blind_scores[metric]
-        of_types = [
-            _score(references, metric, name, places_of[name], values, blind)
-            for name in QUESTION_TYPES.values()
-            if name in places_of
-        ]
-        lines += of_types
-        if of_types:
-            lines.append(_mean_of(of_types))
-        lines.append(_score(references, metric, ALL_SAMPLES, range(len(references)), values, blind))
+        guessed = None if chance_scores is None or task in CHANCE else chance_scores.get(metric)
+        for group, places in groups.items():
+            low, high = bootstrap_interval(
+                [values[place] for place in places],
+                [references[place].case for place in places],
+                [types[place] for place in places] if group == MEAN_OF_TYPES else None,
+            )
+            lines.append(
+                Score(
+                    task=task,
+                    metric=metric,
+                    group=group,
+                    value=mean(values, group),
+                    low=low,
+                    high=high,
+                    count=len(places),
+                    blind=None if blind_scores is None else mean(blind_scores[metric], group),
+                    chance=mean(guessed, group) if guessed else CHANCE.get(task) if metric == "accuracy" else None,
+                )
+            )
     return lines
 
 
-def _score(
-    references: Sequence[Reference],
-    metric: str,
-    group: str,
-    places: Sequence[int],
-    values: Sequence[float],
-    blind: Sequence[float] | None,
-) -> Score:
-    chosen = [values[place] for place in places]
-    low, high = bootstrap_interval(chosen, [references[place].case for place in places])
-    return Score(
-        task=references[0].task,
-        metric=metric,
-        group=group,
-        value=_mean(chosen),
-        low=low,
-        high=high,
-        count=len(places),
-        blind=None if blind is None else _mean([blind[place] for place in places]),
-        chance=CHANCE.get(references[0].task) if metric == "accuracy" else None,
-    )
-
-
-def _mean_of(scores: Sequence[Score]) -> Score:
-    blind = [score.blind for score in scores if score.blind is not None]
-    return replace(
-        scores[0],
-        group=MEAN_OF_TYPES,
-        value=_mean([score.value for score in scores]),
-        low=float("nan"),
-        high=float("nan"),
-        count=sum(score.count for score in scores),
-        blind=_mean(blind) if blind else None,
-    )
+def answers_of_another_case(references: Sequence[Reference]) -> list[str]:
+    """
+    For each reference the true answer of another one of the same type of question, half-way round the list: what a system says
+    that knows the answers and has seen no volume.
+    """
+    places_of: dict[int, list[int]] = {}
+    for place, reference in enumerate(references):
+        places_of.setdefault(reference.question_type, []).append(place)
+    answers = [""] * len(references)
+    for places in places_of.values():
+        for turn, place in enumerate(places):
+            answers[place] = references[places[(turn + len(places) // 2) % len(places)]].expected
+    return answers
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -178,4 +181,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-__all__ = ["ALL_SAMPLES", "MEAN_OF_TYPES", "Score", "exact_matches", "has_same_words", "score_samples", "summarise"]
+__all__ = [
+    "ALL_SAMPLES",
+    "MEAN_OF_TYPES",
+    "SampleScores",
+    "Score",
+    "TextMetric",
+    "answers_of_another_case",
+    "exact_matches",
+    "has_same_words",
+    "score_samples",
+    "summarise",
+]

@@ -1,7 +1,7 @@
 """Uncertainty of scores, and signs that answers do not depend on the question."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 def bootstrap_interval(
     values: Sequence[float],
     clusters: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
     level: float = 0.95,
     num_resamples: int = 2000,
     seed: int = 0,
@@ -25,6 +26,8 @@ def bootstrap_interval(
             A score for each sample.
         clusters (`Sequence`, *optional*):
             Case of each sample; each sample is its own by default.
+        groups (`Sequence`, *optional*):
+            Type of each sample: the interval is then that of the mean over types of their means.
         level (`float`, *optional*, defaults to 0.95):
             Share of resampled means that lie within.
         num_resamples (`int`, *optional*, defaults to 2000):
@@ -36,7 +39,7 @@ def bootstrap_interval(
         `tuple[float, float]`: the lower and the upper end; NaN for no values.
 
     Raises:
-        ValueError: `level` is not between 0 and 1, or `clusters` has another length.
+        ValueError: `level` is not between 0 and 1, or `clusters` or `groups` has another length.
 
     Example:
 
@@ -47,21 +50,32 @@ def bootstrap_interval(
     ```"""
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
-    if clusters is not None and len(clusters) != len(values):
-        raise ValueError(f"Expected a cluster for each of {len(values)} values, got {len(clusters)}.")
+    for name, labels in {"cluster": clusters, "group": groups}.items():
+        if labels is not None and len(labels) != len(values):
+            raise ValueError(f"Expected a {name} for each of {len(values)} values, got {len(labels)}.")
     if len(values) == 0:
         return float("nan"), float("nan")
-    names: dict[Any, int] = {}
-    places = np.array([names.setdefault(name, len(names)) for name in clusters or range(len(values))])
-    sums = np.bincount(places, weights=np.asarray(values, dtype=float))
-    sizes = np.bincount(places)
+    rows = _numbered(range(len(values)) if clusters is None else clusters)
+    columns = _numbered([0] * len(values) if groups is None else groups)
+    # Of each cluster (row) and group (column): the sum and the number of its values.
+    sums = np.zeros((rows.max() + 1, columns.max() + 1))
+    sizes = np.zeros_like(sums)
+    np.add.at(sums, (rows, columns), np.asarray(values, dtype=float))
+    np.add.at(sizes, (rows, columns), 1.0)
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, 100):  # in blocks: all draws at once would need gigabytes for large studies
         drawn = generator.integers(len(sums), size=(min(100, num_resamples - start), len(sums)))
-        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+        with np.errstate(invalid="ignore"):  # a group that a draw has no sample of has no mean there
+            means[start : start + len(drawn)] = np.nanmean(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _numbered(labels: Iterable[Any]) -> np.ndarray:
+    """Numbers from 0 for labels, equal ones the same, in the order they occur."""
+    names: dict[Any, int] = {}
+    return np.array([names.setdefault(label, len(names)) for label in labels])
 
 
 def describe_answers(answers: Sequence[str], order: int = 4) -> dict[str, float]:

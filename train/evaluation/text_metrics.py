@@ -80,17 +80,30 @@ class Bleu1(SampleMetric):
         ]
 
 
-class Rouge1(SampleMetric):
-    """ROUGE-1: F-measure of the words that prediction and reference share, without stemming."""
+class _Rouge(SampleMetric):
+    """F-measure of a kind of ROUGE without stemming; `kind` is the name that rouge_score gives it."""
 
-    name = "rouge_1"
-    description = "F-measure of ROUGE-1 without stemming."
+    kind = ""
     citation = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries"
 
     def score_samples(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """Scores in [0, 1], one for each pair."""
-        scorer = RougeScorer(["rouge1"], use_stemmer=False)
-        return [scorer.score(reference, text)["rouge1"].fmeasure for text, reference in zip(predictions, references)]
+        scorer = RougeScorer([self.kind], use_stemmer=False)
+        return [scorer.score(reference, text)[self.kind].fmeasure for text, reference in zip(predictions, references)]
+
+
+class Rouge1(_Rouge):
+    """ROUGE-1: F-measure of the words that prediction and reference share, without stemming."""
+
+    name, kind = "rouge_1", "rouge1"
+    description = "F-measure of ROUGE-1 without stemming."
+
+
+class RougeL(_Rouge):
+    """ROUGE-L: F-measure of the longest sequence of words that prediction and reference share, without stemming."""
+
+    name, kind = "rouge_l", "rougeL"
+    description = "F-measure of ROUGE-L without stemming."
 
 
 class Meteor(SampleMetric):
@@ -179,6 +192,14 @@ class BertScore(SampleMetric):
         )
 
 
+def corpus_bleu_4(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """
+    BLEU of order 4 of a whole corpus, in [0, 1]: counts are summed over all pairs before they are divided, with 13a tokens and
+    sacrebleu's exponential smoothing, which matters for small corpora alone.
+    """
+    return BLEU(tokenize="13a").corpus_score(list(predictions), [list(references)]).score / 100
+
+
 def check_nltk_data() -> None:
     """
     Raises:
@@ -196,4 +217,13 @@ def check_nltk_data() -> None:
                 raise FileNotFoundError(f"{NLTK_HINT} Not found: {resource}.") from error
 
 
-__all__ = ["BertScore", "Bleu1", "Meteor", "Rouge1", "SampleMetric", "check_nltk_data"]
+__all__ = [
+    "BertScore",
+    "Bleu1",
+    "Meteor",
+    "Rouge1",
+    "RougeL",
+    "SampleMetric",
+    "check_nltk_data",
+    "corpus_bleu_4",
+]

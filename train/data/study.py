@@ -1,0 +1,57 @@
+"""One way to the samples of a study, whatever layout it has."""
+
+from pathlib import Path
+
+import datasets
+
+from .m3d import read_m3d_cap, read_m3d_vqa
+from .manifest import read_manifest
+from .samples import TASKS, Split, Task
+
+
+def read_task(root: str | Path, split: Split, task: Task) -> datasets.Dataset:
+    """
+    The samples of one task.
+
+    Args:
+        root (`str` or `Path`):
+            Folder in the layout of M3D, or a manifest (.csv or .jsonl).
+        split (`str`):
+            `"train"`, `"validation"` or `"test"`.
+        task (`str`):
+            One of `TASKS`.
+
+    Returns:
+        `datasets.Dataset` with `SAMPLE_FEATURES`, in the order of the files; of a manifest, it may be empty.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not of its format, or the task is not known.
+    """
+    if task not in TASKS:
+        raise ValueError(f"Expected a task out of {', '.join(TASKS)}, got {task!r}.")
+    root = Path(root).expanduser()
+    if root.is_file():
+        samples = read_manifest(root, split)
+        samples = samples.filter(lambda name: name == task, input_columns="task", load_from_cache_file=False)
+    elif not root.is_dir():
+        raise FileNotFoundError(
+            f"{root}: there is no such study. Expected a folder in the layout of M3D, or a manifest."
+        )
+    elif task == "report":
+        samples = read_m3d_cap(root, split)
+    else:
+        samples = read_m3d_vqa(root, split, [task])
+    assert isinstance(samples, datasets.Dataset)
+    return samples
+
+
+def first_cases(samples: datasets.Dataset, number: int | None) -> datasets.Dataset:
+    """The samples of the first `number` cases; all without a number."""
+    if number is None:
+        return samples
+    cases = set(list(dict.fromkeys(samples["case"]))[:number])
+    return samples.select([row for row, case in enumerate(samples["case"]) if case in cases])
+
+
+__all__ = ["first_cases", "read_task"]

@@ -1,0 +1,134 @@
+"""The files of an evaluation: settings, scores, and what identifies a model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..files import write_atomically, write_json_atomically
+from ..stages import differing_keys
+from .scores import Score
+
+
+RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
+    "run.json",
+    "references.jsonl",
+    "predictions.jsonl",
+    "scores.json",
+    "embeddings.safetensors",
+)
+
+
+def open_folder(output: Path, settings: Mapping[str, Any]) -> None:
+    """
+    Begins an evaluation in a folder, or goes on with the one that is there.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    path = output / RUN
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun != settings:
+            keys = ", ".join(sorted(differing_keys(begun, settings)))
+            raise ValueError(
+                f"{output}: holds an evaluation with other settings ({keys}). Choose another folder, or remove it."
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: expected a new folder, or one of an evaluation; it holds something else.")
+    write_json_atomically(settings, path)
+
+
+def describe_source(name: str) -> dict[str, Any]:
+    """
+    What identifies a model or a file: its name, and the SHA-256 of its content; of a folder, those of its configuration and
+    weights. A repository on the Hub is its name alone.
+
+    Raises:
+        FileNotFoundError: a path to a file that is not there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return {"name": path.name, "sha256": {path.name: sha256_of(path)}}
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
+        return {"name": path.name, "sha256": {file.name: sha256_of(file) for file in files}}
+    if path.suffix or path.is_absolute():
+        raise FileNotFoundError(f"{name}: there is no such file.")
+    return {"name": name, "sha256": {}}
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def score_fields(score: Score) -> dict[str, Any]:
+    """Of a score, as JSON can hold it: what is not estimated is null."""
+    return {name: None if value != value else value for name, value in asdict(score).items()}
+
+
+def read_scores(path: Path) -> list[Score]:
+    """
+    The scores of a `scores.json`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there are no scores. Run `med3dvlm evaluate` first.")
+    rows = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    nan = float("nan")
+    return [
+        Score(
+            **{
+                **row,
+                "low": nan if row["low"] is None else row["low"],
+                "high": nan if row["high"] is None else row["high"],
+            }
+        )
+        for row in rows
+    ]
+
+
+def write_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows as JSON lines."""
+    write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
+
+
+def versions() -> dict[str, str]:
+    """Of what scores depend on."""
+    names = ("med3dvlm", "sacrebleu", "rouge-score", "nltk", "bert-score")
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{name: version(name) for name in names},
+    }
+
+
+__all__ = [
+    "EMBEDDINGS",
+    "PREDICTIONS",
+    "REFERENCES",
+    "RUN",
+    "SCORES",
+    "describe_source",
+    "open_folder",
+    "read_scores",
+    "score_fields",
+    "sha256_of",
+    "versions",
+    "write_lines",
+]

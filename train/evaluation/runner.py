@@ -1,0 +1,448 @@
+"""
+Evaluations as folders: what was asked, what was answered, the scores, and the settings under which all of it was made.
+
+A folder is filled by one call or by several: a call that was ended, or killed, goes on where it was. With several processes
+(torchrun, accelerate) each volume is dealt to one of them, and nothing depends on how many there are.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from accelerate import PartialState
+from safetensors.torch import save
+from transformers.utils import logging
+
+from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+from ..answering import iterate_answers
+from ..data.dataset import text_group_id
+from ..data.m3d import VQA_FOLDER, VQA_SPLITS
+from ..data.samples import Split, Task
+from ..data.study import first_cases, read_task
+from ..files import write_atomically, write_json_atomically
+from ..scoring import with_volume_of_another_case
+from .embeddings import embed_all, gather_embeddings, read_embeddings
+from .folders import (
+    EMBEDDINGS,
+    PREDICTIONS,
+    REFERENCES,
+    SCORES,
+    describe_source,
+    open_folder,
+    score_fields,
+    versions,
+    write_lines,
+)
+from .journal import Journal
+from .predictions import Reference, build_references, read_predictions
+from .retrieval import score_retrieval
+from .scores import SampleScores, Score, TextMetric, answers_of_another_case, score_samples, summarise
+from .settings import EvaluationSettings, Work, build_volumes, load_for_evaluation, start_processes
+from .statistics import describe_answers
+from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_data, corpus_bleu_4
+
+
+logger = logging.get_logger(__name__)
+
+# Metrics of texts, by the names under which scores are kept. The first four are the paper's.
+TEXT_METRICS = ("bleu_1", "rouge_1", "meteor", "bertscore", "rouge_l")
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """
+    Which text metrics, and with which encoder.
+
+    Args:
+        names (`tuple[str, ...]`, *optional*): Of `TEXT_METRICS`.
+        bertscore_model (`str`, *optional*): Encoder of BERTScore; roberta-large if not given, as in the original.
+        bertscore_layers (`int`, *optional*): Its layer, for an encoder that bert_score does not know.
+    """
+
+    names: tuple[str, ...] = TEXT_METRICS
+    bertscore_model: str | None = None
+    bertscore_layers: int | None = None
+
+
+def evaluate_answers(
+    output: Path,
+    settings: EvaluationSettings,
+    model: str | None = None,
+    predictions: Path | None = None,
+    blind_predictions: Path | None = None,
+    system: str | None = None,
+    metrics: MetricOptions | None = None,
+    work: Work | None = None,
+) -> dict[str, Any]:
+    """
+    Evaluates reports and answers to questions: those of a model, or those that a file has of any system.
+
+    Args:
+        output (`Path`):
+            Folder of the evaluation, new or begun with the same settings.
+        settings ([`EvaluationSettings`]):
+            What is asked.
+        model (`str`, *optional*):
+            Published model, a folder or a repository.
+        predictions, blind_predictions (`Path`, *optional*):
+            Answers in place of a model, see [`read_predictions`], and those with the volume of another case.
+        system (`str`, *optional*):
+            Name for the tables; that of the model or the file if not given.
+        metrics ([`MetricOptions`], *optional*):
+            Of texts.
+        work ([`Work`], *optional*):
+            How it is done.
+
+    Returns:
+        `dict`: the content of `scores.json`; of other processes than the first, an empty one.
+
+    Raises:
+        FileNotFoundError: data, model, predictions, or what a metric needs, are not there.
+        ValueError: not exactly one of `model` and `predictions`; the folder holds an evaluation with other settings; the
+            predictions do not match the references.
+    """
+    if (model is None) == (predictions is None):
+        raise ValueError("Expected exactly one of a model and a file of predictions.")
+    metrics, work = metrics or MetricOptions(), work or Work()
+    text_metrics = build_text_metrics(metrics, settings.tasks)  # before any work: what is missing is to be known now
+    state = start_processes(work)
+    samples, references, folder_settings = begin(output, settings, model or str(predictions), state)
+
+    seconds, num_new = 0.0, 0
+    if model is not None:
+        start = time.perf_counter()
+        answers, num_new = answer_all(output, settings, model, samples, references, work, state)
+        seconds = time.perf_counter() - start
+        if not state.is_main_process:
+            return {}
+    else:
+        if not state.is_main_process:
+            return {}
+        answers = {"given": [{"prediction": text} for text in read_predictions(cast(Path, predictions), references)]}
+        if blind_predictions is not None:
+            blind_texts = read_predictions(blind_predictions, references)
+            answers["blind"] = [{"prediction": text} for text in blind_texts]
+    scores, details, sample_scores = score_all(references, answers, text_metrics)
+    write_lines(merged_lines(references, answers, sample_scores), output / PREDICTIONS)
+    return finish(
+        output,
+        scores,
+        system=system or folder_settings["model"]["name"],
+        settings=folder_settings,
+        metrics=asdict(metrics),
+        num_cases=len(set(samples["case"])),
+        num_samples=len(references),
+        notes=notes_on(settings, samples, references, answers),
+        samples_per_second=num_new / seconds if num_new else None,
+        details=details,
+    )
+
+
+def evaluate_retrieval(
+    output: Path,
+    settings: EvaluationSettings,
+    model: str | None = None,
+    embeddings: Path | None = None,
+    system: str | None = None,
+    work: Work | None = None,
+) -> dict[str, Any]:
+    """
+    Evaluates retrieval between volumes and reports, in both directions.
+
+    Args:
+        output, settings, model, system, work:
+            As for [`evaluate_answers`].
+        embeddings (`Path`, *optional*):
+            In place of a model: a safetensors file with `image_embeds` and `text_embeds` of shape `(num_samples, dim)`, in the
+            order of the data.
+
+    Returns:
+        `dict`: the content of `scores.json`; of other processes than the first, an empty one.
+
+    Raises:
+        FileNotFoundError: data, model or embeddings are not there.
+        ValueError: not exactly one of `model` and `embeddings`; the folder holds an evaluation with other settings; the
+            embeddings are of another number than the reports.
+    """
+    if (model is None) == (embeddings is None):
+        raise ValueError("Expected exactly one of a model and a file of embeddings.")
+    work = work or Work()
+    state = start_processes(work)
+    samples, references, folder_settings = begin(output, settings, model or str(embeddings), state)
+
+    seconds, num_new = 0.0, 0
+    if model is not None:
+        start = time.perf_counter()
+        num_new = embed_all(output, settings, model, samples, references, work, state)
+        seconds = time.perf_counter() - start
+        if not state.is_main_process:
+            return {}
+        image_embeds, text_embeds = gather_embeddings(output, references)
+        write_atomically(save({"image_embeds": image_embeds, "text_embeds": text_embeds}), output / EMBEDDINGS)
+    else:
+        if not state.is_main_process:
+            return {}
+        image_embeds, text_embeds = read_embeddings(cast(Path, embeddings), len(references))
+    group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
+    blind_order = None
+    if settings.blind:
+        places = {image: place for place, image in enumerate(samples["image"])}
+        blind_order = [places[image] for image in with_volume_of_another_case(samples)["image"]]
+    scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
+    num_reports = len(set(group_ids.tolist()))
+    notes = notes_on(settings, samples, references, {})
+    if num_reports < len(references):
+        notes.append(f"{len(references)} pairs have {num_reports} different reports.")
+    return finish(
+        output,
+        scores,
+        system=system or folder_settings["model"]["name"],
+        settings=folder_settings,
+        num_cases=len(set(samples["case"])),
+        num_samples=len(references),
+        notes=notes,
+        samples_per_second=num_new / seconds if num_new else None,
+        details={"recall_curves": curves},
+    )
+
+
+def begin(
+    output: Path, settings: EvaluationSettings, source: str, state: PartialState
+) -> tuple[datasets.Dataset, list[Reference], dict[str, Any]]:
+    """
+    Reads what is asked, and opens the folder.
+
+    Returns:
+        The samples, their references, and the settings with what identifies the model.
+    """
+    samples = read_samples(settings)
+    references = build_references(samples)
+    folder_settings = {**asdict(settings), "model": describe_source(source)}
+    if state.is_main_process:
+        open_folder(output, folder_settings)
+        write_lines([asdict(reference) for reference in references], output / REFERENCES)
+    state.wait_for_everyone()
+    return samples, references, folder_settings
+
+
+def finish(output: Path, scores: Sequence[Score], **facts: Any) -> dict[str, Any]:
+    """Writes `scores.json`, and returns its content."""
+    result = {**facts, "versions": versions(), "scores": [score_fields(score) for score in scores]}
+    write_json_atomically(result, output / SCORES)
+    return result
+
+
+def read_samples(settings: EvaluationSettings) -> datasets.Dataset:
+    """
+    What is asked, one task after the other.
+
+    Raises:
+        FileNotFoundError: data are not there.
+        ValueError: a task has no sample.
+    """
+    parts = []
+    for task in settings.tasks:
+        part = first_cases(read_task(settings.data, settings.split, task), settings.num_cases)
+        if len(part) == 0:
+            raise ValueError(
+                f"{settings.data}: the split {settings.split!r} has no sample of the task {task!r}. Choose other tasks."
+            )
+        parts.append(part)
+    return datasets.concatenate_datasets(parts)
+
+
+def questions_of(data: str, split: Split) -> tuple[Task, ...]:
+    """The tasks of questions that a study has: yes/no questions only where there is a file of them, or in a manifest."""
+    root = Path(data).expanduser()
+    if root.is_file():
+        tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
+        return tuple(task for task in tasks if len(read_task(root, split, task)))
+    has_yes_no = (root / VQA_FOLDER / f"M3D_VQA_yn_{VQA_SPLITS[split]}.csv").is_file()
+    return ("closed_vqa", "open_vqa", "yes_no_vqa") if has_yes_no else ("closed_vqa", "open_vqa")
+
+
+def build_text_metrics(options: MetricOptions, tasks: Sequence[Task]) -> dict[str, TextMetric]:
+    """
+    The metrics by name, with all they need loaded; none, where no task has texts to compare.
+
+    Raises:
+        FileNotFoundError: METEOR's data are not there.
+        OSError: BERTScore's encoder is not there.
+        ValueError: a name is not known.
+    """
+    if not {"report", "open_vqa"}.intersection(tasks):
+        return {}
+    unknown = [name for name in options.names if name not in TEXT_METRICS]
+    if unknown:
+        raise ValueError(f"Expected text metrics out of {', '.join(TEXT_METRICS)}, got {', '.join(unknown)}.")
+    metrics: dict[str, TextMetric] = {}
+    for name in options.names:
+        if name == "meteor":
+            check_nltk_data()
+        if name == "bertscore":
+            bert_score = BertScore(options.bertscore_model, options.bertscore_layers)
+            try:
+                _ = bert_score.scorer
+            except OSError as error:
+                raise OSError(
+                    f"BERTScore's encoder {options.bertscore_model or 'roberta-large'!r} cannot be loaded: name another or "
+                    f"a folder (--bertscore-model), or leave it out (--metrics bleu_1,rouge_1,meteor). {error}"
+                ) from error
+            metrics[name] = bert_score.score_samples
+        else:
+            maker = {"bleu_1": Bleu1, "rouge_1": Rouge1, "rouge_l": RougeL, "meteor": Meteor}[name]
+            metrics[name] = maker().score_samples
+    return metrics
+
+
+def answer_all(
+    output: Path,
+    settings: EvaluationSettings,
+    model_name: str,
+    samples: datasets.Dataset,
+    references: Sequence[Reference],
+    work: Work,
+    state: PartialState,
+) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """
+    Lets a model answer what it has not answered yet.
+
+    Returns:
+        By mode, what the journal has for each reference, in their order; and how many answers this process made.
+    """
+    versions_of_samples = {"given": samples}
+    if settings.blind:
+        versions_of_samples["blind"] = with_volume_of_another_case(samples)
+    journals = {mode: Journal(output / "journal", mode) for mode in versions_of_samples}
+    pending: list[tuple[str, list[dict[str, Any]]]] = []
+    for mode, rows in versions_of_samples.items():
+        done = journals[mode].read()
+        left = [
+            {**rows[place], "id": reference.id}
+            for place, reference in enumerate(references)
+            if reference.id not in done
+        ]
+        if done and left and state.is_main_process:
+            logger.warning(f"{output}: {len(done)} of {len(references)} answers ({mode}) are there already.")
+        pending.append((mode, deal(left, state)))
+    state.wait_for_everyone()  # nobody writes before all have read, or the shares would differ
+
+    num_new = 0
+    if any(left for _, left in pending):
+        model, processor = load_for_evaluation(model_name, Med3DVLMForConditionalGeneration, settings, work)
+        volumes = build_volumes(processor, settings, work)
+        for mode, left in pending:
+            answers = iterate_answers(
+                model, processor, left, volumes, settings.max_new_tokens, work.batch_size, work.progress
+            )
+            for rows_answered, said in answers:
+                journals[mode].append(
+                    {"id": row["id"], "prediction": answer.text, "confidence": answer.confidence}
+                    for row, answer in zip(rows_answered, said)
+                )
+                num_new += len(said)
+    state.wait_for_everyone()
+    found = {mode: journal.read() for mode, journal in journals.items()} if state.is_main_process else {}
+    return {mode: [rows[reference.id] for reference in references] for mode, rows in found.items()}, num_new
+
+
+def deal(rows: Sequence[dict[str, Any]], state: PartialState) -> list[dict[str, Any]]:
+    """The rows of this process: the volumes are dealt out in turn, and all questions about one come one after the other."""
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        rows_of.setdefault(row["image"], []).append(row)
+    mine = list(rows_of.values())[state.process_index :: state.num_processes]
+    return [row for group in mine for row in group]
+
+
+def score_all(
+    references: Sequence[Reference],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    text_metrics: Mapping[str, TextMetric],
+) -> tuple[list[Score], dict[str, Any], list[dict[str, float]]]:
+    """
+    Scores of all tasks.
+
+    Returns:
+        The scores; details of each task (signs of template collapse); and the scores of each sample.
+    """
+    scores: list[Score] = []
+    details: dict[str, Any] = {}
+    per_sample: list[dict[str, float]] = [{} for _ in references]
+    for task in dict.fromkeys(reference.task for reference in references):
+        places = [place for place, reference in enumerate(references) if reference.task == task]
+        asked = [references[place] for place in places]
+        texts = {mode: [rows[place]["prediction"] for place in places] for mode, rows in answers.items()}
+        guesses = answers_of_another_case(asked)
+        results: dict[str, SampleScores] = {
+            mode: score_samples(asked, said, text_metrics) for mode, said in {**texts, "chance": guesses}.items()
+        }
+        scores += summarise(asked, results["given"], results.get("blind"), results["chance"])
+        if task in ("report", "open_vqa") and text_metrics:
+            scores.append(corpus_score(asked, texts, guesses))
+        for place, values in zip(places, zip(*results["given"].values())):
+            per_sample[place] = dict(zip(results["given"], values))
+        details[task] = {
+            "answers": {mode: describe_answers(said) for mode, said in texts.items()},
+            "references": describe_answers([reference.expected for reference in asked]),
+        }
+        if "blind" in texts:
+            same = sum(one == other for one, other in zip(texts["given"], texts["blind"]))
+            details[task]["unchanged_by_another_volume"] = same / len(asked)
+    return scores, details, per_sample
+
+
+def corpus_score(asked: Sequence[Reference], texts: Mapping[str, Sequence[str]], guesses: Sequence[str]) -> Score:
+    """BLEU-4 of the corpus; it is no mean over samples, so it has no interval."""
+    expected = [reference.expected for reference in asked]
+    return Score(
+        task=asked[0].task,
+        metric="corpus_bleu_4",
+        group="all",
+        value=corpus_bleu_4(texts["given"], expected),
+        low=float("nan"),
+        high=float("nan"),
+        count=len(asked),
+        blind=corpus_bleu_4(texts["blind"], expected) if "blind" in texts else None,
+        chance=corpus_bleu_4(guesses, expected),
+    )
+
+
+def merged_lines(
+    references: Sequence[Reference],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    sample_scores: Sequence[Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """A line for each sample: what was asked, expected and said, and how it scores."""
+    lines = []
+    for place, reference in enumerate(references):
+        line = {**asdict(reference), **answers["given"][place], "id": reference.id}
+        if "blind" in answers:
+            line["blind_prediction"] = answers["blind"][place]["prediction"]
+        lines.append({**line, "scores": dict(sample_scores[place])})
+    return lines
+
+
+def notes_on(
+    settings: EvaluationSettings,
+    samples: datasets.Dataset,
+    references: Sequence[Reference],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[str]:
+    """What a reader of the scores must know: fewer cases than the split has, and empty answers."""
+    notes = []
+    if settings.num_cases is not None:
+        notes.append(f"Only the first {len(set(samples['case']))} cases of the split {settings.split!r} were scored.")
+    for mode, rows in answers.items():
+        empty = [reference.id for reference, row in zip(references, rows) if not row["prediction"].strip()]
+        if empty:
+            shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            notes.append(f"{len(empty)} of {len(references)} answers ({mode}) are empty and score 0: {shown}.")
+    return notes
+
+
+__all__ = ["TEXT_METRICS", "MetricOptions", "evaluate_answers", "evaluate_retrieval", "questions_of"]

@@ -1,0 +1,100 @@
+"""What is evaluated on what, and how the work is done."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ...hub_cards.publish import load_model
+from ...processing.processing_med3dvlm import Med3DVLMProcessor
+from ..data.cache import VolumeCache
+from ..data.collate import PREPARED
+from ..data.dataset import ProcessedVolumes, VolumeLoader
+from ..data.samples import Split, Task
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """
+    What is evaluated on what.
+
+    Args:
+        data (`str`): Folder in the layout of M3D, or a manifest.
+        tasks (`tuple[Task, ...]`): What is asked; ("report",) for retrieval too.
+        split (`str`, *optional*): "test" if not given.
+        num_cases (`int`, *optional*): Only the first so many cases.
+        blind (`bool`, *optional*): Whether all is asked a second time with the volume of another case.
+        max_new_tokens (`int`, *optional*): Longest answer.
+        max_text_length (`int`, *optional*): Tokens of a report in retrieval.
+        dtype (`str`, *optional*): Of the weights, such as "bfloat16"; "auto" keeps theirs.
+        prepared (`bool`, *optional*): Whether the volumes were prepared before, of the model's size and in [0, 1].
+    """
+
+    data: str
+    tasks: tuple[Task, ...]
+    split: Split = "test"
+    num_cases: int | None = None
+    blind: bool = True
+    max_new_tokens: int = 256
+    max_text_length: int = 512
+    dtype: str = "auto"
+    prepared: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    How the work is done; none of it changes a score.
+
+    Args:
+        batch_size (`int`, *optional*): Questions, or pairs, at a time.
+        device (`str`, *optional*): Where the model runs; CUDA if there is one.
+        cache (`str`, *optional*): Folder of a cache of processed volumes.
+        progress (`bool`, *optional*): Whether to show progress bars.
+    """
+
+    batch_size: int = 16
+    device: str = ""
+    cache: str | None = None
+    progress: bool = False
+
+
+def start_processes(work: Work) -> PartialState:
+    """The processes of this evaluation, one if it was not started by torchrun or accelerate."""
+    return PartialState(cpu=True) if choose_device(work) == "cpu" else PartialState()
+
+
+def choose_device(work: Work) -> str:
+    """`work.device`, or CUDA if there is one."""
+    return work.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_for_evaluation(model: str, kind: type, settings: EvaluationSettings, work: Work) -> tuple[Any, Any]:
+    """
+    A published model of one kind, on its device, and its processor.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is of another kind.
+    """
+    loaded = load_model(model)
+    if not isinstance(loaded, kind):
+        raise ValueError(f"{model}: expected a {kind.__name__}, got a {type(loaded).__name__}.")
+    if settings.dtype != "auto":
+        loaded = loaded.to(getattr(torch, settings.dtype))
+    device = choose_device(work)
+    if device == "cuda":
+        device = f"cuda:{PartialState().local_process_index}"
+    return loaded.eval().to(device), Med3DVLMProcessor.from_pretrained(model)
+
+
+def build_volumes(processor: Any, settings: EvaluationSettings, work: Work) -> VolumeLoader:
+    """What brings the scans through the model's own image processor."""
+    options = PREPARED if settings.prepared else {}
+    if work.cache is None:
+        return ProcessedVolumes(processor.image_processor, options)
+    return VolumeCache(work.cache, processor.image_processor, dtype="float32", options=options)
+
+
+__all__ = ["EvaluationSettings", "Work", "build_volumes", "choose_device", "load_for_evaluation", "start_processes"]
