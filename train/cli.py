@@ -21,6 +21,7 @@ from .command_line import (
     require_extra,
     step,
 )
+from .evaluation.commands import evaluate_app
 
 
 app = typer.Typer(
@@ -281,6 +282,7 @@ prepare_app = typer.Typer(
     name="prepare", help="Prepare data for training, and check it.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(prepare_app)
+app.add_typer(evaluate_app)
 
 
 @prepare_app.command("m3d-cap")

@@ -101,7 +101,7 @@ def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> 
         block = group_ids[start : start + gallery_size]
         for matches in (block[:, None] == block[None]).sum(dim=1).tolist():
             miss = 1.0
-            for place in range(rank):
+            for place in range(min(rank, gallery_size)):
                 miss *= max(gallery_size - matches - place, 0) / (gallery_size - place)
             chances.append(1 - miss)
     return sum(chances) / len(chances)

@@ -25,7 +25,7 @@ RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
 )
 
 
-def open_folder(output: Path, settings: Mapping[str, Any]) -> None:
+def open_folder(output: Path, settings: dict[str, Any]) -> None:
     """
     Begins an evaluation in a folder, or goes on with the one that is there.
 

@@ -39,7 +39,7 @@ from .folders import (
 )
 from .journal import Journal
 from .predictions import Reference, build_references, read_predictions
-from .retrieval import score_retrieval
+from .retrieval import GALLERY_SIZES, score_retrieval
 from .scores import SampleScores, Score, TextMetric, answers_of_another_case, score_samples, summarise
 from .settings import EvaluationSettings, Work, build_volumes, load_for_evaluation, start_processes
 from .statistics import describe_answers
@@ -195,6 +195,9 @@ def evaluate_retrieval(
     scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
     num_reports = len(set(group_ids.tolist()))
     notes = notes_on(settings, samples, references, {})
+    missing = [size for size in GALLERY_SIZES if size > len(references)]
+    if missing:
+        notes.append(f"No gallery of {', '.join(map(str, missing))}: there are only {len(references)} pairs.")
     if num_reports < len(references):
         notes.append(f"{len(references)} pairs have {num_reports} different reports.")
     return finish(

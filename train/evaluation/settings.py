@@ -78,7 +78,7 @@ def load_for_evaluation(model: str, kind: type, settings: EvaluationSettings, wo
         OSError: it is not there.
         ValueError: it is of another kind.
     """
-    loaded = load_model(model)
+    loaded: Any = load_model(model)
     if not isinstance(loaded, kind):
         raise ValueError(f"{model}: expected a {kind.__name__}, got a {type(loaded).__name__}.")
     if settings.dtype != "auto":
@@ -91,10 +91,23 @@ def load_for_evaluation(model: str, kind: type, settings: EvaluationSettings, wo
 
 def build_volumes(processor: Any, settings: EvaluationSettings, work: Work) -> VolumeLoader:
     """What brings the scans through the model's own image processor."""
-    options = PREPARED if settings.prepared else {}
+    options = prepared_options(settings.prepared)
     if work.cache is None:
         return ProcessedVolumes(processor.image_processor, options)
     return VolumeCache(work.cache, processor.image_processor, dtype="float32", options=options)
 
 
-__all__ = ["EvaluationSettings", "Work", "build_volumes", "choose_device", "load_for_evaluation", "start_processes"]
+def prepared_options(prepared: bool) -> dict[str, Any]:
+    """Options of the image processor for volumes that were prepared before, or none."""
+    return dict(PREPARED) if prepared else {}
+
+
+__all__ = [
+    "EvaluationSettings",
+    "Work",
+    "build_volumes",
+    "choose_device",
+    "load_for_evaluation",
+    "prepared_options",
+    "start_processes",
+]

@@ -75,9 +75,8 @@ class Bleu1(SampleMetric):
         """Scores in [0, 1], one for each pair."""
         # As a corpus of one: `sentence_score` would drop orders that a short text does not have.
         metric = BLEU(max_ngram_order=1, smooth_method="none", effective_order=False, tokenize="13a")
-        return [
-            metric.corpus_score([text], [[reference]]).score / 100 for text, reference in zip(predictions, references)
-        ]
+        scores = [metric.corpus_score([text], [[reference]]).score for text, reference in zip(predictions, references)]
+        return [min(1.0, score / 100) for score in scores]  # sacrebleu's logarithms may go beyond by a rounding error
 
 
 class _Rouge(SampleMetric):
@@ -197,7 +196,7 @@ def corpus_bleu_4(predictions: Sequence[str], references: Sequence[str]) -> floa
     BLEU of order 4 of a whole corpus, in [0, 1]: counts are summed over all pairs before they are divided, with 13a tokens and
     sacrebleu's exponential smoothing, which matters for small corpora alone.
     """
-    return BLEU(tokenize="13a").corpus_score(list(predictions), [list(references)]).score / 100
+    return min(1.0, BLEU(tokenize="13a").corpus_score(list(predictions), [list(references)]).score / 100)
 
 
 def check_nltk_data() -> None:

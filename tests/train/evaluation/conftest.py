@@ -1,0 +1,51 @@
+"""A study of phantoms and two untrained models, small enough for seconds."""
+
+import pytest
+
+from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMImageProcessor, Med3DVLMProcessor
+from med3dvlm.hub_cards.publish import publish
+from med3dvlm.train.demo import build_tiny_model
+from med3dvlm.train.models import train_word_piece_tokenizer
+from med3dvlm.train.phantoms.study import write_study
+
+
+IMAGE_SIZE = (32, 64, 96)
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "phantoms"
+    write_study(folder, 14, seed=3, num_validation=1, num_test=6, num_workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "vlm"
+    model, processor = build_tiny_model(IMAGE_SIZE)
+    publish(model, folder, processor=processor)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dual_encoder(tmp_path_factory):
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "dual"
+    tokenizer = train_word_piece_tokenizer(["Axial scan, arterial phase. Small cyst of the liver, upper part."], 60)
+    torch.manual_seed(0)
+    config = DCFormerSiglipConfig(
+        vision_config={"image_size": IMAGE_SIZE, "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 1, 1)},
+        text_config={
+            "model_type": "bert",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+        },
+        projection_dim=8,
+    )
+    processor = Med3DVLMProcessor(Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE)), tokenizer)
+    publish(DCFormerSiglipModel(config), folder, processor=processor)
+    return str(folder)

@@ -1,0 +1,417 @@
+"""The commands `med3dvlm evaluate ...`. Heavy imports wait until a command needs them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..command_line import (
+    JsonOption,
+    bad_input_is_an_answer,
+    check_device,
+    check_model_name,
+    hush_progress_bars,
+    is_to_be_launched,
+    launch,
+    require_extra,
+    step,
+)
+
+
+if TYPE_CHECKING:
+    from .settings import EvaluationSettings, Work
+
+
+evaluate_app = typer.Typer(
+    name="evaluate",
+    help="Score a model, or the answers of any system, beside chance and the blind control.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+ScoredModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Folder of a published model, or a Hub repository `org/name`.", show_default=False
+    ),
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", help="Folder in the layout of M3D, or a manifest (.csv, .jsonl).", show_default=False
+    ),
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option("--out", "-o", help="Folder of the evaluation; one begun before is continued.", show_default=False),
+]
+SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
+CasesOption = Annotated[
+    int | None, typer.Option("--cases", min=1, help="Only the first so many cases.", show_default="all")
+]
+BlindOption = Annotated[
+    bool,
+    typer.Option("--blind/--no-blind", help="Ask all a second time with the volume of another case: the control."),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the system in the tables.", show_default="that of the model")
+]
+TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MetricsOption = Annotated[str, typer.Option(help="Metrics of texts, with commas between them.")]
+BertModelOption = Annotated[
+    str | None,
+    typer.Option(help="Encoder of BERTScore, by name or folder.", show_default="roberta-large, as in the original"),
+]
+BertLayersOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Its layer, for an encoder that bert_score does not know.", show_default=False),
+]
+PredictionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--predictions",
+        help='Answers of any system in place of a model: JSON lines with "id" and "prediction"; the ids are those of '
+        "references.jsonl, which `evaluate references` writes.",
+        show_default=False,
+    ),
+]
+BlindPredictionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--blind-predictions", help="The same, answered with the volume of another case.", show_default=False
+    ),
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Questions, or pairs, at a time.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to run, e.g. cpu or cuda.", show_default="cuda if there is one")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Folder of a cache of processed volumes.", show_default="volumes are not kept")
+]
+PreparedOption = Annotated[
+    bool, typer.Option("--prepared", help="The volumes are of the model's size and in [0, 1] already.")
+]
+PublishedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--published",
+        help="JSON file of published figures for the tables.",
+        show_default="the package's, for M3D",
+    ),
+]
+CaseNamesOption = Annotated[
+    bool, typer.Option("--show-case-names", help="Write the names of cases into the HTML report.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, at least 1")
+]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a report in retrieval.")]
+
+
+@evaluate_app.command("retrieval")
+def evaluate_retrieval_command(
+    data: DataOption,
+    out: OutputOption,
+    model: ScoredModelOption = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Embeddings of any system in place of a model: safetensors with image_embeds and text_embeds, in the order "
+            "of the data.",
+            show_default=False,
+        ),
+    ] = None,
+    name: SystemOption = None,
+    split: SplitOption = "test",
+    cases: CasesOption = None,
+    blind: BlindOption = True,
+    max_text_length: LengthOption = 512,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    prepared: PreparedOption = False,
+    published: PublishedOption = None,
+    processes: ProcessesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Recall at 1, 5 and 10 of a dual encoder, volume to report and report to volume.
+
+    As in the paper, in galleries of the first 100, 500, 1000 and 2000 pairs; beside it the recall that counts an identical
+    report as a match, the blind control and chance.
+
+    Example: med3dvlm evaluate retrieval --model org/dcformer-siglip --data data/m3d --out evaluation/retrieval
+    """
+    with bad_input_is_an_answer():
+        require_eval_extra()
+        source = check_source(model, embeddings, "--embeddings")
+        start_processes_if_needed(processes, device)
+        settings = make_settings(
+            data,
+            ("report",),
+            split=split,
+            num_cases=cases,
+            blind=blind,
+            max_text_length=max_text_length,
+            dtype=dtype,
+            prepared=prepared,
+        )
+        with step("importing"):
+            from .runner import evaluate_retrieval
+        hush_progress_bars()
+        result = evaluate_retrieval(
+            out, settings, source, embeddings, system=name, work=make_work(batch_size, device, cache)
+        )
+        finish(result, out, published, None, False, None, as_json)
+
+
+@evaluate_app.command("report")
+def evaluate_report_command(
+    data: DataOption,
+    out: OutputOption,
+    model: ScoredModelOption = None,
+    predictions: PredictionsOption = None,
+    blind_predictions: BlindPredictionsOption = None,
+    name: SystemOption = None,
+    split: SplitOption = "test",
+    cases: CasesOption = None,
+    blind: BlindOption = True,
+    max_new_tokens: TokensOption = 256,
+    metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
+    bertscore_model: BertModelOption = None,
+    bertscore_layers: BertLayersOption = None,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    prepared: PreparedOption = False,
+    published: PublishedOption = None,
+    show_case_names: CaseNamesOption = False,
+    processes: ProcessesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Reports, scored with BLEU-1, ROUGE-1, METEOR and BERTScore as in the paper, and with ROUGE-L and BLEU-4 of the corpus.
+
+    Example: med3dvlm evaluate report --model org/med3dvlm --data data/m3d --out evaluation/report
+    """
+    with bad_input_is_an_answer():
+        answer_and_score(
+            ("report",),
+            data,
+            out,
+            model,
+            predictions,
+            blind_predictions,
+            name,
+            {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
+            (metrics, bertscore_model, bertscore_layers),
+            (batch_size, device, cache),
+            {"dtype": dtype, "prepared": prepared},
+            published,
+            show_case_names,
+            processes,
+            as_json,
+        )
+
+
+@evaluate_app.command("vqa")
+def evaluate_vqa_command(
+    data: DataOption,
+    out: OutputOption,
+    model: ScoredModelOption = None,
+    predictions: PredictionsOption = None,
+    blind_predictions: BlindPredictionsOption = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Some of closed_vqa,open_vqa,yes_no_vqa.", show_default="all that the split has"),
+    ] = None,
+    name: SystemOption = None,
+    split: SplitOption = "test",
+    cases: CasesOption = None,
+    blind: BlindOption = True,
+    max_new_tokens: TokensOption = 64,
+    metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
+    bertscore_model: BertModelOption = None,
+    bertscore_layers: BertLayersOption = None,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    prepared: PreparedOption = False,
+    published: PublishedOption = None,
+    show_case_names: CaseNamesOption = False,
+    processes: ProcessesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Questions: open ones with the metrics of reports, closed and yes/no ones by accuracy, by type of question.
+
+    A closed answer is right by the letter it begins with; beside it stands the original evaluation's rule, for which the
+    letter and a full stop may stand anywhere. All questions about a volume share its encoding.
+
+    Example: med3dvlm evaluate vqa --model org/med3dvlm --data data/m3d --out evaluation/vqa
+    """
+    with bad_input_is_an_answer():
+        answer_and_score(
+            tuple(tasks.split(",")) if tasks else None,
+            data,
+            out,
+            model,
+            predictions,
+            blind_predictions,
+            name,
+            {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
+            (metrics, bertscore_model, bertscore_layers),
+            (batch_size, device, cache),
+            {"dtype": dtype, "prepared": prepared},
+            published,
+            show_case_names,
+            processes,
+            as_json,
+        )
+
+
+@evaluate_app.command("references")
+def evaluate_references_command(
+    data: DataOption,
+    out: Annotated[Path, typer.Argument(help="JSON lines file.", show_default=False)],
+    tasks: Annotated[
+        str, typer.Option(help="What is asked, with commas between tasks.")
+    ] = "report,closed_vqa,open_vqa",
+    split: SplitOption = "test",
+    cases: CasesOption = None,
+) -> None:
+    """
+    Write what is asked, with ids, for a system that this package does not run: it answers each line, and `--predictions`
+    scores the answers.
+
+    Example: med3dvlm evaluate references references.jsonl --data data/m3d --tasks report
+    """
+    with bad_input_is_an_answer():
+        require_eval_extra()
+        settings = make_settings(data, tuple(tasks.split(",")), split=split, num_cases=cases)
+        from dataclasses import asdict
+
+        from .folders import write_lines
+        from .predictions import build_references
+        from .runner import read_samples
+
+        references = build_references(read_samples(settings))
+        write_lines([asdict(reference) for reference in references], out)
+        typer.echo(f"{out}: {len(references)} lines")
+
+
+def answer_and_score(
+    tasks: tuple[str, ...] | None,
+    data: str,
+    out: Path,
+    model: str | None,
+    predictions: Path | None,
+    blind_predictions: Path | None,
+    name: str | None,
+    asked: dict[str, Any],
+    metric_options: tuple[str, str | None, int | None],
+    work_options: tuple[int, str, Path | None],
+    model_options: dict[str, Any],
+    published: Path | None,
+    show_case_names: bool,
+    processes: int | None,
+    as_json: bool,
+) -> None:
+    """What `evaluate report` and `evaluate vqa` have in common."""
+    require_eval_extra()
+    source = check_source(model, predictions, "--predictions")
+    start_processes_if_needed(processes, work_options[1])
+    with step("importing"):
+        from .runner import MetricOptions, evaluate_answers, questions_of
+    hush_progress_bars()
+    settings = make_settings(data, tasks or questions_of(data, asked["split"]), **asked, **model_options)
+    names, bertscore_model, bertscore_layers = metric_options
+    metrics = MetricOptions(tuple(names.split(",")), bertscore_model, bertscore_layers)
+    work = make_work(*work_options)
+    result = evaluate_answers(out, settings, source, predictions, blind_predictions, name, metrics, work)
+    finish(result, out, published, work, show_case_names, source, as_json)
+
+
+def require_eval_extra() -> None:
+    """
+    Raises:
+        ImportError: a package is missing.
+    """
+    require_extra("train", "accelerate", "datasets", "matplotlib", "omegaconf", "peft")
+    require_extra("eval", "evaluate", "bert_score", "nltk", "rouge_score", "sacrebleu")
+
+
+def check_source(model: str | None, file: Path | None, option: str) -> str | None:
+    """
+    Raises:
+        ValueError: not exactly one of a model and a file is given.
+    """
+    if (model is None) == (file is None):
+        raise ValueError(f"Expected either --model or {option}.")
+    return None if model is None else check_model_name(model)
+
+
+def start_processes_if_needed(processes: int | None, device: str) -> None:
+    """Runs the same command in several processes and exits, if several are asked for or there are several GPUs."""
+    if device:
+        check_device(device)
+    if is_to_be_launched(processes, use_cpu=device == "cpu"):
+        command = list(sys.argv[1:])
+        if "--processes" in command:
+            place = command.index("--processes")
+            del command[place : place + 2]
+        command = [argument for argument in command if not argument.startswith("--processes=")]
+        raise typer.Exit(code=launch(processes, command))
+
+
+def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> "EvaluationSettings":
+    """
+    Raises:
+        ValueError: a task, split or precision is not known.
+    """
+    from ..data.samples import SPLITS, TASKS
+    from .settings import EvaluationSettings
+
+    for kind, value, choices in (
+        *(("task", task, TASKS) for task in tasks),
+        ("--split", fields.get("split", "test"), SPLITS),
+        ("--dtype", fields.get("dtype", "auto"), ("auto", "float32", "bfloat16", "float16")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{kind}: expected one of {', '.join(choices)}, got {value!r}.")
+    return EvaluationSettings(data=data, tasks=tasks, **fields)  # type: ignore[arg-type]
+
+
+def make_work(batch_size: int, device: str, cache: Path | None) -> "Work":
+    """How the work is done."""
+    from .settings import Work
+
+    return Work(batch_size, device, None if cache is None else str(cache), sys.stderr.isatty())
+
+
+def finish(
+    result: dict[str, Any],
+    out: Path,
+    published: Path | None,
+    work: "Work | None",
+    show_case_names: bool,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Draws and writes what readers look at, and prints the tables."""
+    if not result:  # a process that is not the first
+        return
+    from .presentation import present
+
+    with step("tables, plots and report"):
+        text = present(out, published, work, show_case_names, model)
+    typer.echo(json.dumps(result) if as_json else text)
+
+
+__all__ = ["evaluate_app"]

@@ -1,0 +1,201 @@
+"""What readers look at, made from the folder of an evaluation: tables, plots, an HTML report, and a text to print."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
+from ..data.cache import VolumeCache
+from ..data.dataset import ProcessedVolumes, VolumeLoader
+from ..files import write_atomically
+from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
+from .folders import PREDICTIONS, SCORES, read_scores
+from .html_report import AnsweredTask, write_html_report
+from .plots import RecallCurve, draw_calibration, draw_recall_curves, draw_type_bars
+from .predictions import Reference, read_json_lines
+from .published import read_published
+from .retrieval import TASK as RETRIEVAL
+from .scores import Score
+from .settings import Work, prepared_options
+from .tables import build_tables, percent, write_tables
+
+
+# What says whether one answer is right, by task.
+HIT_METRICS = {"closed_vqa": "accuracy", "yes_no_vqa": "accuracy", "open_vqa": "exact", "report": "exact"}
+
+
+def present(
+    output: Path,
+    published: Path | None = None,
+    work: Work | None = None,
+    show_case_names: bool = False,
+    model: str | None = None,
+) -> str:
+    """
+    Writes `tables/`, `plots/`, `report.html` and `README.md` into the folder of an evaluation.
+
+    Args:
+        output (`Path`):
+            The folder, with its `scores.json`.
+        published (`Path`, *optional*):
+            File of published figures to stand in the tables; for data in the layout of M3D that are no phantoms, those that come
+            with the package if not given.
+        work ([`Work`], *optional*):
+            Has the cache of volumes, for the slices in the report.
+        show_case_names (`bool`, *optional*):
+            Whether the report names cases.
+        model (`str`, *optional*):
+            Whose image processor prepares the slices; without it, the report has none.
+
+    Returns:
+        `str`: the text of `README.md`.
+
+    Raises:
+        FileNotFoundError: there are no scores.
+        ValueError: the file of published figures is not of its format.
+    """
+    scores = read_scores(output / SCORES)
+    result = json.loads((output / SCORES).read_text(encoding="utf-8"))
+    others = read_published(published) if published is not None or is_m3d(result["settings"]["data"]) else []
+    tables = build_tables(scores, result["system"], others)
+    write_tables(tables, scores, output / "tables")
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    plots: dict[str, Path] = {}
+    if tasks == [RETRIEVAL]:
+        curves = [recall_curve(group, values) for group, values in result["details"]["recall_curves"].items()]
+        plots["Recall"] = draw_recall_curves(curves, output / "plots/recall.png")
+    else:
+        answered = read_answered(output, tasks)
+        plots |= draw_answers(scores, answered, output)
+        write_html_report(
+            output / "report.html",
+            f"{result['system']} on {result['settings']['data']}",
+            [task for task, _ in answered],
+            summary=[describe_run(result), *result["notes"]],
+            scores=scores,
+            plots=plots,
+            volumes=load_volumes(model, result["settings"], work),
+            show_case_names=show_case_names,
+        )
+    text = format_readme(result, [f"## {table.title}\n\n{table.to_markdown()}" for table in tables], plots, output)
+    write_atomically(text.encode(), output / "README.md")
+    return text
+
+
+def is_m3d(data: str) -> bool:
+    """Whether published figures can be on these data: not if they are phantoms, or listed in a manifest."""
+    root = Path(data).expanduser()
+    return root.is_dir() and not (root / PHANTOM_SETTINGS).exists()
+
+
+def recall_curve(group: str, values: dict[str, list[float]]) -> RecallCurve:
+    """Of the details that retrieval keeps for a group such as "volume to report, 100"."""
+    direction, size = group.rsplit(", ", 1)
+    by_rank = {name: dict(enumerate(shares, start=1)) for name, shares in values.items()}
+    return RecallCurve(direction, int(size), by_rank["recall"], by_rank.get("blind"), by_rank.get("chance"))
+
+
+def read_answered(output: Path, tasks: list[str]) -> list[tuple[AnsweredTask, list[float] | None]]:
+    """By task, what was asked and said, and the confidence of each answer, if it is known."""
+    names = Reference.__dataclass_fields__
+    rows = [row for _, row in read_json_lines(output / PREDICTIONS)]
+    answered = []
+    for task in tasks:
+        lines = [row for row in rows if row["task"] == task]
+        has_blind = all("blind_prediction" in line for line in lines)
+        has_confidence = all("confidence" in line for line in lines)
+        entry = AnsweredTask(
+            references=[Reference(**{name: line[name] for name in names}) for line in lines],
+            predictions=[line["prediction"] for line in lines],
+            scores={metric: [line["scores"][metric] for line in lines] for metric in lines[0]["scores"]},
+            blind_predictions=[line["blind_prediction"] for line in lines] if has_blind else None,
+        )
+        answered.append((entry, [line["confidence"] for line in lines] if has_confidence else None))
+    return answered
+
+
+def draw_answers(
+    scores: list[Score], answered: list[tuple[AnsweredTask, list[float] | None]], output: Path
+) -> dict[str, Path]:
+    """Bars by type of each task, and how well confidence tells which answers are right."""
+    plots: dict[str, Path] = {}
+    for entry, confidences in answered:
+        task = entry.references[0].task
+        of_task = [score for score in scores if score.task == task]
+        plots[f"Scores, {task}"] = draw_type_bars(of_task, output / f"plots/{task}.png")
+        hits = entry.scores[HIT_METRICS[task]]
+        if confidences is not None and task != "report":
+            path = output / f"plots/{task}_calibration.png"
+            plots[f"Calibration, {task}"] = draw_calibration(confidences, hits, path, title=f"Calibration, {task}")
+    return plots
+
+
+def load_volumes(model: str | None, settings: dict[str, Any], work: Work | None) -> VolumeLoader | None:
+    """What prepares volumes as the model gets them."""
+    if model is None:
+        return None
+    image_processor = Med3DVLMImageProcessor.from_pretrained(model)
+    options = prepared_options(settings["prepared"])
+    if work is None or work.cache is None:
+        return ProcessedVolumes(image_processor, options)
+    return VolumeCache(work.cache, image_processor, dtype="float32", options=options)
+
+
+def describe_run(result: dict[str, Any]) -> str:
+    """One sentence on what was scored."""
+    settings = result["settings"]
+    return (
+        f"{result['num_samples']} samples of {result['num_cases']} cases, split {settings['split']}, tasks "
+        f"{', '.join(settings['tasks'])}; decoded greedily."
+    )
+
+
+def format_readme(result: dict[str, Any], tables: list[str], plots: dict[str, Path], output: Path) -> str:
+    """The text of the folder's `README.md`."""
+    lines = [f"# {result['system']}", "", describe_run(result)]
+    lines += [f"**{note}**" for note in result["notes"]]
+    lines += [
+        "",
+        "In brackets: 95 % intervals, cases resampled. Blind: the same with the volume of another case. Chance: guessing among "
+        "the choices, or, for texts, the true answer to the same type of question about another case.",
+        "",
+        "\n\n".join(tables),
+    ]
+    collapse = format_answer_statistics(result["details"])
+    if collapse:
+        lines += ["", "## Answers", "", collapse]
+    lines += ["", *(f"![{caption}]({path.relative_to(output)})" for caption, path in plots.items())]
+    return "\n".join(lines) + "\n"
+
+
+def format_answer_statistics(details: dict[str, Any]) -> str:
+    """Signs of template collapse, as a table; nothing for retrieval."""
+    rows = []
+    for task, entry in details.items():
+        if "answers" not in entry:
+            continue
+        unchanged = percent(entry.get("unchanged_by_another_volume"))
+        for title, statistics in {"answers": entry["answers"]["given"], "references": entry["references"]}.items():
+            shares = [
+                percent(statistics[name])
+                for name in ("distinct_share", "most_common_share", "empty_share", "repetition")
+            ]
+            rows.append(
+                [task, title, *shares, f"{statistics['mean_words']:.1f}", unchanged if title == "answers" else ""]
+            )
+    if not rows:
+        return ""
+    header = [
+        "task",
+        "texts",
+        "different, %",
+        "most frequent, %",
+        "empty, %",
+        "repetition, %",
+        "words",
+        "unchanged by another volume, %",
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+__all__ = ["present"]
