@@ -153,7 +153,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     Raises:
         RuntimeError: the published folder did not answer in the clean process.
     """
-    from .files import write_atomically
+    from .files import write_atomically, write_json_lines
     from .merge import merge_adapter
     from .phantoms.study import write_study
     from .recipe import STAGES, load_recipe
@@ -210,8 +210,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
         stages["contrastive"], model_folder, study, cache, num_cases=40 if not full else None
     )
     write_atomically(f"{table}\n".encode(), output / "scores.md")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_atomically("".join(lines).encode(), output / "answers.jsonl")
+    write_json_lines(records, output / "answers.jsonl")
     picture = draw_answers(study, model_folder, records, output / "answers.png")
     report(f"Scores on held-out phantoms; blind: the volume replaced by another case's. Picture: {picture}")
     print(f"\n{table}\n")

@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,4 +31,9 @@ def write_json_atomically(content: Mapping[str, Any], path: Path) -> None:
     write_atomically(json.dumps(content, indent=1).encode(), path)
 
 
-__all__ = ["write_atomically", "write_json_atomically"]
+def write_json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """[`write_atomically`] for rows, one JSON object on each line, in UTF-8."""
+    write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
+
+
+__all__ = ["write_atomically", "write_json_atomically", "write_json_lines"]

@@ -4,14 +4,10 @@ The blind control gives every question the volume of another case. A model that 
 volume has not used the volume.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import datasets
 import torch
-
-from .data.samples import QUESTION_TYPES
-from .prompts import parse_choice
 
 
 RECALL_RANKS = (1, 5, 10)
@@ -107,27 +103,6 @@ def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> 
     return sum(chances) / len(chances)
 
 
-def closed_accuracy(samples: Iterable[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, float]:
-    """
-    Accuracy of closed questions by type and their mean over types. An answer is right when it begins with the right letter.
-
-    Args:
-        samples (`Iterable`):
-            Closed questions.
-        answers (`Sequence[str]`):
-            What the model said, in the same order.
-
-    Returns:
-        `dict` from the name of a type that occurs to its accuracy in [0, 1], and `"mean"`, the mean of these.
-    """
-    hits: dict[str, list[bool]] = {}
-    for sample, answer in zip(samples, answers, strict=True):
-        name = QUESTION_TYPES.get(sample["question_type"], "other")
-        hits.setdefault(name, []).append(parse_choice(answer) == sample["answer_choice"])
-    scores = {name: sum(values) / len(values) for name, values in sorted(hits.items())}
-    return {**scores, "mean": sum(scores.values()) / len(scores)} if scores else {}
-
-
 def with_volume_of_another_case(samples: datasets.Dataset) -> datasets.Dataset:
     """
     The samples with the volume of another case each, for the blind control: all samples of a case get that of one other.
@@ -150,7 +125,6 @@ def with_volume_of_another_case(samples: datasets.Dataset) -> datasets.Dataset:
 __all__ = [
     "RECALL_RANKS",
     "chance_recall",
-    "closed_accuracy",
     "retrieval_hits",
     "retrieval_recall",
     "with_volume_of_another_case",

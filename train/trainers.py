@@ -1,7 +1,6 @@
 """Trainer for the two kinds of models. All that differs from transformers' own is the order of the data and what a
 validation adds to the loss: retrieval for the dual encoder, written answers for the vision-language model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers.utils import logging
 
 from .answering import answer_samples
 from .data.dataset import EpochSampler, StudyDataset
-from .files import write_atomically
+from .files import write_json_lines
 from .prompts import format_answer, format_question
 from .scoring import chance_recall, retrieval_recall
 
@@ -145,7 +144,7 @@ class GenerationTrainer(StudyTrainer):
                 }
                 for sample, answer in zip(samples, answers)
             ]
-            write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
+            write_json_lines(rows, path)
             logger.info(f"{count} answers written to {path}")
         return path
 

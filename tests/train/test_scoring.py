@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.scoring import chance_recall, closed_accuracy, retrieval_recall, with_volume_of_another_case
+from med3dvlm.train.scoring import chance_recall, retrieval_recall, with_volume_of_another_case
 
 
 def unit(vectors):
@@ -68,12 +68,6 @@ def rows(cases):
         ],
         features=SAMPLE_FEATURES,
     )
-
-
-def test_closed_accuracy_is_the_mean_over_types():
-    accuracy = closed_accuracy(rows(["x", "x", "y"]), ["B. b", "A. a", "A"])
-    assert accuracy == {"plane": 0.5, "phase": 0.0, "mean": 0.25}
-    assert closed_accuracy(rows(["x"]), ["it is B."]) == {"plane": 0.0, "mean": 0.0}
 
 
 def test_blind_control_gives_every_case_the_volume_of_another():

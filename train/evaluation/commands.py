@@ -166,7 +166,9 @@ def evaluate_retrieval_command(
         result = evaluate_retrieval(
             out, settings, source, embeddings, system=name, work=make_work(batch_size, device, cache)
         )
-        finish(result, out, published, None, False, None, as_json)
+        text = show(result, out, published, None, False, None)
+        if result:
+            typer.echo(json.dumps(result) if as_json else text)
 
 
 @evaluate_app.command("report")
@@ -276,6 +278,78 @@ def evaluate_vqa_command(
         )
 
 
+@evaluate_app.command("all")
+def evaluate_all_command(
+    data: DataOption,
+    out: OutputOption,
+    model: ScoredModelOption = None,
+    dual_encoder: Annotated[
+        str | None,
+        typer.Option("--dual-encoder", help="Published dual encoder, for retrieval.", show_default="no retrieval"),
+    ] = None,
+    name: SystemOption = None,
+    split: SplitOption = "test",
+    cases: CasesOption = None,
+    blind: BlindOption = True,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest report, in tokens; answers have at most 64.")
+    ] = 256,
+    max_text_length: LengthOption = 512,
+    metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
+    bertscore_model: BertModelOption = None,
+    bertscore_layers: BertLayersOption = None,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    prepared: PreparedOption = False,
+    published: PublishedOption = None,
+    show_case_names: CaseNamesOption = False,
+    processes: ProcessesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    All of the paper's tables: retrieval, reports and questions, in the folders retrieval, report and vqa.
+
+    Each is continued where an earlier call was ended, and is what the command of its name makes.
+
+    Example: med3dvlm evaluate all --model org/med3dvlm --dual-encoder org/dcformer-siglip --data data/m3d --out evaluation
+    """
+    with bad_input_is_an_answer():
+        require_eval_extra()
+        if model is None:
+            raise ValueError("Expected --model, the vision-language model, and --dual-encoder for retrieval.")
+        source = check_model_name(model)
+        encoder = None if dual_encoder is None else check_model_name(dual_encoder)
+        start_processes_if_needed(processes, device)
+        with step("importing"):
+            from .runner import MetricOptions, build_text_metrics, evaluate_answers, evaluate_retrieval, questions_of
+        hush_progress_bars()
+        options = {"split": split, "num_cases": cases, "blind": blind, "dtype": dtype, "prepared": prepared}
+        metric_options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers)
+        build_text_metrics(
+            metric_options, ("report",)
+        )  # before hours of retrieval: what is missing is to be known now
+        work = make_work(batch_size, device, cache)
+        parts: dict[str, dict[str, Any]] = {}
+        texts = []
+        if encoder is not None:
+            settings = make_settings(data, ("report",), max_text_length=max_text_length, **options)
+            parts["retrieval"] = evaluate_retrieval(out / "retrieval", settings, encoder, work=work)
+            texts.append(show(parts["retrieval"], out / "retrieval", published, None, False, None))
+        for part, tasks, longest in (
+            ("report", ("report",), max_new_tokens),
+            ("vqa", questions_of(data, split), min(64, max_new_tokens)),  # type: ignore[arg-type]
+        ):
+            settings = make_settings(data, tasks, max_new_tokens=longest, **options)
+            parts[part] = evaluate_answers(
+                out / part, settings, source, system=name, metrics=metric_options, work=work
+            )
+            texts.append(show(parts[part], out / part, published, work, show_case_names, source))
+        if all(parts.values()):
+            typer.echo(json.dumps(parts) if as_json else "\n".join(texts))
+
+
 @evaluate_app.command("references")
 def evaluate_references_command(
     data: DataOption,
@@ -297,12 +371,12 @@ def evaluate_references_command(
         settings = make_settings(data, tuple(tasks.split(",")), split=split, num_cases=cases)
         from dataclasses import asdict
 
-        from .folders import write_lines
+        from ..files import write_json_lines
         from .predictions import build_references
         from .runner import read_samples
 
         references = build_references(read_samples(settings))
-        write_lines([asdict(reference) for reference in references], out)
+        write_json_lines([asdict(reference) for reference in references], out)
         typer.echo(f"{out}: {len(references)} lines")
 
 
@@ -335,7 +409,9 @@ def answer_and_score(
     metrics = MetricOptions(tuple(names.split(",")), bertscore_model, bertscore_layers)
     work = make_work(*work_options)
     result = evaluate_answers(out, settings, source, predictions, blind_predictions, name, metrics, work)
-    finish(result, out, published, work, show_case_names, source, as_json)
+    text = show(result, out, published, work, show_case_names, source)
+    if result:
+        typer.echo(json.dumps(result) if as_json else text)
 
 
 def require_eval_extra() -> None:
@@ -395,23 +471,21 @@ def make_work(batch_size: int, device: str, cache: Path | None) -> "Work":
     return Work(batch_size, device, None if cache is None else str(cache), sys.stderr.isatty())
 
 
-def finish(
+def show(
     result: dict[str, Any],
     out: Path,
     published: Path | None,
     work: "Work | None",
     show_case_names: bool,
     model: str | None,
-    as_json: bool,
-) -> None:
-    """Draws and writes what readers look at, and prints the tables."""
-    if not result:  # a process that is not the first
-        return
+) -> str:
+    """Draws and writes what readers look at, and returns the tables; nothing in a process that is not the first."""
+    if not result:
+        return ""
     from .presentation import present
 
-    with step("tables, plots and report"):
-        text = present(out, published, work, show_case_names, model)
-    typer.echo(json.dumps(result) if as_json else text)
+    with step(f"tables, plots and report in {out}"):
+        return present(out, published, work, show_case_names, model)
 
 
 __all__ = ["evaluate_app"]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..files import write_atomically, write_json_atomically
+from ..files import write_json_atomically
 from ..stages import differing_keys
 from .scores import Score
 
@@ -103,11 +102,6 @@ def read_scores(path: Path) -> list[Score]:
     ]
 
 
-def write_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Rows as JSON lines."""
-    write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
-
-
 def versions() -> dict[str, str]:
     """Of what scores depend on."""
     names = ("med3dvlm", "sacrebleu", "rouge-score", "nltk", "bert-score")
@@ -130,5 +124,4 @@ __all__ = [
     "score_fields",
     "sha256_of",
     "versions",
-    "write_lines",
 ]

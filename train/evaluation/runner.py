@@ -23,7 +23,7 @@ from ..data.dataset import text_group_id
 from ..data.m3d import VQA_FOLDER, VQA_SPLITS
 from ..data.samples import Split, Task
 from ..data.study import first_cases, read_task
-from ..files import write_atomically, write_json_atomically
+from ..files import write_atomically, write_json_atomically, write_json_lines
 from ..scoring import with_volume_of_another_case
 from .embeddings import embed_all, gather_embeddings, read_embeddings
 from .folders import (
@@ -35,7 +35,6 @@ from .folders import (
     open_folder,
     score_fields,
     versions,
-    write_lines,
 )
 from .journal import Journal
 from .predictions import Reference, build_references, read_predictions
@@ -127,7 +126,7 @@ def evaluate_answers(
             blind_texts = read_predictions(blind_predictions, references)
             answers["blind"] = [{"prediction": text} for text in blind_texts]
     scores, details, sample_scores = score_all(references, answers, text_metrics)
-    write_lines(merged_lines(references, answers, sample_scores), output / PREDICTIONS)
+    write_json_lines(merged_lines(references, answers, sample_scores), output / PREDICTIONS)
     return finish(
         output,
         scores,
@@ -227,7 +226,7 @@ def begin(
     folder_settings = {**asdict(settings), "model": describe_source(source)}
     if state.is_main_process:
         open_folder(output, folder_settings)
-        write_lines([asdict(reference) for reference in references], output / REFERENCES)
+        write_json_lines([asdict(reference) for reference in references], output / REFERENCES)
     state.wait_for_everyone()
     return samples, references, folder_settings
 

@@ -3,20 +3,33 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
 from ..answering import answer_samples, embed_samples
 from ..data.dataset import VolumeLoader, text_group_id
-from ..data.m3d import read_m3d_cap, read_m3d_vqa
-from ..data.samples import CHOICE_LETTERS, QUESTION_TYPES
-from ..evaluation.scores import exact_matches, has_same_words
-from ..prompts import format_answer
-from ..scoring import chance_recall, closed_accuracy, retrieval_recall, with_volume_of_another_case
+from ..data.samples import Task
+from ..data.study import first_cases, read_task
+from ..evaluation.predictions import build_references
+from ..evaluation.scores import (
+    ALL_SAMPLES,
+    MEAN_OF_TYPES,
+    Score,
+    answers_of_another_case,
+    score_samples,
+    summarise,
+)
+from ..scoring import chance_recall, retrieval_recall, with_volume_of_another_case
 
 
 GALLERY_SIZE = 100
+# The metrics of each task that the table has, and what it calls them.
+REPORTED: dict[Task, dict[str, str]] = {
+    "closed_vqa": {"accuracy": ""},
+    "yes_no_vqa": {"accuracy": ""},
+    "open_vqa": {"exact": ""},
+    "report": {"bleu_1": "BLEU-1", "rouge_1": "ROUGE-1", "exact": "every word right"},
+}
 # A row of the table: what is scored, the score, the same with another case's volume, and chance; shares in [0, 1].
 Row = dict[str, Any]
 
@@ -40,8 +53,7 @@ def score_retrieval(
     Returns:
         `list` of rows. "identical" counts an identical report as a match, "plain" only the phantom's own.
     """
-    samples = read_m3d_cap(study, "test")
-    assert isinstance(samples, datasets.Dataset)
+    samples = read_task(study, "test", "report")
     size = min(gallery_size, len(samples))
     image_embeds, text_embeds = embed_samples(model, processor, samples, volumes)
     group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
@@ -87,84 +99,57 @@ def score_answers(
     Returns:
         The rows, and every answer: `case`, `task`, `question_type`, `question`, `expected`, `answer`, `blind_answer`.
     """
+    # The extra `eval` is not needed for the rest.
+    from ..evaluation.text_metrics import Bleu1, Rouge1
+
+    text_metrics = {"bleu_1": Bleu1().score_samples, "rouge_1": Rouge1().score_samples}
     rows: list[Row] = []
     records: list[dict[str, Any]] = []
-    for task, chance in {
-        "closed_vqa": 1 / len(CHOICE_LETTERS),
-        "yes_no_vqa": 0.5,
-        "open_vqa": None,
-        "report": None,
-    }.items():
-        samples = read_m3d_cap(study, "test") if task == "report" else read_m3d_vqa(study, "test", [task])  # type: ignore[list-item]
-        assert isinstance(samples, datasets.Dataset)
-        samples = first_cases(samples, num_cases)
+    for task, metrics in REPORTED.items():
+        samples = first_cases(read_task(study, "test", task), num_cases)
+        references = build_references(samples)
         answers, blind = (
             answer_samples(model, processor, version, volumes, max_new_tokens=96, batch_size=40)
             for version in (samples, with_volume_of_another_case(samples))
         )
-        for sample, answer, blind_answer in zip(samples, answers, blind):
-            records.append(
-                {
-                    **{name: sample[name] for name in ("case", "task", "question_type", "question")},
-                    "expected": format_answer(sample),
-                    "answer": answer,
-                    "blind_answer": blind_answer,
-                }
-            )
-        if task == "report":
-            rows += report_rows(samples, answers, blind)
-            continue
-        scores, blind_scores = (accuracy_by_type(samples, given) for given in (answers, blind))
-        for name, value in scores.items():
-            title = f"{task.removesuffix('_vqa').replace('_', '/')} VQA, {name}"
-            rows.append({"score": title, "value": value, "blind": blind_scores[name], "chance": chance})
+        records += [
+            {
+                "case": reference.case,
+                "task": task,
+                "question_type": reference.question_type,
+                "question": reference.question,
+                "expected": reference.expected,
+                "answer": answer,
+                "blind_answer": blind_answer,
+            }
+            for reference, answer, blind_answer in zip(references, answers, blind)
+        ]
+        scores = summarise(
+            references,
+            *(
+                score_samples(references, texts, text_metrics)
+                for texts in (answers, blind, answers_of_another_case(references))
+            ),
+        )
+        rows += [
+            {
+                "score": title_of(score),
+                "value": score.value,
+                "blind": score.blind,
+                "chance": score.chance,
+            }
+            for score in scores
+            if score.metric in metrics and (task == "report") == (score.group == ALL_SAMPLES)
+        ]
     return rows, records
 
 
-def first_cases(samples: datasets.Dataset, number: int | None) -> datasets.Dataset:
-    """The samples of the first `number` cases; all without a number."""
-    if number is None:
-        return samples
-    cases = set(list(dict.fromkeys(samples["case"]))[:number])
-    return samples.select([row for row, case in enumerate(samples["case"]) if case in cases])
-
-
-def accuracy_by_type(samples: datasets.Dataset, answers: list[str]) -> dict[str, float]:
-    """
-    Accuracy by type of question and its mean. A closed answer is right when it begins with the right letter, any other when
-    it has the words of the expected one, whatever the case of letters and the full stop.
-    """
-    if samples[0]["task"] == "closed_vqa":
-        return closed_accuracy(samples, answers)
-    hits: dict[str, list[bool]] = {}
-    for sample, answer in zip(samples, answers, strict=True):
-        name = QUESTION_TYPES[sample["question_type"]]
-        hits.setdefault(name, []).append(has_same_words(answer, sample["answer"]))
-    scores = {name: sum(values) / len(values) for name, values in sorted(hits.items())}
-    return {**scores, "mean": sum(scores.values()) / len(scores)}
-
-
-def report_rows(samples: datasets.Dataset, answers: list[str], blind: list[str]) -> list[Row]:
-    """
-    BLEU-1 and ROUGE-1 of the reports, and the share that is right in every word. Chance is the true report of another case.
-    """
-    from ..evaluation.text_metrics import Bleu1, Rouge1  # here, because the extra `eval` is not needed for the rest
-
-    references = list(samples["answer"])
-    half = len(references) // 2
-    others = references[half:] + references[:half]
-    rows = []
-    metrics = {
-        "BLEU-1": Bleu1().score_samples,
-        "ROUGE-1": Rouge1().score_samples,
-        "every word right": exact_matches,
-    }
-    for name, metric in metrics.items():
-        value, blind_value, chance = (
-            sum(metric(texts, references)) / len(references) for texts in (answers, blind, others)
-        )
-        rows.append({"score": f"report, {name}", "value": value, "blind": blind_value, "chance": chance})
-    return rows
+def title_of(score: Score) -> str:
+    """What a row of the table is called."""
+    if score.task == "report":
+        return f"report, {REPORTED['report'][score.metric]}"
+    group = "mean" if score.group == MEAN_OF_TYPES else score.group
+    return f"{score.task.removesuffix('_vqa').replace('_', '/')} VQA, {group}"
 
 
 def format_table(rows: list[Row]) -> str:
@@ -181,11 +166,4 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-__all__ = [
-    "accuracy_by_type",
-    "first_cases",
-    "format_table",
-    "report_rows",
-    "score_answers",
-    "score_retrieval",
-]
+__all__ = ["format_table", "score_answers", "score_retrieval"]

@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from ..files import write_atomically
+from ..files import write_atomically, write_json_lines
 from .anatomy import (
     FACTORS,
     IN_PLANE_SPACING,
@@ -546,7 +546,7 @@ def write_lists(
     for split, name in SPLIT_NAMES.items():
         write_atomically(_as_csv(closed[split]), destination / "M3D-VQA" / f"M3D_VQA_{name}.csv")
         write_atomically(_as_csv(yes_no[split]), destination / "M3D-VQA" / f"M3D_VQA_yn_{name}.csv")
-    write_atomically("".join(json.dumps(line) + "\n" for line in truth).encode(), destination / TRUTH_FILE)
+    write_json_lines(truth, destination / TRUTH_FILE)
 
 
 def count_usable_cores() -> int:

@@ -1,4 +1,3 @@
-
 import pytest
 
 from med3dvlm.train.evaluation.predictions import Reference

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from med3dvlm.train.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_all_makes_three_folders_with_tables_plots_and_reports(study, vlm, dual_encoder, tmp_path):
+    arguments = ["all", "-m", vlm, "--dual-encoder", dual_encoder, "-d", study, "-o", tmp_path / "out", "--cases", "3"]
+    arguments += ["--max-new-tokens", "4", "--metrics", "bleu_1", "--cache", tmp_path / "cache", "--json"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    parts = json.loads(result.stdout)
+    assert list(parts) == ["retrieval", "report", "vqa"]
+    for part in parts:
+        text = (tmp_path / "out" / part / "README.md").read_text()
+        assert "blind" in text and "Only the first 3 cases" in text and "published" not in text
+    for name in (
+        "vqa/report.html",
+        "vqa/plots/closed_vqa.png",
+        "report/tables/report.csv",
+        "retrieval/plots/recall.png",
+    ):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    scored = parts["vqa"]["scores"]
+    assert {score["task"] for score in scored} == {"closed_vqa", "open_vqa", "yes_no_vqa"}
+
+
+def test_another_system_answers_the_references(study, tmp_path):
+    references = tmp_path / "references.jsonl"
+    assert run("references", references, "-d", study, "--tasks", "closed_vqa").exit_code == 0
+    rows = [json.loads(line) for line in references.read_text().splitlines()]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(json.dumps({"id": row["id"], "prediction": row["answer_choice"] + "."}) + "\n" for row in rows)
+    )
+    arguments = ["vqa", "-d", study, "-o", tmp_path / "out", "--predictions", answers, "--tasks", "closed_vqa"]
+    result = run(*arguments, "--name", "Oracle")
+    assert result.exit_code == 0, result.output
+    assert "| accuracy | Oracle | measured here | 100.0 [100.0, 100.0] |" in result.stdout
+
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
+    result = run(*arguments[:4], tmp_path / "less", *arguments[5:])
+    assert result.exit_code == 2
+    assert f"1 of {len(rows)} have no prediction: closed_vqa/000000" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vqa"], "Expected either --model or --predictions."),
+        (["vqa", "-m", "nowhere/at/all"], "there is no such folder"),
+        (["vqa", "--predictions", "p", "--tasks", "guess"], "task: expected one of report, closed_vqa"),
+        (
+            ["report", "--predictions", "p", "--split", "val"],
+            "--split: expected one of train, validation, test, got 'val'",
+        ),
+        (["report", "--predictions", "p", "--dtype", "int8"], "--dtype: expected one of auto"),
+        (["retrieval", "--embeddings", "p", "--device", "abacus"], "--device abacus: it cannot be used here"),
+        (["all", "--dual-encoder", "x"], "Expected --model"),
+    ],
+)
+def test_wrong_use_is_one_line(study, tmp_path, arguments, message):
+    result = run(*arguments, "-d", study, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and message in result.stderr, result.output
