@@ -59,7 +59,13 @@ SystemOption = Annotated[
     str | None, typer.Option("--name", help="Name of the system in the tables.", show_default="that of the model")
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-MetricsOption = Annotated[str, typer.Option(help="Metrics of texts, with commas between them.")]
+MetricsOption = Annotated[
+    str,
+    typer.Option(
+        help="Metrics of texts, with commas between them. Clinical ones are extras that need packages of their own: ratescore, "
+        "green, radgraph_f1."
+    ),
+]
 BertModelOption = Annotated[
     str | None,
     typer.Option(help="Encoder of BERTScore, by name or folder.", show_default="roberta-large, as in the original"),
@@ -104,6 +110,13 @@ PublishedOption = Annotated[
 ]
 CaseNamesOption = Annotated[
     bool, typer.Option("--show-case-names", help="Write the names of cases into the HTML report.")
+]
+LabellerOption = Annotated[
+    str | None,
+    typer.Option(
+        help='"module:function" that labels reports (a dict of 1, 0 or None for each): F1 of labels.',
+        show_default=False,
+    ),
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, at least 1")
@@ -186,6 +199,7 @@ def evaluate_report_command(
     metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
     bertscore_model: BertModelOption = None,
     bertscore_layers: BertLayersOption = None,
+    labeller: LabellerOption = None,
     batch_size: BatchOption = 16,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
@@ -211,7 +225,7 @@ def evaluate_report_command(
             blind_predictions,
             name,
             {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
-            (metrics, bertscore_model, bertscore_layers),
+            (metrics, bertscore_model, bertscore_layers, labeller),
             (batch_size, device, cache),
             {"dtype": dtype, "prepared": prepared},
             published,
@@ -268,7 +282,7 @@ def evaluate_vqa_command(
             blind_predictions,
             name,
             {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
-            (metrics, bertscore_model, bertscore_layers),
+            (metrics, bertscore_model, bertscore_layers, None),
             (batch_size, device, cache),
             {"dtype": dtype, "prepared": prepared},
             published,
@@ -350,6 +364,174 @@ def evaluate_all_command(
             typer.echo(json.dumps(parts) if as_json else "\n".join(texts))
 
 
+@evaluate_app.command("zero-shot")
+def evaluate_zero_shot_command(
+    labels: Annotated[
+        Path,
+        typer.Option(
+            help="CSV with the column image, or case, and one of 1, 0 or nothing for each class.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Published dual encoder, a folder or a Hub repository.", show_default=False
+        ),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: for each class a list of prompts, or positive and negative lists.",
+            show_default="the organs of phantoms",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", help="Study whose cases the labels name, if they name no files.", show_default=False
+        ),
+    ] = None,
+    split: SplitOption = "test",
+    validation: Annotated[
+        Path | None, typer.Option(help="Labels of other volumes, to choose thresholds with.", show_default=False)
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="sigmoid, 'against negatives' or 'among classes'.", show_default="sigmoid, if the model has its loss"
+        ),
+    ] = None,
+    max_text_length: LengthOption = 512,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    prepared: PreparedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Zero-shot classification with a dual encoder: AUROC, F1 and accuracy of each class, told from prompts alone.
+
+    Example: med3dvlm evaluate zero-shot -m org/dcformer-siglip --prompts findings.yaml --labels labels.csv -o evaluation/zero_shot
+    """
+    with bad_input_is_an_answer():
+        require_eval_extra()
+        require_extra("eval", "sklearn")
+        source = check_model_name(model)
+        settings = make_settings(data or "", ("report",), split=split, dtype=dtype, prepared=prepared)
+        with step("importing"):
+            from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+            from ..data.study import read_task
+            from ..files import write_atomically, write_json_atomically
+            from .settings import build_volumes, load_for_evaluation
+            from .zero_shot import (
+                PHANTOM_PROMPTS,
+                format_zero_shot,
+                images_by_case,
+                read_labels,
+                read_prompts,
+                run_zero_shot,
+            )
+        hush_progress_bars()
+        work = make_work(batch_size, device, cache)
+        classes = read_prompts(prompts or PHANTOM_PROMPTS)
+        names = [entry.name for entry in classes]
+        images = None if data is None else images_by_case(read_task(data, settings.split, "report"))
+        labelled = read_labels(labels, names, images)
+        held = None if validation is None else read_labels(validation, names, images)
+        loaded, processor = load_for_evaluation(source, DCFormerSiglipModel, settings, work)
+        result = run_zero_shot(
+            loaded,
+            processor,
+            classes,
+            labelled,
+            build_volumes(processor, settings, work),
+            held,
+            rule,  # type: ignore[arg-type]
+            max_text_length,
+            batch_size,
+            work.progress,
+        )
+        text = format_zero_shot(result)
+        write_json_atomically(result.to_dict(), out / "zero_shot.json")
+        write_atomically(f"# Zero-shot classification, {Path(source).name}\n\n{text}\n".encode(), out / "README.md")
+        typer.echo(json.dumps(result.to_dict()) if as_json else text)
+
+
+@evaluate_app.command("dependence")
+def evaluate_dependence_command(
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Published model of either kind, a folder or a Hub repository.", show_default=False
+        ),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="What is asked, with commas between tasks.",
+            show_default="report,closed_vqa; report for a dual encoder",
+        ),
+    ] = None,
+    split: SplitOption = "test",
+    cases: Annotated[int, typer.Option("--cases", min=2, help="The first so many cases.")] = 50,
+    max_new_tokens: TokensOption = 64,
+    max_text_length: LengthOption = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffling.")] = 0,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    cache: CacheOption = None,
+    prepared: PreparedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Does the model look at the volume? Asks again with blank, shuffled, mirrored and by one voxel shifted volumes, and with those
+    of another case, and says what changes and whether it should.
+
+    Example: med3dvlm evaluate dependence -m org/med3dvlm -d data/m3d -o evaluation/dependence
+    """
+    with bad_input_is_an_answer():
+        require_eval_extra()
+        source = check_model_name(model)
+        with step("importing"):
+            from transformers import AutoConfig
+
+            from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+            from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+            from ..files import write_atomically, write_json_atomically
+            from .image_dependence import check_image_dependence, format_dependence
+            from .runner import read_samples
+            from .settings import build_volumes, load_for_evaluation
+        hush_progress_bars()
+        is_dual = AutoConfig.from_pretrained(source).model_type == DCFormerSiglipModel.config_class.model_type
+        asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
+        settings = make_settings(data, asked, split=split, num_cases=cases, dtype=dtype, prepared=prepared)
+        work = make_work(batch_size, device, cache)
+        samples = read_samples(settings)
+        kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
+        loaded, processor = load_for_evaluation(source, kind, settings, work)
+        rows = check_image_dependence(
+            loaded,
+            processor,
+            samples,
+            build_volumes(processor, settings, work),
+            max_new_tokens=max_new_tokens,
+            max_text_length=max_text_length,
+            batch_size=batch_size,
+            seed=seed,
+            show_progress=work.progress,
+        )
+        text = format_dependence(rows)
+        content = {"model": source, "num_cases": cases, "rows": [row.to_dict() for row in rows]}
+        write_json_atomically(content, out / "dependence.json")
+        write_atomically(f"# Image dependence, {Path(source).name}\n\n{text}\n".encode(), out / "README.md")
+        typer.echo(json.dumps(content) if as_json else text)
+
+
 @evaluate_app.command("references")
 def evaluate_references_command(
     data: DataOption,
@@ -389,7 +571,7 @@ def answer_and_score(
     blind_predictions: Path | None,
     name: str | None,
     asked: dict[str, Any],
-    metric_options: tuple[str, str | None, int | None],
+    metric_options: tuple[str, str | None, int | None, str | None],
     work_options: tuple[int, str, Path | None],
     model_options: dict[str, Any],
     published: Path | None,
@@ -405,8 +587,8 @@ def answer_and_score(
         from .runner import MetricOptions, evaluate_answers, questions_of
     hush_progress_bars()
     settings = make_settings(data, tasks or questions_of(data, asked["split"]), **asked, **model_options)
-    names, bertscore_model, bertscore_layers = metric_options
-    metrics = MetricOptions(tuple(names.split(",")), bertscore_model, bertscore_layers)
+    names, *encoder_and_labeller = metric_options
+    metrics = MetricOptions(tuple(names.split(",")), *encoder_and_labeller)
     work = make_work(*work_options)
     result = evaluate_answers(out, settings, source, predictions, blind_predictions, name, metrics, work)
     text = show(result, out, published, work, show_case_names, source)

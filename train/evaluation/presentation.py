@@ -1,6 +1,7 @@
 """What readers look at, made from the folder of an evaluation: tables, plots, an HTML report, and a text to print."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..data.cache import VolumeCache
 from ..data.dataset import ProcessedVolumes, VolumeLoader
 from ..files import write_atomically
 from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
+from .clinical import LabelScore, format_labels
 from .folders import PREDICTIONS, SCORES, read_scores
 from .html_report import AnsweredTask, write_html_report
 from .plots import RecallCurve, draw_calibration, draw_recall_curves, draw_type_bars
@@ -164,8 +166,15 @@ def format_readme(result: dict[str, Any], tables: list[str], plots: dict[str, Pa
     collapse = format_answer_statistics(result["details"])
     if collapse:
         lines += ["", "## Answers", "", collapse]
+    for mode, labels in result["details"].get("report", {}).get("labels", {}).items():
+        lines += ["", f"## Labels of reports, {mode}, %", "", format_labels([label_score(row) for row in labels])]
     lines += ["", *(f"![{caption}]({path.relative_to(output)})" for caption, path in plots.items())]
     return "\n".join(lines) + "\n"
+
+
+def label_score(row: dict[str, Any]) -> LabelScore:
+    """A score of labels as `scores.json` has it."""
+    return LabelScore(**{name: math.nan if value is None else value for name, value in row.items()})
 
 
 def format_answer_statistics(details: dict[str, Any]) -> str:

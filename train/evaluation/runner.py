@@ -25,6 +25,14 @@ from ..data.samples import Split, Task
 from ..data.study import first_cases, read_task
 from ..files import write_atomically, write_json_atomically, write_json_lines
 from ..scoring import with_volume_of_another_case
+from .clinical import (
+    CLINICAL_METRICS,
+    as_text_metrics,
+    build_clinical_metrics,
+    clinical_notes,
+    find_labeller,
+    label_f1,
+)
 from .embeddings import embed_all, gather_embeddings, read_embeddings
 from .folders import (
     EMBEDDINGS,
@@ -57,14 +65,16 @@ class MetricOptions:
     Which text metrics, and with which encoder.
 
     Args:
-        names (`tuple[str, ...]`, *optional*): Of `TEXT_METRICS`.
+        names (`tuple[str, ...]`, *optional*): Of `TEXT_METRICS` and `CLINICAL_METRICS`.
         bertscore_model (`str`, *optional*): Encoder of BERTScore; roberta-large if not given, as in the original.
         bertscore_layers (`int`, *optional*): Its layer, for an encoder that bert_score does not know.
+        labeller (`str`, *optional*): "module:function" that labels reports, for F1 of labels.
     """
 
     names: tuple[str, ...] = TEXT_METRICS
     bertscore_model: str | None = None
     bertscore_layers: int | None = None
+    labeller: str | None = None
 
 
 def evaluate_answers(
@@ -108,6 +118,12 @@ def evaluate_answers(
         raise ValueError("Expected exactly one of a model and a file of predictions.")
     metrics, work = metrics or MetricOptions(), work or Work()
     text_metrics = build_text_metrics(metrics, settings.tasks)  # before any work: what is missing is to be known now
+    clinical = build_clinical_metrics([name for name in metrics.names if name in CLINICAL_METRICS])
+    text_metrics |= as_text_metrics(clinical)
+    if metrics.labeller is not None:
+        find_labeller(metrics.labeller)
+        if "report" not in settings.tasks:
+            raise ValueError("A labeller is for reports: leave it out, or evaluate reports.")
     state = start_processes(work)
     samples, references, folder_settings = begin(output, settings, model or str(predictions), state)
 
@@ -126,6 +142,8 @@ def evaluate_answers(
             blind_texts = read_predictions(blind_predictions, references)
             answers["blind"] = [{"prediction": text} for text in blind_texts]
     scores, details, sample_scores = score_all(references, answers, text_metrics)
+    if metrics.labeller is not None:
+        add_labels(details, references, answers, metrics.labeller)
     write_json_lines(merged_lines(references, answers, sample_scores), output / PREDICTIONS)
     return finish(
         output,
@@ -135,7 +153,10 @@ def evaluate_answers(
         metrics=asdict(metrics),
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
-        notes=notes_on(settings, samples, references, answers),
+        notes=[
+            *notes_on(settings, samples, references, answers),
+            *clinical_notes(clinical),
+        ],
         samples_per_second=num_new / seconds if num_new else None,
         details=details,
     )
@@ -269,7 +290,7 @@ def questions_of(data: str, split: Split) -> tuple[Task, ...]:
 
 def build_text_metrics(options: MetricOptions, tasks: Sequence[Task]) -> dict[str, TextMetric]:
     """
-    The metrics by name, with all they need loaded; none, where no task has texts to compare.
+    The metrics of `TEXT_METRICS` by name, with all they need loaded; none, where no task has texts to compare.
 
     Raises:
         FileNotFoundError: METEOR's data are not there.
@@ -278,11 +299,14 @@ def build_text_metrics(options: MetricOptions, tasks: Sequence[Task]) -> dict[st
     """
     if not {"report", "open_vqa"}.intersection(tasks):
         return {}
-    unknown = [name for name in options.names if name not in TEXT_METRICS]
+    known = (*TEXT_METRICS, *CLINICAL_METRICS)
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        raise ValueError(f"Expected text metrics out of {', '.join(TEXT_METRICS)}, got {', '.join(unknown)}.")
+        raise ValueError(f"Expected text metrics out of {', '.join(known)}, got {', '.join(unknown)}.")
     metrics: dict[str, TextMetric] = {}
     for name in options.names:
+        if name in CLINICAL_METRICS:
+            continue
         if name == "meteor":
             check_nltk_data()
         if name == "bertscore":
@@ -412,6 +436,20 @@ def corpus_score(asked: Sequence[Reference], texts: Mapping[str, Sequence[str]],
         blind=corpus_bleu_4(texts["blind"], expected) if "blind" in texts else None,
         chance=corpus_bleu_4(guesses, expected),
     )
+
+
+def add_labels(
+    details: dict[str, Any],
+    references: Sequence[Reference],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    labeller: str,
+) -> None:
+    """F1 of the labels that a labeller gives to predicted and true reports, in the details of the reports."""
+    places = [place for place, reference in enumerate(references) if reference.task == "report"]
+    for mode, rows in answers.items():
+        texts = [rows[place]["prediction"] for place in places]
+        labels = label_f1(texts, [references[place].reference for place in places], labeller)
+        details["report"].setdefault("labels", {})[mode] = [score.to_dict() for score in labels]
 
 
 def merged_lines(

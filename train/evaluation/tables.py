@@ -24,6 +24,9 @@ METRIC_TITLES = {
     "bertscore": "BERTScore",
     "rouge_l": "ROUGE-L",
     "corpus_bleu_4": "BLEU-4 of the corpus",
+    "ratescore": "RaTEScore",
+    "green": "GREEN",
+    "radgraph_f1": "RadGraph F1",
     "exact": "same words",
     **{f"recall_at_{rank}": f"R@{rank}" for rank in RECALL_RANKS},
 }

@@ -1,0 +1,241 @@
+import json
+import math
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from tiny import IMAGE_SIZE, tiny_siglip
+
+from med3dvlm.train.answering import answer_samples, embed_samples
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+from med3dvlm.train.evaluation.image_dependence import (
+    ANSWERS_CHANGED,
+    CHANGES,
+    COSINE,
+    OTHER_CASE,
+    SIDES_CHANGED,
+    ChangedVolumes,
+    check_image_dependence,
+    compare_answers,
+    compare_embeddings,
+    format_dependence,
+)
+from med3dvlm.train.scoring import retrieval_recall, with_volume_of_another_case
+
+
+class Noise:
+    """Another volume for each number."""
+
+    def __init__(self, size=IMAGE_SIZE):
+        self.size = size
+
+    def load(self, path):
+        return torch.rand(self.size, generator=torch.Generator().manual_seed(int(path)))
+
+
+class Blocks:
+    """A bright block in another place for each number: more than noise, the tiny model tells these apart."""
+
+    def load(self, path):
+        volume = torch.zeros(32, 64, 96)
+        volume[:, :, 32 * int(path) : 32 * int(path) + 32] = 1 - int(path) / 4
+        return volume
+
+
+def make_samples(number, task="open_vqa", answer="left lung"):
+    rows = [
+        {
+            "image": str(case),
+            "case": f"case {case}",
+            "task": task,
+            "question": "" if task == "report" else "Where?",
+            "choices": [],
+            "answer": f"{answer} {case}" if task == "report" else answer,
+            "answer_choice": "",
+            "question_type": 0 if task == "report" else 5,
+        }
+        for case in range(number)
+    ]
+    return datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+
+
+def find(rows, change, metric):
+    (row,) = [row for row in rows if (row.change, row.metric) == (change, metric)]
+    return row
+
+
+def test_changes_do_what_they_say():
+    true = Noise((2, 3, 4)).load("5")
+    changed = {name: ChangedVolumes(Noise((2, 3, 4)), name).load("5") for name in CHANGES}
+    assert not changed["blank"].any() and changed["blank"].shape == true.shape
+    assert not changed["shuffled"].equal(true)
+    assert changed["shuffled"].flatten().sort().values.equal(true.flatten().sort().values)
+    assert changed["mirrored"][1, 2].tolist() == true[1, 2].tolist()[::-1]
+    assert changed["shifted"][1:, 1:, 1:].equal(true[:-1, :-1, :-1])
+    assert changed["shifted"][0, 0, 0] == true[0, 0, 0] and changed["shifted"][0, 2, 3] == true[0, 1, 2]
+
+
+def test_shuffling_depends_on_seed_and_path_alone():
+    class Same:
+        def load(self, path):
+            return torch.arange(60.0).reshape(3, 4, 5)
+
+    first = ChangedVolumes(Same(), "shuffled").load("a")
+    assert ChangedVolumes(Same(), "shuffled").load("a").equal(first)
+    assert not ChangedVolumes(Same(), "shuffled").load("b").equal(first)
+    assert not ChangedVolumes(Same(), "shuffled", seed=1).load("a").equal(first)
+
+
+def test_answers_are_those_with_the_changed_volumes():
+    model, processor = build_tiny_model((32, 64, 96))
+    samples, volumes = make_samples(3), Blocks()
+    metrics = {"length": lambda predictions, texts: [float(len(text)) for text in predictions]}
+
+    def zero_the_left(volume, generator):
+        half = volume.clone()
+        half[:, :, 48:] = 0
+        return half
+
+    rows = check_image_dependence(
+        model,
+        processor,
+        samples,
+        volumes,
+        {"blank": CHANGES["blank"], "half": zero_the_left},
+        metrics,
+        max_new_tokens=8,
+    )
+    original = answer_samples(model, processor, samples, volumes, 8)
+    for change, version, loader in (
+        ("blank", samples, ChangedVolumes(volumes, "blank")),
+        ("half", samples, ChangedVolumes(volumes, zero_the_left)),
+        (OTHER_CASE, with_volume_of_another_case(samples), volumes),
+    ):
+        answers = answer_samples(model, processor, version, loader, 8)
+        row = find(rows, change, "length")
+        assert row.original == pytest.approx(sum(map(len, original)) / 3)
+        assert row.changed == pytest.approx(sum(map(len, answers)) / 3)
+        share = sum(" ".join(a.lower().split()) != " ".join(b.lower().split()) for a, b in zip(answers, original)) / 3
+        assert find(rows, change, ANSWERS_CHANGED).changed == pytest.approx(share)
+    assert find(rows, "half", "length").expectation == ""
+    assert find(rows, OTHER_CASE, ANSWERS_CHANGED).changed > 0  # the tiny model does look at its volume
+
+
+def test_a_system_that_uses_its_volume_meets_every_expectation():
+    samples = make_samples(20)
+    wrong = ["right lung"] * 20
+    changed = {OTHER_CASE: wrong, "blank": ["liver"] * 20, "shuffled": wrong, "mirrored": wrong}
+    changed["shifted"] = ["left lung."] * 19 + ["liver"]
+    rows = compare_answers(samples, ["Left lung"] * 20, changed)
+    assert [row.holds for row in rows if row.expectation] == [True] * 6
+    row = find(rows, "blank", "exact")
+    assert (row.original, row.changed, row.low, row.high, row.count) == (1, 0, -1, -1, 20)
+    assert find(rows, "shifted", ANSWERS_CHANGED).changed == pytest.approx(0.05)
+    assert find(rows, "mirrored", SIDES_CHANGED).changed == 1
+    text = format_dependence(rows)
+    assert "| open_vqa | blank | exact | 100.0 | 0.0 | -100.0 to -100.0 | 20 |" in text
+    assert "6 hold, 0 do not hold, and 0 cannot be said" in text
+
+
+def test_a_system_that_answers_from_the_question_is_found_out():
+    same = ["left lung"] * 20
+    rows = compare_answers(make_samples(20), same, dict.fromkeys((OTHER_CASE, *CHANGES), same))
+    outcomes = {row.change: row.holds for row in rows if row.expectation}
+    assert outcomes == {OTHER_CASE: False, "blank": False, "shuffled": False, "mirrored": False, "shifted": True}
+    text = format_dependence(rows)
+    assert (
+        "open_vqa, mirrored, answers with a side that change: most answers that name a side change: DOES NOT HOLD"
+        in text
+    )
+    assert "with another case's volume the score is not lower" in text
+    assert "2 hold, 4 do not hold" in text
+
+
+def test_a_score_that_stays_high_without_anything_to_see_does_not_hold():
+    right, wrong = ["left lung"] * 20, ["liver"] * 20
+    half = right[:10] + wrong[10:]
+    rows = compare_answers(make_samples(20), right, {OTHER_CASE: wrong, "blank": half, "shifted": half})
+    assert find(rows, OTHER_CASE, "exact").holds
+    row = find(rows, "blank", "exact")
+    assert row.holds is False and row.remark == "50.0% is above the 0.0% of another case"
+    assert find(rows, "shifted", ANSWERS_CHANGED).holds is False and find(rows, "shifted", "exact").holds is False
+    reports = compare_answers(make_samples(20, "report"), right, {OTHER_CASE: wrong, "shifted": wrong})
+    assert find(reports, "shifted", ANSWERS_CHANGED).holds is None  # a report may differ in a word
+    rows = compare_answers(make_samples(20), right, {OTHER_CASE: half, "blank": half[::-1]})
+    assert find(rows, "blank", "exact").holds  # no better than another case
+
+
+def test_a_score_at_chance_has_fallen_far_enough():
+    closed = make_samples(20, "closed_vqa").map(
+        lambda row: {"choices": ["left lung", "right lung", "liver", "spleen"], "answer_choice": "A"},
+        load_from_cache_file=False,
+    )
+    for number, holds in ((5, True), (8, False)):  # a quarter, and more
+        blank = ["A. left lung"] * number + ["B. right lung"] * (20 - number)
+        rows = compare_answers(closed, ["A. left lung"] * 20, {OTHER_CASE: ["C. liver"] * 20, "blank": blank})
+        assert find(rows, "blank", "accuracy").holds is holds
+
+
+def test_without_a_side_nothing_can_be_said_of_mirroring():
+    rows = compare_answers(make_samples(4), ["liver"] * 4, {OTHER_CASE: ["a"] * 4, "mirrored": ["b"] * 4})
+    row = find(rows, "mirrored", SIDES_CHANGED)
+    assert row.holds is None and math.isnan(row.changed) and row.count == 0
+    assert "cannot be said (no answer names a side)" in format_dependence(rows)
+    assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["changed"] is None
+
+
+def test_a_dual_encoder_is_checked_by_its_vectors():
+    tokenizer = build_tiny_tokenizer()
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = tiny_siglip(text_config={"model_type": "bert", "vocab_size": len(tokenizer), **text})
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    samples = make_samples(5, "report")
+    rows = check_image_dependence(model, processor, samples, Noise(), ["blank", "shifted"])
+    images, texts = embed_samples(model, processor, samples, Noise())
+    blank, _ = embed_samples(model, processor, samples, ChangedVolumes(Noise(), "blank"))
+    row = find(rows, "blank", COSINE)
+    assert row.changed == pytest.approx(float((images * blank).sum(dim=1).mean()), abs=1e-6) and row.original is None
+    row = find(rows, "blank", "recall_at_1, volume to report")
+    ids = torch.arange(5)
+    assert row.original == pytest.approx(retrieval_recall(images, texts, ids)["plain_recall_at_1"])
+    assert row.changed == pytest.approx(retrieval_recall(blank, texts, ids)["plain_recall_at_1"])
+    other = images[[(place + 2) % 5 for place in range(5)]]
+    assert find(rows, OTHER_CASE, COSINE).changed == pytest.approx(float((images * other).sum(dim=1).mean()), abs=1e-6)
+    assert "| retrieval | shifted | cosine |  |" in format_dependence(rows)
+
+
+def test_expectations_of_vectors():
+    samples, vectors = make_samples(12, "report"), torch.eye(12)
+    near = torch.nn.functional.normalize(vectors + 0.01, dim=1)
+    changed = {OTHER_CASE: vectors.roll(1, 0), "blank": vectors[:1].expand(12, -1), "shifted": near}
+    rows = compare_embeddings(samples, vectors, vectors, changed)
+    assert [row.holds for row in rows if row.expectation] == [True] * 7
+    row = find(rows, "blank", "recall_at_1, volume to report")
+    assert (row.original, row.changed) == (
+        1,
+        pytest.approx(1 / 12),
+    )  # one vector for all: only its own report is nearest
+    rows = compare_embeddings(samples, vectors, vectors, {OTHER_CASE: vectors, "shifted": vectors.roll(1, 0)})
+    assert [row.holds for row in rows if row.expectation] == [False] * 5
+
+
+def test_what_does_not_fit_is_refused():
+    model, processor = build_tiny_model((32, 64, 96))
+    samples, volumes = make_samples(2), Noise((32, 64, 96))
+    with pytest.raises(ValueError, match="Expected a change out of 'blank', 'shuffled'.*got 'upside down'"):
+        check_image_dependence(model, processor, samples, volumes, ["upside down"])
+    for name in (OTHER_CASE, "blank"):
+        with pytest.raises(ValueError, match=f"The name '{name}' stands for another change"):
+            check_image_dependence(model, processor, samples, volumes, {name: CHANGES["mirrored"]})
+    with pytest.raises(ValueError, match="Expected samples to ask about"):
+        check_image_dependence(model, processor, samples.select([]), volumes)
+    with pytest.raises(ValueError, match="at least two cases"):
+        check_image_dependence(model, processor, samples.select([0]), volumes)
+    with pytest.raises(ValueError, match="of the task 'report', got open_vqa"):
+        check_image_dependence(tiny_siglip(), processor, samples, volumes)
+    with pytest.raises(ValueError, match="answers for 'other case' among the changes, got blank"):
+        compare_answers(samples, ["a", "b"], {"blank": ["a", "b"]})
+    with pytest.raises(ValueError, match="gave the shape .2, 3. for .2, 3, 4."):
+        ChangedVolumes(Noise((2, 3, 4)), lambda volume, generator: volume[..., 0]).load("1")

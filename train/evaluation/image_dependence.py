@@ -1,0 +1,472 @@
+"""
+Whether a model uses its volume: the same questions with volumes that were changed in known ways, and what that changes.
+
+A model that answers from the question alone gives the same answers whatever the volume. A model that looks at it must fall to
+the blind control where nothing is left to see, must not mind a voxel, and must see that right and left are swapped.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+import torch
+
+from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+from ..answering import answer_samples, embed_samples
+from ..data.dataset import VolumeLoader, text_group_id
+from ..scoring import retrieval_hits, with_volume_of_another_case
+from .predictions import build_references
+from .scores import CHANCE, TextMetric, has_same_words, score_samples
+from .statistics import bootstrap_interval
+
+
+# Makes another volume of one of shape `(depth, height, width)`; the generator is the volume's own.
+Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+OTHER_CASE = "other case"
+# The mean is over the answers that name a side with the true volume.
+SIDES_CHANGED = "answers with a side that change"
+ANSWERS_CHANGED = "answers that change"
+COSINE = "cosine"
+SIDE = re.compile(r"\b(?:left|right)(?:-sided)?\b", re.IGNORECASE)
+
+
+def blank(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """All voxels 0."""
+    return torch.zeros_like(volume)
+
+
+def shuffle(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same voxels in random order."""
+    order = torch.randperm(volume.numel(), generator=generator)
+    return volume.flatten()[order].reshape(volume.shape)
+
+
+def mirror(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Right and left swapped: the width runs from the patient's right to the left, if the processor brings it to "LPS"."""
+    return volume.flip(-1)
+
+
+def shift(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Moved by one voxel along each axis; the first slices are there twice, the last ones are gone."""
+    for axis in range(volume.ndim):
+        places = (torch.arange(volume.shape[axis]) - 1).clamp(min=0)
+        volume = volume.index_select(axis, places)
+    return volume
+
+
+CHANGES: dict[str, Change] = {"blank": blank, "shuffled": shuffle, "mirrored": mirror, "shifted": shift}
+
+
+class ChangedVolumes:
+    """
+    Brings changed volumes, with another loader behind it.
+
+    Args:
+        volumes ([`VolumeLoader`]):
+            Loads the volumes.
+        change (`str` or `Callable`):
+            A key of `CHANGES`, or a function of a volume of shape `(depth, height, width)` and a `torch.Generator`.
+        seed (`int`, *optional*, defaults to 0):
+            Of the random numbers, which also depend on the path and on nothing else.
+
+    Raises:
+        ValueError: the change is not known.
+    """
+
+    def __init__(self, volumes: VolumeLoader, change: str | Change, seed: int = 0):
+        self.volumes, self.change, self.seed = volumes, find_change(change), seed
+
+    def load(self, path: str) -> torch.Tensor:
+        """
+        The changed volume at `path`: `torch.Tensor` of shape `(depth, height, width)`.
+
+        Raises:
+            ValueError: the change gives another shape.
+        """
+        volume = self.volumes.load(path)
+        digest = hashlib.blake2b(f"{self.seed}:{path}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # torch takes seeds below 2**63
+        changed = self.change(volume, generator)
+        if changed.shape != volume.shape:
+            raise ValueError(f"The change of {path} gave the shape {tuple(changed.shape)} for {tuple(volume.shape)}.")
+        return changed
+
+
+def find_change(change: str | Change) -> Change:
+    """
+    The function of a change.
+
+    Raises:
+        ValueError: the change is not known.
+    """
+    if not isinstance(change, str):
+        return change
+    if change not in CHANGES:
+        raise ValueError(f"Expected a change out of {', '.join(map(repr, CHANGES))}, or a function, got {change!r}.")
+    return CHANGES[change]
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """
+    What one change of the volumes does to one figure.
+
+    Args:
+        change (`str`): A key of `CHANGES`, "other case", or the name of a change of your own.
+        task (`str`): One of `TASKS`, or "retrieval" for a dual encoder.
+        metric (`str`): A score, "answers that change", "answers with a side that change", or "cosine" to the vector of the
+            true volume.
+        original (`float`, *optional*): With the true volumes; a share that changes, and the cosine, have none.
+        changed (`float`): With the changed ones.
+        low, high (`float`): Ends of the 95 % interval of `changed - original`, or of `changed` if there is no original; cases
+            are resampled.
+        count (`int`): Samples.
+        expectation (`str`): What a model that uses the volume would show; empty if nothing is expected.
+        holds (`bool`, *optional*): Whether it shows it.
+        remark (`str`): Why, in figures.
+    """
+
+    change: str
+    task: str
+    metric: str
+    original: float | None
+    changed: float
+    low: float
+    high: float
+    count: int
+    expectation: str = ""
+    holds: bool | None = None
+    remark: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold; NaN becomes `None`."""
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def check_image_dependence(
+    model: Any,
+    processor: Any,
+    samples: datasets.Dataset,
+    volumes: VolumeLoader,
+    changes: Sequence[str] | Mapping[str, Change] = tuple(CHANGES),
+    text_metrics: Mapping[str, TextMetric] | None = None,
+    max_new_tokens: int = 128,
+    max_text_length: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+    stable_share: float = 0.1,
+    stable_cosine: float = 0.95,
+    show_progress: bool = False,
+) -> list[Dependence]:
+    """
+    Asks again with changed volumes, and with those of another case.
+
+    What is expected of a model that uses the volume, and when it holds:
+
+    - "other case": every score falls; the interval of the difference lies below 0.
+    - "blank", "shuffled": every score falls to that of another case, or to chance; its difference to that of another case is
+      not above 0 beyond its interval, while another case's score does fall.
+    - "shifted": no score falls; the interval of the difference does not lie below 0. At most `stable_share` of the answers to
+      questions change; whole reports may differ in a word. The mean cosine is at least `stable_cosine`.
+    - "mirrored": of the answers that name a side, more change than not.
+
+    Args:
+        model ([`Med3DVLMForConditionalGeneration`], a `peft.PeftModel` of one, or [`DCFormerSiglipModel`]):
+            Used in evaluation mode; its mode is restored.
+        processor ([`Med3DVLMProcessor`]):
+            The model's processor.
+        samples (`datasets.Dataset`):
+            Rows of `SAMPLE_FEATURES` of at least two cases, of any tasks; for a dual encoder, of the task "report".
+        volumes ([`VolumeLoader`]):
+            Loads the true volumes.
+        changes (`Sequence` or `Mapping`, *optional*):
+            Keys of `CHANGES`, all by default; or functions by a name, of which nothing is expected unless they are those of
+            `CHANGES`. "other case" is always made.
+        text_metrics (`Mapping`, *optional*):
+            Of open answers and reports, by name, besides `exact`.
+        max_new_tokens, max_text_length, batch_size, show_progress:
+            As for [`~train.answering.answer_samples`] and [`~train.answering.embed_samples`].
+        seed (`int`, *optional*, defaults to 0):
+            Of the shuffling.
+        stable_share, stable_cosine (`float`, *optional*, defaults to 0.1 and 0.95):
+            What still counts as no change.
+
+    Returns:
+        `list[Dependence]`.
+
+    Raises:
+        ValueError: a change is not known, or the samples are of one case or of a task that the model does not do.
+    """
+    found: dict[str, Change] = (
+        {name: find_change(name) for name in changes} if not isinstance(changes, Mapping) else {**changes}
+    )
+    taken = [name for name, change in found.items() if name == OTHER_CASE or CHANGES.get(name, change) is not change]
+    if taken:
+        raise ValueError(f"The name {taken[0]!r} stands for another change: choose one of your own.")
+    loaders: dict[str, VolumeLoader] = {name: ChangedVolumes(volumes, change, seed) for name, change in found.items()}
+    if isinstance(model, DCFormerSiglipModel):
+        return _check_embeddings(
+            model, processor, samples, volumes, loaders, max_text_length, batch_size, stable_cosine, show_progress
+        )
+    if not len(samples):
+        raise ValueError("Expected samples to ask about, got none.")
+    rows: list[Dependence] = []
+    for task in dict.fromkeys(samples["task"]):
+        chosen = samples.select([place for place, name in enumerate(samples["task"]) if name == task])
+
+        def ask(version: datasets.Dataset, loader: VolumeLoader) -> list[str]:
+            return answer_samples(model, processor, version, loader, max_new_tokens, batch_size, show_progress)
+
+        blind = ask(with_volume_of_another_case(chosen), volumes)
+        answers = {OTHER_CASE: blind, **{name: ask(chosen, loader) for name, loader in loaders.items()}}
+        rows += compare_answers(chosen, ask(chosen, volumes), answers, text_metrics, stable_share)
+    return rows
+
+
+def compare_answers(
+    samples: datasets.Dataset,
+    original: Sequence[str],
+    changed: Mapping[str, Sequence[str]],
+    text_metrics: Mapping[str, TextMetric] | None = None,
+    stable_share: float = 0.1,
+) -> list[Dependence]:
+    """
+    What changes of the volumes did to answers.
+
+    Args:
+        samples (`datasets.Dataset`):
+            Of one task.
+        original (`Sequence[str]`):
+            Answers with the true volumes.
+        changed (`Mapping`):
+            For each change the answers with the changed ones; "other case" among them.
+        text_metrics, stable_share:
+            As for [`check_image_dependence`].
+
+    Returns:
+        `list[Dependence]`, change by change: the shares of answers that change, then the scores.
+
+    Raises:
+        ValueError: "other case" is missing.
+    """
+    if OTHER_CASE not in changed:
+        raise ValueError(f"Expected answers for {OTHER_CASE!r} among the changes, got {', '.join(changed)}.")
+    references = build_references(samples)
+    task, cases = references[0].task, [reference.case for reference in references]
+    scores = score_samples(references, original, text_metrics or {})
+    scores_of = {
+        name: scores if answers is original else score_samples(references, answers, text_metrics or {})
+        for name, answers in changed.items()
+    }
+    with_side = [place for place, answer in enumerate(original) if SIDE.search(answer)]
+    rows = []
+    for name, answers in changed.items():
+        differs = [float(not has_same_words(one, other)) for one, other in zip(original, answers)]
+        rows.append(_share_row(name, task, ANSWERS_CHANGED, differs, cases, stable_share))
+        sides = [differs[place] for place in with_side]
+        rows.append(_share_row(name, task, SIDES_CHANGED, sides, [cases[place] for place in with_side], stable_share))
+        for metric, values in scores.items():
+            others = scores_of[OTHER_CASE][metric]
+            chance = CHANCE.get(task, 0.0)
+            rows.append(_score_row(name, task, metric, values, scores_of[name][metric], others, cases, chance))
+    return rows
+
+
+def _share_row(
+    change: str, task: str, metric: str, differs: Sequence[float], cases: Sequence[str], stable_share: float
+) -> Dependence:
+    share = _mean(differs)
+    low, high = bootstrap_interval(differs, cases)
+    expectation, holds, remark = "", None, ""
+    if metric == SIDES_CHANGED and change == "mirrored":
+        expectation = "most answers that name a side change"
+        holds = share > 0.5 if differs else None
+        remark = f"{share:.0%} of {len(differs)} change" if differs else "no answer names a side"
+    if metric == ANSWERS_CHANGED and change == "shifted" and task != "report":
+        expectation = f"at most {stable_share:.0%} of the answers change"
+        holds, remark = share <= stable_share, f"{share:.0%} change"
+    return Dependence(change, task, metric, None, share, low, high, len(differs), expectation, holds, remark)
+
+
+def _score_row(
+    change: str,
+    task: str,
+    metric: str,
+    original: Sequence[float],
+    changed: Sequence[float],
+    others: Sequence[float],
+    cases: Sequence[str],
+    chance: float = 0.0,
+) -> Dependence:
+    """A score, and whether it falls as it should: `others` are those with the volume of another case."""
+    low, high = bootstrap_interval([new - old for new, old in zip(changed, original)], cases)
+    expectation, holds, remark = "", None, ""
+    if change == "shifted":
+        expectation, holds = "the score does not fall", high >= 0
+    elif change in (OTHER_CASE, "blank", "shuffled"):
+        _, high_of_other = bootstrap_interval([new - old for new, old in zip(others, original)], cases)
+        falls = high_of_other < 0
+        gain, _ = bootstrap_interval([new - other for new, other in zip(changed, others)], cases)
+        expectation = "the score falls"
+        if change != OTHER_CASE:
+            expectation += " to that of another case, or to chance"
+        holds = falls and (change == OTHER_CASE or gain <= 0 or _mean(changed) <= chance + 1e-6)
+        if not falls:
+            remark = "with another case's volume the score is not lower beyond its interval"
+        elif not holds:
+            remark = f"{_mean(changed):.1%} is above the {_mean(others):.1%} of another case"
+    return Dependence(
+        change, task, metric, _mean(original), _mean(changed), low, high, len(changed), expectation, holds, remark
+    )
+
+
+def _check_embeddings(
+    model: DCFormerSiglipModel,
+    processor: Any,
+    samples: datasets.Dataset,
+    volumes: VolumeLoader,
+    loaders: Mapping[str, VolumeLoader],
+    max_text_length: int,
+    batch_size: int,
+    stable_cosine: float,
+    show_progress: bool,
+) -> list[Dependence]:
+    tasks = sorted(set(samples["task"]))
+    if tasks != ["report"]:
+        raise ValueError(
+            f"A dual encoder is checked with samples of the task 'report', got {', '.join(tasks) or 'none'}."
+        )
+
+    def embed(loader: VolumeLoader) -> tuple[torch.Tensor, torch.Tensor]:
+        return embed_samples(model, processor, samples, loader, max_text_length, batch_size, show_progress)
+
+    images, texts = embed(volumes)
+    places = {image: place for place, image in enumerate(samples["image"])}
+    other = images[[places[image] for image in with_volume_of_another_case(samples)["image"]]]
+    changed = {OTHER_CASE: other, **{name: embed(loader)[0] for name, loader in loaders.items()}}
+    return compare_embeddings(samples, images, texts, changed, stable_cosine)
+
+
+def compare_embeddings(
+    samples: datasets.Dataset,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    changed: Mapping[str, torch.Tensor],
+    stable_cosine: float = 0.95,
+) -> list[Dependence]:
+    """
+    What changes of the volumes did to their vectors.
+
+    Args:
+        samples (`datasets.Dataset`):
+            Reports.
+        image_embeds, text_embeds (`torch.Tensor` of shape `(num_samples, projection_dim)`):
+            Unit vectors of the true volumes and of the reports.
+        changed (`Mapping`):
+            For each change those of the changed volumes; "other case" among them.
+        stable_cosine (`float`, *optional*, defaults to 0.95):
+            As for [`check_image_dependence`].
+
+    Returns:
+        `list[Dependence]`, change by change: the cosine, then the recall at 1 from volume to report and back, all samples in
+        one gallery; only the own report, or volume, is a match.
+
+    Raises:
+        ValueError: "other case" is missing.
+    """
+    if OTHER_CASE not in changed:
+        raise ValueError(f"Expected vectors for {OTHER_CASE!r} among the changes, got {', '.join(changed)}.")
+    group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
+    cases = list(samples["case"])
+
+    def hits(images: torch.Tensor) -> dict[str, list[float]]:
+        pairs = {"volume to report": (images, text_embeds), "report to volume": (text_embeds, images)}
+        return {
+            f"recall_at_1, {direction}": retrieval_hits(*pair, group_ids, ranks=(1,))["plain_recall_at_1"].tolist()
+            for direction, pair in pairs.items()
+        }
+
+    original, others = hits(image_embeds), hits(changed[OTHER_CASE])
+    rows = []
+    for name, images in changed.items():
+        cosines = (image_embeds * images).sum(dim=1).tolist()
+        low, high = bootstrap_interval(cosines, cases)
+        expectation, holds = "", None
+        if name == "shifted":
+            expectation, holds = f"the cosine is at least {stable_cosine:g}", _mean(cosines) >= stable_cosine
+        remark = f"{_mean(cosines):.3f}" if expectation else ""
+        rows.append(
+            Dependence(
+                name, "retrieval", COSINE, None, _mean(cosines), low, high, len(cases), expectation, holds, remark
+            )
+        )
+        found = hits(images)
+        for metric, values in original.items():
+            chance = 1 / len(cases)
+            rows.append(_score_row(name, "retrieval", metric, values, found[metric], others[metric], cases, chance))
+    return rows
+
+
+def format_dependence(rows: Sequence[Dependence]) -> str:
+    """
+    The rows as a Markdown table, and below it each expectation with its outcome in plain words.
+
+    Args:
+        rows (`Sequence[Dependence]`):
+            Of [`check_image_dependence`].
+
+    Returns:
+        `str`. Scores and shares in percent.
+    """
+    lines = [
+        "| task | change | figure | true volume | changed | 95 % of the difference | samples |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        scale, digits = (1.0, 3) if row.metric == COSINE else (100.0, 1)
+        shown = ["" if value is None else f"{scale * value:.{digits}f}" for value in (row.original, row.changed)]
+        interval = "" if row.original is None else f"{scale * row.low:+.{digits}f} to {scale * row.high:+.{digits}f}"
+        if math.isnan(row.changed):
+            shown[1], interval = "-", ""
+        lines.append(f"| {row.task} | {row.change} | {row.metric} | {' | '.join(shown)} | {interval} | {row.count} |")
+    outcomes = {True: "holds", False: "DOES NOT HOLD", None: "cannot be said"}
+    expected = [row for row in rows if row.expectation]
+    lines += [""] + [
+        f"- {row.task}, {row.change}, {row.metric}: {row.expectation}: {outcomes[row.holds]}"
+        + (f" ({row.remark})." if row.remark else ".")
+        for row in expected
+    ]
+    counts = [sum(row.holds is outcome for row in expected) for outcome in (True, False, None)]
+    lines.append(
+        f"- Of {len(expected)} things that a model which uses its volume would show, {counts[0]} hold, {counts[1]} do not hold, "
+        f"and {counts[2]} cannot be said."
+    )
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+__all__ = [
+    "ANSWERS_CHANGED",
+    "CHANGES",
+    "COSINE",
+    "OTHER_CASE",
+    "SIDES_CHANGED",
+    "Change",
+    "ChangedVolumes",
+    "Dependence",
+    "check_image_dependence",
+    "compare_answers",
+    "compare_embeddings",
+    "find_change",
+    "format_dependence",
+]
