@@ -1,6 +1,7 @@
 """The commands `med3dvlm evaluate ...`. Heavy imports wait until a command needs them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -530,6 +531,46 @@ def evaluate_dependence_command(
         write_json_atomically(content, out / "dependence.json")
         write_atomically(f"# Image dependence, {Path(source).name}\n\n{text}\n".encode(), out / "README.md")
         typer.echo(json.dumps(content) if as_json else text)
+
+
+@evaluate_app.command("card")
+def evaluate_card_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the published model.", show_default=False)],
+    evaluations: Annotated[list[Path], typer.Argument(help="Folders of its evaluations.", show_default=False)],
+    dataset: Annotated[
+        str | None, typer.Option(help="Name of the data set, for readers.", show_default="the name of its folder")
+    ] = None,
+    dataset_id: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the data set on the Hub, `organisation/name`, or a word for what is not there.",
+            show_default="made of its name",
+        ),
+    ] = None,
+) -> None:
+    """
+    Put the results of evaluations into a model card: into its model-index, which the Hub reads, and as tables for readers.
+
+    Doing it again replaces what was there of the same data set and split.
+
+    Example: med3dvlm evaluate card published/med3dvlm evaluation/vqa evaluation/report --dataset M3D --dataset-id GoodBaiBai88/M3D-VQA
+    """
+    with bad_input_is_an_answer():
+        from ...hub_cards.model_index import add_results_to_card
+        from .folders import SCORES
+
+        for folder in evaluations:
+            if not (folder / SCORES).is_file():
+                raise FileNotFoundError(
+                    f"{folder}: there are no scores. Expected a folder that `med3dvlm evaluate` filled."
+                )
+        for folder in evaluations:
+            result = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+            settings = result["settings"]
+            name = dataset or Path(settings["data"]).name
+            word = re.sub(r"[^\w.]+", "-", name).strip("-")
+            card = add_results_to_card(model, result, name, dataset_id or word, split=settings["split"])
+        typer.echo(str(card))
 
 
 @evaluate_app.command("references")

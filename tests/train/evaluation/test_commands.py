@@ -1,9 +1,12 @@
 import json
+import shutil
 
 import pytest
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app
+from med3dvlm.train.evaluation.zero_shot import write_phantom_labels
 
 
 def run(*arguments):
@@ -48,6 +51,39 @@ def test_another_system_answers_the_references(study, tmp_path):
     result = run(*arguments[:4], tmp_path / "less", *arguments[5:])
     assert result.exit_code == 2
     assert f"1 of {len(rows)} have no prediction: closed_vqa/000000" in result.stderr
+
+
+def test_results_go_into_the_card(study, vlm, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(vlm, model)
+    arguments = ["vqa", "-m", model, "-d", study, "-o", tmp_path / "vqa", "--tasks", "closed_vqa", "--cases", "2"]
+    assert run(*arguments, "--max-new-tokens", "2").exit_code == 0
+    result = run("card", model, tmp_path / "vqa", "--dataset", "Drawn phantoms")
+    assert result.exit_code == 0, result.output
+    results = ModelCard.load(model / "README.md").data.eval_results
+    assert {entry.dataset_type for entry in results} == {"Drawn-phantoms"}
+    assert {entry.metric_type for entry in results} == {"accuracy"}
+    missing = run("card", model, tmp_path / "nowhere")
+    assert missing.exit_code == 2 and "there are no scores" in missing.stderr
+
+
+def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
+    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    result = run("zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "zero", "--json")
+    assert result.exit_code == 0, result.output
+    saved = json.loads((tmp_path / "zero" / "zero_shot.json").read_text())
+    assert saved == json.loads(result.stdout) and "AUROC" in (tmp_path / "zero" / "README.md").read_text()
+    result = run("dependence", "-m", dual_encoder, "-d", study, "-o", tmp_path / "dependence", "--cases", "4")
+    assert result.exit_code == 0, result.output
+    assert {
+        row["change"] for row in json.loads((tmp_path / "dependence" / "dependence.json").read_text())["rows"]
+    } == {
+        "other case",
+        "blank",
+        "shuffled",
+        "mirrored",
+        "shifted",
+    }
 
 
 @pytest.mark.parametrize(
