@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from .remote_code import write_atomically
@@ -18,7 +18,14 @@ from .remote_code import write_atomically
 CARD_NAME, MODEL_INDEX = "README.md", "model-index"
 FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---(?:\n|\Z)", re.DOTALL)
 # Of a card's sections, those that results stand before.
-SECTIONS_AFTER = ("Intended use", "Out of scope", "Limits", "For research only", "Training data and provenance", "Citation")
+SECTIONS_AFTER = (
+    "Intended use",
+    "Out of scope",
+    "Limits",
+    "For research only",
+    "Training data and provenance",
+    "Citation",
+)
 # Task on the Hub, and its name, by task of an evaluation.
 HUB_TASKS = {
     "report": ("image-to-text", "Report generation"),
@@ -89,7 +96,9 @@ def add_results_to_card(
     text = content.replace("\r\n", "\n") if has_crlf else content
     match = FRONT_MATTER.match(text)
     if match is None:
-        raise ValueError(f"{path}: expected metadata between two lines `---` at its beginning, as a model card has them.")
+        raise ValueError(
+            f"{path}: expected metadata between two lines `---` at its beginning, as a model card has them."
+        )
     metadata, body = match[1], text[match.end() :]
     chosen = [score for score in scores if groups is None or score["group"] in groups]
     if not chosen:
@@ -100,13 +109,15 @@ def add_results_to_card(
     old_index = before.get(MODEL_INDEX) or []
     name = model_name or (old_index[0]["name"] if old_index else _heading(body)) or path.absolute().parent.name
     new_index = _merge(old_index, eval_results_to_model_index(name, results)[0])
-    new_metadata = _replace_key(metadata, ModelCardData(**{MODEL_INDEX: new_index}), new_index)
+    new_metadata = _replace_key(metadata, new_index)
     if _load_metadata(new_metadata, path) != {**before, MODEL_INDEX: new_index}:
         raise ValueError(
             f"{path}: `{MODEL_INDEX}` cannot be replaced without touching other metadata. Write the metadata in block style, "
             "one key on a line."
         )
-    new_body = _replace_section(body, _format_results(scores, dataset_name, split), _markers(dataset_type, split), path)
+    new_body = _replace_section(
+        body, _format_results(scores, dataset_name, split), _markers(dataset_type, split), path
+    )
     new_text = f"---\n{new_metadata}{text[match.end(1) : match.end()]}{new_body}"
     write_atomically(path, new_text.replace("\n", "\r\n") if has_crlf else new_text)
     return path
@@ -119,6 +130,8 @@ def hub_metric(metric: str) -> str:
     Example:
 
     ```python
+    >>> from med3dvlm.hub_cards.model_index import hub_metric
+
     >>> hub_metric("bleu_1"), hub_metric("recall_at_5"), hub_metric("original_accuracy")
     ('bleu', 'recall@5', 'accuracy')
     ```"""
@@ -136,6 +149,8 @@ def readable_metric(metric: str) -> str:
     Example:
 
     ```python
+    >>> from med3dvlm.hub_cards.model_index import readable_metric
+
     >>> readable_metric("bleu_1"), readable_metric("deduplicated_recall_at_5"), readable_metric("original_accuracy")
     ('BLEU-1', 'Deduplicated recall@5', 'Original accuracy')
     ```"""
@@ -153,7 +168,9 @@ def _check_names(dataset_name: str, dataset_type: str, split: str) -> None:
     if not re.fullmatch(r"[\w.-]+", split) or "--" in split:
         raise ValueError(f"Expected `split` to be a word such as 'test', got {split!r}.")
     if not dataset_name.strip() or not dataset_name.isprintable() or re.search(r"[<>|]", dataset_name):
-        raise ValueError(f"Expected `dataset_name` to be one line of plain text without <, > and |, got {dataset_name!r}.")
+        raise ValueError(
+            f"Expected `dataset_name` to be one line of plain text without <, > and |, got {dataset_name!r}."
+        )
 
 
 def _read_scores(source: str | os.PathLike | Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -170,7 +187,9 @@ def _read_scores(source: str | os.PathLike | Mapping[str, Any]) -> list[dict[str
             raise ValueError(f"{path}: not JSON ({error}).") from error
     rows = content.get("scores") if isinstance(content, Mapping) else None
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{name}: expected a list of at least one figure under `scores`. Run `med3dvlm evaluate` anew.")
+        raise ValueError(
+            f"{name}: expected a list of at least one figure under `scores`. Run `med3dvlm evaluate` anew."
+        )
     seen = set()
     for number, row in enumerate(rows, start=1):
         texts = [row.get(key) for key in ("task", "metric", "group")] if isinstance(row, Mapping) else [None]
@@ -253,18 +272,17 @@ def _metric_key(metric: Mapping[str, Any]) -> str:
     return json.dumps([metric.get(name) for name in ("type", "name", "config", "args", "verified")], default=str)
 
 
-def _replace_key(metadata: str, data: ModelCardData, new_index: list[dict[str, Any]]) -> str:
+def _replace_key(metadata: str, new_index: list[dict[str, Any]]) -> str:
     """Replaces the lines of `model-index`, or adds them at the end; all other lines stay as they are."""
-    # Several models, which huggingface_hub's class would put under one name, are written as they are.
-    content = data.to_dict() if len(new_index) == 1 else {}
-    content[MODEL_INDEX] = new_index
-    block = yaml.safe_dump({MODEL_INDEX: content[MODEL_INDEX]}, sort_keys=False, allow_unicode=True, width=math.inf)
+    block = yaml.safe_dump({MODEL_INDEX: new_index}, sort_keys=False, allow_unicode=True, width=math.inf)
     lines = metadata.splitlines(keepends=True)
     start = next((place for place, line in enumerate(lines) if re.match(rf"{MODEL_INDEX}\s*:", line)), None)
     if start is None:
         return metadata + block
     end = start + 1
-    while end < len(lines) and re.match(r"[ \t-]", lines[end]):  # what belongs to a key is indented, or an entry of a list
+    while end < len(lines) and re.match(
+        r"[ \t-]", lines[end]
+    ):  # what belongs to a key is indented, or an entry of a list
         end += 1
     return "".join([*lines[:start], block, *lines[end:]])
 
@@ -295,7 +313,9 @@ def _replace_section(body: str, results: str, markers: tuple[str, str], path: Pa
     block = f"{begin}\n{results}\n{end}"
     if begin in body or end in body:
         if body.count(begin) != 1 or body.count(end) != 1 or body.index(begin) > body.index(end):
-            raise ValueError(f"{path}: expected `{begin}` and after it `{end}`, each once. Remove them, and try again.")
+            raise ValueError(
+                f"{path}: expected `{begin}` and after it `{end}`, each once. Remove them, and try again."
+            )
         return body[: body.index(begin)] + block + body[body.index(end) + len(end) :]
     headings = [(place, line[3:].strip()) for place, line in _lines_outside_code(body) if line.startswith("## ")]
     here = next((number for number, (_, heading) in enumerate(headings) if heading == "Results"), None)
@@ -313,7 +333,7 @@ def _format_results(scores: Sequence[Mapping[str, Any]], dataset_name: str, spli
     lines = [
         f"### {dataset_name}, {split}",
         "",
-        "In percent, with the 95 % interval. Blind: answered with the volume of another case. Chance: what guessing gives.",
+        "In percent, with the 95 % interval. Blind: answered with the volume of another case. Chance: what guessing gives, for texts the true answer of another case.",
     ]
     for task in dict.fromkeys(score["task"] for score in scores):
         lines += ["", f"**{HUB_TASKS.get(task, (task, task))[1]}**", ""]

@@ -149,7 +149,9 @@ def test_only_chosen_groups_go_into_the_metadata(card):
     add(card, groups=["mean of types"])
     assert [name for *_, name in results_of(card)] == ["Accuracy (mean of types)"]
     assert "| BLEU-1 | all | 25.00 |" in card.read_text()
-    with pytest.raises(ValueError, match="No score is of the groups every: expected some of organ, mean of types, all"):
+    with pytest.raises(
+        ValueError, match="No score is of the groups every: expected some of organ, mean of types, all"
+    ):
         add(card, groups=["every"])
 
 

@@ -628,8 +628,8 @@ def answer_and_score(
         from .runner import MetricOptions, evaluate_answers, questions_of
     hush_progress_bars()
     settings = make_settings(data, tasks or questions_of(data, asked["split"]), **asked, **model_options)
-    names, *encoder_and_labeller = metric_options
-    metrics = MetricOptions(tuple(names.split(",")), *encoder_and_labeller)
+    names, bertscore_model, bertscore_layers, labeller = metric_options
+    metrics = MetricOptions(tuple(names.split(",")), bertscore_model, bertscore_layers, labeller)
     work = make_work(*work_options)
     result = evaluate_answers(out, settings, source, predictions, blind_predictions, name, metrics, work)
     text = show(result, out, published, work, show_case_names, source)

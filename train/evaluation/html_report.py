@@ -257,11 +257,10 @@ def draw_slices(volume: Any, slice_size: int) -> dict[str, bytes]:
     planes = {
         "axial, from inferior to superior; the patient's right is on the left": [voxels[place] for place in d],
         "coronal, from anterior to posterior; the patient's right is on the left": [
-            voxels[::-1, place] for place in h  # superior is up
+            voxels[::-1, place]
+            for place in h  # superior is up
         ],
-        "sagittal, from the patient's right to left; anterior is on the left": [
-            voxels[::-1, :, place] for place in w
-        ],
+        "sagittal, from the patient's right to left; anterior is on the left": [voxels[::-1, :, place] for place in w],
     }
     return {caption: _strip(slices, slice_size) for caption, slices in planes.items()}
 
@@ -294,8 +293,12 @@ def _score_tables(scores: Sequence[Score]) -> str:
     parts = ["<h2>Scores</h2>"] if scores else []
     for task in dict.fromkeys(score.task for score in scores):
         rows = [
-            (score.metric, score.group, *map(_percent, (score.value, score.low, score.high, score.blind, score.chance)))
-            + (f"{score.count:,}",)
+            (
+                score.metric,
+                score.group,
+                *map(_percent, (score.value, score.low, score.high, score.blind, score.chance)),
+                f"{score.count:,}",
+            )
             for score in scores
             if score.task == task
         ]
@@ -306,7 +309,9 @@ def _score_tables(scores: Sequence[Score]) -> str:
             parts.append(f"<tr><td>{escape(metric)}</td><td>{escape(group)}</td>{cells}</tr>")
         parts.append("</table>")
     if scores:
-        parts.append("<p>Blind: answered with the volume of another case. Chance: what guessing gives.</p>")
+        parts.append(
+            "<p>Blind: answered with the volume of another case. Chance: what guessing gives, for texts the true answer of another case.</p>"
+        )
     return "\n".join(parts)
 
 
@@ -343,7 +348,9 @@ def _question_table(questions: Sequence[Question]) -> str:
             f"{name.replace('_', ' ')}: {_percent(value) or 'undefined'} %" for name, value in question.scores.items()
         )
         texts = [question.reference.question, question.reference.expected, question.prediction]
-        cells = [f'<td class="text{style if place == 2 else ""}">{escape(text)}</td>' for place, text in enumerate(texts)]
+        cells = [
+            f'<td class="text{style if place == 2 else ""}">{escape(text)}</td>' for place, text in enumerate(texts)
+        ]
         if has_blind:
             cells.append(f'<td class="text">{escape(question.blind_prediction or "")}</td>')
         note = f"<strong>{mark}</strong>\n" if mark else ""
@@ -390,4 +397,12 @@ def _page(title: str, parts: Sequence[str]) -> str:
     )
 
 
-__all__ = ["AnsweredTask", "Question", "case_score", "choose_cases", "draw_slices", "group_by_case", "write_html_report"]
+__all__ = [
+    "AnsweredTask",
+    "Question",
+    "case_score",
+    "choose_cases",
+    "draw_slices",
+    "group_by_case",
+    "write_html_report",
+]

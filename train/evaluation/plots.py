@@ -286,6 +286,8 @@ def calibration_bins(confidences: Sequence[float], hits: Sequence[float], num_bi
     Example:
 
     ```python
+    >>> from med3dvlm.train.evaluation.plots import calibration_bins
+
     >>> calibration_bins([0.9, 0.2, 0.8, 0.3], [1, 0, 0, 0], num_bins=2)
     [CalibrationBin(confidence=0.25, accuracy=0.0, count=2), CalibrationBin(confidence=0.85, accuracy=0.5, count=2)]
     ```"""
