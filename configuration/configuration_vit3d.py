@@ -36,6 +36,10 @@ class Vit3DConfig(PreTrainedConfig):
             Epsilon of the layer normalisations.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
+        use_patch_norm (`bool`, *optional*, defaults to `True`):
+            Whether voxels and tokens of a patch are normalised. M3D-CLIP's transformer does neither.
+        use_final_norm (`bool`, *optional*, defaults to `False`):
+            Whether the last layer is followed by a normalisation, as in M3D-CLIP's.
 
     Example:
 
@@ -60,6 +64,8 @@ class Vit3DConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    use_patch_norm: bool = True
+    use_final_norm: bool = False
 
     def __post_init__(self, **kwargs: Any):
         self.auto_map = {"AutoConfig": "configuration_vit3d.Vit3DConfig", "AutoModel": "modeling_vit3d.Vit3DModel"}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
@@ -106,12 +106,7 @@ def publish(
     def write(folder: Path) -> None:
         # The installed classes write their code themselves, beside what they save: see `remote_code.carry_code`.
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        processor.save_pretrained(folder)
-        if model.can_generate():
-            greedy_generation_config(model, processor.tokenizer).save_pretrained(folder)
-        card.save(folder / "README.md")
-        for weights in folder.glob("*.safetensors"):
-            shutil.copymode(folder / CONFIG_NAME, weights)  # written for the owner's eyes only, unlike all else
+        write_companions(folder, model, processor, card)
 
     if not push_to_hub:
         with replaced_when_complete(Path(destination)) as folder:
@@ -128,6 +123,28 @@ def publish(
             delete_patterns=STALE_ON_HUB,
         )
     return str(url)
+
+
+def write_companions(folder: Path, model: PreTrainedModel, processor: Any, card: ModelCard) -> None:
+    """
+    Writes what a published folder holds beside the weights and the configuration, which are there.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        model (`PreTrainedModel`):
+            The model; its weights may be on the meta device.
+        processor ([`Med3DVLMProcessor`] or [`Med3DVLMImageProcessor`]):
+            What prepares its inputs.
+        card ([`~huggingface_hub.ModelCard`]):
+            Its card.
+    """
+    processor.save_pretrained(folder)
+    if model.can_generate():
+        greedy_generation_config(model, processor.tokenizer).save_pretrained(folder)
+    card.save(folder / "README.md")
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG_NAME, weights)  # written for the owner's eyes only, unlike all else
 
 
 def load_model(source: str) -> PreTrainedModel:
@@ -309,16 +326,21 @@ def replaced_when_complete(destination: Path) -> Iterator[Path]:
         new, old = workplace / "new", workplace / "old"
         new.mkdir()
         yield new
-        if destination.exists():
-            destination.rename(old)
-        try:
-            new.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
+        put_in_place(new, destination, old)
     finally:
         shutil.rmtree(workplace)
+
+
+def put_in_place(new: Path, destination: Path, old: Path) -> None:
+    """Moves the folder `new` to `destination`, and what is there to `old`; if the one fails, the other is undone."""
+    if destination.exists():
+        destination.rename(old)
+    try:
+        new.rename(destination)
+    except OSError:
+        if old.exists():
+            old.rename(destination)
+        raise
 
 
 __all__ = [
@@ -329,5 +351,7 @@ __all__ = [
     "greedy_generation_config",
     "load_model",
     "publish",
+    "put_in_place",
     "replaced_when_complete",
+    "write_companions",
 ]

@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 PACKAGE = __name__.partition(".")[0]
 HUB_FOLDERS = ("configuration", "modeling_med3dvlm", "processing")
 # Package code that lies in a hub folder.
-NEVER_SHIPPED = frozenset({"__init__", "convert_original"})
+NEVER_SHIPPED = frozenset({"__init__", "convert_original", "original_layout", "original_plan", "original_source"})
 # What transformers takes for a relative import: it reads lines, not Python, so docstrings count.
 LINE_LIKE_RELATIVE_IMPORT = re.compile(r"^\s*(?:import\s+\.\S+\s*$|from\s+\.\S+\s+import)", re.MULTILINE)
 # Written by loading a tokenizer, not by its author; the second and the third name the machine.

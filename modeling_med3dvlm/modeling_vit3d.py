@@ -41,9 +41,10 @@ class Vit3DEmbeddings(nn.Module):
         self.grid, self.patch_size = config.grid(), tuple(config.patch_size)
         depth, height, width = config.patch_size
         num_voxels = config.num_channels * depth * height * width
-        self.voxel_norm = nn.LayerNorm(num_voxels, eps=config.layer_norm_eps)
+        use_norm = config.use_patch_norm
+        self.voxel_norm = nn.LayerNorm(num_voxels, eps=config.layer_norm_eps) if use_norm else nn.Identity()
         self.projection = nn.Linear(num_voxels, config.hidden_size)
-        self.token_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.token_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if use_norm else nn.Identity()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_tokens() + 1, config.hidden_size))
 
@@ -136,7 +137,7 @@ class Vit3DPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 class Vit3DModel(Vit3DPreTrainedModel):
     """
     The 3D vision transformer. Patches are tokens in raster order with depth slowest; the class token takes part in the
-    attention and is dropped at the end. There is no final normalisation.
+    attention and is dropped at the end. There is no final normalisation, unless `use_final_norm` asks for one.
 
     Example:
 
@@ -153,6 +154,8 @@ class Vit3DModel(Vit3DPreTrainedModel):
         super().__init__(config)
         self.embeddings = Vit3DEmbeddings(config)
         self.layers = nn.ModuleList([Vit3DLayer(config) for _ in range(config.num_hidden_layers)])
+        use_norm = config.use_final_norm
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if use_norm else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -179,7 +182,8 @@ class Vit3DModel(Vit3DPreTrainedModel):
             - **last_hidden_state** (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): the patches.
             - **pooler_output** (`torch.Tensor` of shape `(batch_size, hidden_size)`): their mean.
             - **hidden_states** (`tuple` of `torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): the
-              patches at every depth; only with `output_hidden_states`.
+              patches at every depth, the last normalised where there is a final normalisation; only with
+              `output_hidden_states`.
 
         Raises:
             ValueError: `pixel_values` has another size or another number of channels.
@@ -193,7 +197,8 @@ class Vit3DModel(Vit3DPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
             all_hidden_states.append(hidden_states[:, 1:])  # without the class token
-        patches = all_hidden_states[-1]
+        patches = self.norm(hidden_states)[:, 1:]
+        all_hidden_states[-1] = patches
 
         return BaseModelOutputWithPooling(
             last_hidden_state=patches,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .pipeline_med3dvlm import Med3DVLMPipeline  # noqa: F401
 
 
+PROMPT_FORMATS = ("chat", "original")
+
 # ChatML, the format of Qwen2.5. A content is a text or a list of volumes and texts in any order. The generation block
 # holds what the model is to say, its end token included: `assistant_masks` marks just these tokens for training.
 CHAT_TEMPLATE = """\
@@ -47,6 +49,39 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
+"""
+
+
+# The prompt of the original implementation: the placeholders of one volume, then the text, without any format of a chat.
+# A space stands between them, as in its question answering; whatever the text begins with, its first token is not read.
+ORIGINAL_TEMPLATE = """\
+{%- macro render_content(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] in ('image', 'image_url') -%}
+                {{- '<image> ' -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception('A content part must be of type "image" or "text", got ' + part['type'] + '.') -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' and loop.first -%}
+        {{- render_content(message['content']) -}}
+    {%- elif message['role'] == 'assistant' and loop.index0 == 1 -%}
+        {{- ' ' -}}
+        {%- generation -%}
+            {{- render_content(message['content']) + eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception('The prompt of the original implementation is one question of the user, and one answer.') -}}
+    {%- endif -%}
+{%- endfor -%}
 """
 
 
@@ -91,9 +126,14 @@ class Med3DVLMProcessor(ProcessorMixin):
             must know it as one token, with the id `config.image_token_id`.
         chat_template (`str`, *optional*):
             Jinja template of conversations. By default ChatML, if the tokenizer has its tokens.
+        prompt_format (`str`, *optional*, defaults to `"chat"`):
+            `"original"` for converted weights of the original implementation, which was trained without a chat format
+            and writes a volume's tokens one position too late: its first placeholder stays, and the first token of the
+            text is overwritten. A text then begins with its one volume, `image_seq_length` counts the placeholder that
+            stays, and the last placeholder takes the place of the first token.
 
     Raises:
-        ValueError: the tokenizer does not know `image_token`.
+        ValueError: the tokenizer does not know `image_token`, or `prompt_format` is neither of the two.
 
     Example:
 
@@ -114,8 +154,12 @@ class Med3DVLMProcessor(ProcessorMixin):
         image_seq_length: int | None = None,
         image_token: str = "<image>",
         chat_template: str | None = None,
+        prompt_format: str = "chat",
         **kwargs: Any,
     ):
+        if prompt_format not in PROMPT_FORMATS:
+            raise ValueError(f"`prompt_format` must be one of {PROMPT_FORMATS}, got {prompt_format!r}.")
+        self.prompt_format = prompt_format
         self.image_seq_length = image_seq_length
         self.image_token: Any = None  # None tells the base class that texts have no placeholders
         self.image_token_id: int | None = None
@@ -130,11 +174,24 @@ class Med3DVLMProcessor(ProcessorMixin):
                 )
             # The next token follows the last one of every text only when the padding stands before.
             tokenizer.padding_side = "left"
-            if chat_template is None and "<|im_start|>" in tokenizer.get_vocab():
+            if chat_template is None and prompt_format == "original":
+                chat_template = ORIGINAL_TEMPLATE.replace("<image>", image_token)
+            elif chat_template is None and "<|im_start|>" in tokenizer.get_vocab():
                 chat_template = CHAT_TEMPLATE.replace("<image>", image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Set here, because loading drops it: a processor saved without it would load as a bare tokenizer.
         self.auto_map = {"AutoProcessor": "processing_med3dvlm.Med3DVLMProcessor"}
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Model inputs of volumes and texts, see `ProcessorMixin.__call__`; in the original's format if that is set."""
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if self.prompt_format == "original" and self.image_token is not None and "input_ids" in inputs:
+            for ids in inputs["input_ids"]:  # rows of a tensor or lists: written in place
+                numbers = ids if isinstance(ids, list) else ids.tolist()
+                if self.image_token_id in numbers:
+                    last = len(numbers) - 1 - numbers[::-1].index(self.image_token_id)
+                    ids[last + 1] = self.image_token_id
+        return inputs
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Saves all parts; see [`forget_last_call`] for what is left out of the tokenizer's files."""
@@ -172,6 +229,14 @@ class Med3DVLMProcessor(ProcessorMixin):
                 f"The texts have {placeholders} placeholders, but their lists of volumes have {counts}: give each text "
                 "the volumes it shows."
             )
+        if self.prompt_format == "original":
+            for sample in text:
+                before, token, after = sample.partition(self.image_token)
+                if token and (before.strip() or self.image_token in after or not after.strip()):
+                    raise ValueError(
+                        f"Expected a text that begins with its one placeholder {self.image_token!r} and goes on with words, "
+                        f"as the original was trained, got {sample!r}."
+                    )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)
@@ -180,8 +245,9 @@ class Med3DVLMProcessor(ProcessorMixin):
         return processed, [self.replace_image_token(processed, index) for index in range(count_volumes(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """What stands in the text for one volume: `image_seq_length` placeholders."""
-        return self.image_token * self.image_seq_length
+        """What stands in the text for one volume: `image_seq_length` placeholders, one fewer in the original's format."""
+        assert self.image_seq_length is not None  # there is a placeholder only where it is given
+        return self.image_token * (self.image_seq_length - int(self.prompt_format == "original"))
 
 
-__all__ = ["CHAT_TEMPLATE", "Med3DVLMProcessor", "Med3DVLMProcessorKwargs", "forget_last_call"]
+__all__ = ["CHAT_TEMPLATE", "ORIGINAL_TEMPLATE", "Med3DVLMProcessor", "Med3DVLMProcessorKwargs", "forget_last_call"]

@@ -5,9 +5,9 @@ file prints them.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent / "goldens"))
 import golden_io
 import golden_weights
-import reference_layout
 
 from med3dvlm import (
     DCFormerConfig,
@@ -30,6 +29,13 @@ from med3dvlm import (
     Vit3DModel,
 )
 from med3dvlm.modeling_med3dvlm.modeling_projector import PROJECTORS
+from med3dvlm.modeling_med3dvlm.original_layout import (
+    Layout,
+    dual_encoder_layout,
+    encoder_layout,
+    projector_layout,
+    vision_language_layout,
+)
 
 
 FOLDERS = (Path(__file__).parent / "goldens", Path(__file__).parents[2] / "shared" / "goldens")
@@ -74,6 +80,16 @@ def golden_input(shape: list[int], salt: int = 0) -> torch.Tensor:
     return torch.from_numpy(golden_weights.golden_input(shape, salt))
 
 
+def converted_state(state: dict[str, np.ndarray], layout: Layout, config: Any = None) -> dict[str, torch.Tensor]:
+    """The recorded tensors of the original in our names."""
+    return layout.state_to_ours({key: torch.from_numpy(value) for key, value in state.items()}, config)
+
+
+def renaming(layout: Layout) -> Callable[[str], str]:
+    """Our name for one of the original's."""
+    return lambda key: layout.find(key)[0][0]
+
+
 def load_exactly(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
     """`model` with `state`, every tensor of both used."""
     model.load_state_dict(state, strict=True)
@@ -88,7 +104,7 @@ def measure_encoder(variant: str) -> Iterator[Comparison]:
     golden = find_golden(f"dcformer_{variant}")
     model = DCFormerModel(DCFormerConfig.from_variant(variant.removesuffix("_full")))
     assert model.num_parameters() == golden.meta["parameters"]
-    load_exactly(model, reference_layout.encoder_state(golden_state(golden)))
+    load_exactly(model, converted_state(golden_state(golden), encoder_layout()))
     with torch.no_grad():
         outputs = model(golden_input(golden.meta["inputs"]["x"]["golden_input"]), output_hidden_states=True)
     for index, hidden_state in enumerate(outputs.hidden_states):
@@ -108,7 +124,7 @@ def gradient_norms(golden: golden_io.Golden, model: nn.Module, rename) -> Iterat
 def measure_training_step() -> Iterator[Comparison]:
     golden = find_golden("dcformer_nano_train")
     model = DCFormerModel(DCFormerConfig.from_variant("nano"))
-    load_exactly(model, reference_layout.encoder_state(golden_state(golden))).train()
+    load_exactly(model, converted_state(golden_state(golden), encoder_layout())).train()
     outputs = model(golden_input(golden.meta["inputs"]["x"]["golden_input"]), output_hidden_states=True)
     low, high = (tokens(outputs.hidden_states[stage]) for stage in (-2, -1))
     probes = [golden_weights.golden_tensor(name, low_or_high.shape) for name, low_or_high in
@@ -119,24 +135,24 @@ def measure_training_step() -> Iterator[Comparison]:
     yield compare(golden, "hidden_4", high)
     yield compare(golden, "loss", loss)
     buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
+    rename = renaming(encoder_layout())
     for output in golden.meta["outputs"]:
         kind, _, key = output.partition(":")
-        ours = reference_layout.rename(key, reference_layout.ENCODER_KEYS)
         if kind == "buffer":
-            yield compare(golden, output, buffers[ours])
+            yield compare(golden, output, buffers[rename(key)])
         elif kind == "grad":
-            gradient = parameters[ours].grad
+            gradient = parameters[rename(key)].grad
             if gradient.ndim == 5:
                 gradient = gradient.permute(0, 1, 3, 4, 2)  # (out, in, D, H, W) -> (out, in, H, W, D)
             yield compare(golden, output, gradient, GRADIENT_LIMIT)
-    yield from gradient_norms(golden, model, lambda key: reference_layout.rename(key, reference_layout.ENCODER_KEYS))
+    yield from gradient_norms(golden, model, rename)
 
 
 def measure_vit3d() -> Iterator[Comparison]:
     golden = find_golden("vit3d")
     model = Vit3DModel(Vit3DConfig(intermediate_size=4))
     assert model.num_parameters() == golden.meta["parameters"]
-    load_exactly(model, reference_layout.vit3d_state(golden_state(golden)))
+    load_exactly(model, converted_state(golden_state(golden), encoder_layout("vit3d"), model.config))
     with torch.no_grad():
         yield compare(
             golden, "tokens", model(golden_input(golden.meta["inputs"]["x"]["golden_input"])).last_hidden_state
@@ -156,7 +172,7 @@ def measure_projector(name: str) -> Iterator[Comparison]:
     )
     projector = PROJECTORS[projector_type](config)
     assert sum(parameter.numel() for parameter in projector.parameters()) == golden.meta["parameters"]
-    load_exactly(projector, reference_layout.projector_state(golden_state(golden), projector_type))
+    load_exactly(projector, converted_state(golden_state(golden), projector_layout(projector_type, original="")))
     high = golden_input([2, 32, 768])
     low = golden_input([2, 256, 384])
     with torch.no_grad():
@@ -170,7 +186,13 @@ def dual_encoder(golden: golden_io.Golden, layout: dict, loss_type: str) -> DCFo
             loss_type=loss_type,
         )
     )
-    return load_exactly(model, reference_layout.dual_encoder_state(golden_state(golden, layout)))
+    arrays = golden_state(golden, layout)
+    state = converted_state(arrays, dual_encoder_layout(loss_type))
+    if (
+        loss_type == "softmax"
+    ):  # ours holds the logarithm; `original_loss` takes the scale and its gradient as they are
+        state["logit_scale"] = torch.from_numpy(arrays["logit_scale"]).reshape(1)
+    return load_exactly(model, state)
 
 
 def original_loss(images: torch.Tensor, texts: torch.Tensor, model: DCFormerSiglipModel, kind: str) -> tuple:
@@ -211,12 +233,12 @@ def measure_dual_encoder(kind: str) -> Iterator[Comparison]:
     yield compare(golden, "text_features", text_features)
     yield compare(golden, "logits", logits)
     yield compare(golden, "loss", loss)
-    parameters = dict(model.named_parameters())
+    parameters, rename = dict(model.named_parameters()), renaming(dual_encoder_layout(loss_type))
     for output in golden.meta["outputs"]:
         if output.startswith("grad:"):
-            gradient = parameters[reference_layout.dual_encoder_key(output.removeprefix("grad:"))].grad
+            gradient = parameters[rename(output.removeprefix("grad:"))].grad
             yield compare(golden, output, gradient.reshape(golden.meta["outputs"][output]["shape"]), GRADIENT_LIMIT)
-    yield from gradient_norms(golden, model, reference_layout.dual_encoder_key)
+    yield from gradient_norms(golden, model, rename)
 
 
 def measure_distributed_dual_encoder() -> Iterator[Comparison]:
@@ -247,8 +269,9 @@ def measure_distributed_dual_encoder() -> Iterator[Comparison]:
         # Every rank holds the full gradient of the scalars. For the encoders the mean over ranks is the gradient.
         scalar = "t_prime" if kind == "gather" else "logit_scale"
         yield compare(golden, f"{kind}/rank0/grad:{scalar}", model.logit_scale.grad.reshape(()), GRADIENT_LIMIT)
+        rename = renaming(dual_encoder_layout(model.config.loss_type))
         for key in ("mm_vision_proj.bias", "mm_language_proj.bias"):
-            ours = dict(model.named_parameters())[reference_layout.dual_encoder_key(key)].grad.numpy()
+            ours = dict(model.named_parameters())[rename(key)].grad.numpy()
             theirs = sum(golden.arrays[f"{kind}/rank{rank}/grad:{key}"] for rank in range(2)) / 2
             gap, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
             yield Comparison("clip_ddp", f"{kind}/mean grad:{key}", gap, gap / largest, GRADIENT_LIMIT)
@@ -270,7 +293,7 @@ def golden_vlm(golden: golden_io.Golden) -> Med3DVLMForConditionalGeneration:
     )
     model = Med3DVLMForConditionalGeneration(config)
     assert model.num_parameters() == golden.meta["parameters"]
-    return load_exactly(model, reference_layout.vlm_state(golden_state(golden)))
+    return load_exactly(model, converted_state(golden_state(golden), vision_language_layout("mixer")))
 
 
 def measure_vlm() -> Iterator[Comparison]:

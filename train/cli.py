@@ -278,6 +278,78 @@ def merge(
         typer.echo(json.dumps({"adapter": adapter, "published": place}) if as_json else place)
 
 
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="File or folder of the original, or with --to-original a folder of ours.", show_default=False
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
+    to_original: Annotated[
+        bool, typer.Option("--to-original", help="The other way: an encoder or dual encoder of ours for the original.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or config.json of the text model the weights were trained from, if none lies beside them."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or repository of the tokenizer, if none lies beside the weights.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Alpha of a LoRA run, which its file does not say.", show_default="32")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the weights, as the Hub names it.", show_default="unknown")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Convert weights of the original implementation to a published folder, with the same numbers.
+
+    Takes pretrained_ViT.bin (also M3D-CLIP's), the folder DCFormer_SigLIP, mm_projector.bin, model_with_lora.bin, and the
+    merged folder Med3DVLM-Qwen-2.5-7B; which it is, is read from the files. Every tensor finds its place or nothing is
+    written. Hashes of the source stand in conversion.json and on the card. Needs the memory of one shard; a call that was
+    interrupted, or killed, is continued by the same call.
+
+    Example: med3dvlm convert downloads/Med3DVLM-Qwen-2.5-7B published/med3dvlm-original
+    """
+    with bad_input_is_an_answer():
+        if to_original and (
+            config is not None or tokenizer is not None or lora_alpha is not None or license is not None
+        ):
+            raise ValueError(
+                "--to-original takes no other option than --overwrite: all the others concern our folder."
+            )
+        with step("importing"):
+            from ..modeling_med3dvlm.convert_original import convert as convert_weights
+            from ..modeling_med3dvlm.convert_original import convert_to_original
+        hush_progress_bars()
+        with step(f"converting {source}"):
+            if to_original:
+                record = convert_to_original(source, destination, overwrite=overwrite)
+            else:
+                record = convert_weights(
+                    source,
+                    destination,
+                    config=config,
+                    tokenizer=tokenizer,
+                    lora_alpha=lora_alpha,
+                    overwrite=overwrite,
+                    license=license or "unknown",
+                )
+        if as_json:
+            typer.echo(json.dumps({**record, "destination": str(destination)}))
+            return
+        typer.echo(f"{destination}: {record['kind']}, {record['tensors']} tensors")
+        for assumption in record.get("assumptions", []):
+            typer.echo(f"assumed: {assumption}", err=True)
+
+
 prepare_app = typer.Typer(
     name="prepare", help="Prepare data for training, and check it.", no_args_is_help=True, add_completion=False
 )
@@ -426,6 +498,89 @@ def phantom(
             f"{summary['destination']}: {counts}; {summary['num_reports']} different reports, "
             f"{summary['num_bytes'] / 1e6:.0f} MB of scans, {summary['num_made']} made now"
         )
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder for benchmark.json, benchmark.md and encoder.png.")] = Path(
+        "benchmark"
+    ),
+    section: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="machine, encoder, training, preparation, generation or questions; may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="As torch names it, such as cpu or cuda:0.")] = "cpu",
+    runs: Annotated[int, typer.Option(min=1, help="Calls of each function, in turns.")] = 7,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="DCFormer from nano to large; may be repeated.", show_default="small"),
+    ] = None,
+    image_size: Annotated[tuple[int, int, int], typer.Option(help="Depth, height, width.")] = (128, 256, 256),
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Volumes at once; may be repeated.", show_default="1")
+    ] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(help="Factor on every axis of the size, for the encoder; may be repeated.", show_default="1"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32 or bfloat16 (autocast); may be repeated.", show_default="both"),
+    ] = None,
+    training_size: Annotated[tuple[int, int, int], typer.Option(help="Size of volumes in the training step.")] = (
+        64,
+        128,
+        128,
+    ),
+    scan_shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels of the scan to prepare.")] = (512, 512, 300),
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's choice")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Measure speed and memory on this machine, on random weights: nothing is downloaded.
+
+    The encoder beside its plain formulation, Vit3D and the machine's roofline; a training step; preparing a scan, beside
+    SimpleITK and MONAI where they are installed; an answer beside the bare language model; several questions about one
+    volume. The defaults take some minutes on two cores.
+
+    Example: med3dvlm bench --section encoder --variant nano --variant small --scale 1 --scale 0.5
+    """
+    with bad_input_is_an_answer():
+        check_device(device)
+        with step("importing"):
+            import torch
+
+            from ..configuration.configuration_dcformer import DCFORMER_VARIANTS
+            from .benchmarks.report import run_benchmark, to_markdown
+            from .benchmarks.sections import DTYPES, SECTIONS, Settings
+        for option, given, known in (
+            ("--section", section, SECTIONS),
+            ("--variant", variant, DCFORMER_VARIANTS),
+            ("--dtype", dtype, DTYPES),
+        ):
+            for value in given or []:
+                if value not in known:
+                    raise ValueError(f"{option}: expected one of {', '.join(known)}, got {value!r}.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        settings = Settings(
+            device=torch.device(device),
+            runs=runs,
+            dtypes=tuple(dtype or DTYPES),
+            variants=tuple(variant or ("small",)),
+            image_size=image_size,
+            batch_sizes=tuple(batch_size or (1,)),
+            scales=tuple(scale or (1.0,)),
+            training_size=training_size,
+            scan_shape=scan_shape,
+        )
+        results = run_benchmark(
+            settings, section or list(SECTIONS), output, lambda title: typer.echo(f"{title} ...", err=True)
+        )
+        typer.echo(json.dumps(results) if as_json else to_markdown(results))
 
 
 @app.command()

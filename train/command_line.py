@@ -31,6 +31,9 @@ OPTIONS_HERE = {
     "`image_size`": "--image-size",
     "`num_workers`": "--workers",
     "`volumes`": "--volumes",
+    "`config`": "--config",
+    "`tokenizer`": "--tokenizer",
+    "`lora_alpha`": "--lora-alpha",
 }
 
 

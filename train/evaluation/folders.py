@@ -1,6 +1,5 @@
 """The files of an evaluation: settings, scores, and what identifies a model."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from ...modeling_med3dvlm.original_source import sha256_of
 from ..files import write_json_atomically
 from ..stages import differing_keys
 from .scores import Score
@@ -65,15 +65,6 @@ def describe_source(name: str) -> dict[str, Any]:
     return {"name": name, "sha256": {}}
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's content, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def score_fields(score: Score) -> dict[str, Any]:
     """Of a score, as JSON can hold it: what is not estimated is null."""
     return {name: None if value != value else value for name, value in asdict(score).items()}
@@ -122,6 +113,5 @@ __all__ = [
     "open_folder",
     "read_scores",
     "score_fields",
-    "sha256_of",
     "versions",
 ]
