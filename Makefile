@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Such as `--cases 240` for a shorter demonstration that has learnt less.
 DEMO_OPTIONS ?=
+# Such as `--device cuda` or `--variant nano --variant large`; `med3dvlm bench --help` lists them.
+BENCH_OPTIONS ?=
 BIN := $(VENV)/bin
 FOLDERS := configuration modeling_med3dvlm processing hub_cards train med3dvlm
 
@@ -40,7 +42,8 @@ style: $(VENV)/.installed  ## Mend lint and formatting
 goldens: $(VENV)/.installed  ## Print the differences from the original implementation
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/golden_cases.py
 
-bench: $(VENV)/.installed  ## Measure the cache of volumes
+bench: $(VENV)/.installed  ## Measure speed and memory on this machine, and the cache of volumes
+	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm bench $(BENCH_OPTIONS)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_cache.py
 
 phantom-scores: $(VENV)/.installed  ## Train the recipes phantom/* in full and score them, within an hour on two cores
@@ -60,4 +63,4 @@ build: $(VENV)/.installed  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --outdir dist
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) build dist demo_output phantom_scores ablations .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist demo_output phantom_scores ablations benchmark .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -22,6 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.configuration_dcformer import DCFormerConfig
+from .fused_dcformer import FUSED_DTYPES, compute_dtype, fused_hidden_states
 from .strict_loading import StrictLoadingMixin
 
 
@@ -236,13 +237,20 @@ class DCFormerStem(nn.Module):
             + [DCFormerStemLayer(config, width, width, kernel_size=3) for _ in range(3)]
         )
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, num_channels, D, H, W) -> (B, hidden_sizes[0], D / 4, H / 4, W / 4), rounded up."""
+    def check_input(self, pixel_values: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: `pixel_values` has another number of axes or channels.
+        """
         if pixel_values.ndim != 5 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"Expected `pixel_values` of shape (batch_size, {self.num_channels}, depth, height, width), got "
                 f"{tuple(pixel_values.shape)}. Prepare volumes with Med3DVLMImageProcessor, which gives this shape."
             )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, num_channels, D, H, W) -> (B, hidden_sizes[0], D / 4, H / 4, W / 4), rounded up."""
+        self.check_input(pixel_values)
         hidden_states = pixel_values.to(next(self.parameters()).dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -317,9 +325,34 @@ class DCFormerPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             init.constant_(module.layer_scale, self.config.layer_scale_init_value)
 
 
+# What the fused path knows the insides of. Anything else, such as an adapter or a quantised layer, is called as a module.
+PLAIN_MODULES = (
+    DCFormerBatchNorm3d,
+    DCFormerDecomposedConv,
+    DCFormerLayer,
+    DCFormerStage,
+    DCFormerStem,
+    DCFormerStemLayer,
+    nn.Conv3d,
+    nn.Linear,
+    nn.MaxPool3d,
+    nn.ModuleList,
+)
+
+
 class DCFormerModel(DCFormerPreTrainedModel):
     """
     The encoder of a 3D volume: a stem and four stages, each with half the grid of the one before.
+
+    At inference the same numbers, up to rounding, are reached by a shorter way, see `fused_dcformer.py`. It is taken
+    where no gradient can flow, every batch normalisation uses its running statistics, the layers are those made here,
+    without hooks, and the type is float32, float64 or bfloat16. It changes nothing in the weights or their names. Grids
+    are then views with channels last in memory.
+
+    Attributes:
+        fused_inference (`bool`, *optional*):
+            Whether to take it: `False` never; `True` on every device where the above holds; `None`, the default, the
+            same, but on CPUs only, where it has been measured.
 
     Example:
 
@@ -335,6 +368,8 @@ class DCFormerModel(DCFormerPreTrainedModel):
     torch.Size([1, 256])
     ```"""
 
+    fused_inference: bool | None = None
+
     def __init__(self, config: DCFormerConfig):
         super().__init__(config)
         self.stem = DCFormerStem(config)
@@ -344,6 +379,42 @@ class DCFormerModel(DCFormerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The stem, which plays the part of an embedding."""
         return self.stem
+
+    def can_be_fused(self, pixel_values: torch.Tensor) -> bool:
+        """Whether the fused path gives what the modules give: see the class. `fused_inference` is not asked."""
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (pixel_values, *parameters)):
+            return False
+        first = parameters[0]
+        if first.device.type not in ("cpu", "cuda") or compute_dtype(first) not in FUSED_DTYPES:
+            return False
+        if any(tensor.dtype != first.dtype for tensor in parameters):
+            return False
+        # A tensor of a class of its own is a shard, or quantised. While a graph is traced, all have one.
+        if not torch.compiler.is_compiling() and any(type(tensor) is not nn.Parameter for tensor in parameters):
+            return False
+        activations = {type(layer.act) for stage in self.stages for layer in stage.layers}
+        for module in self.modules():
+            if isinstance(module, DCFormerBatchNorm3d) and module.training and module.weight.requires_grad:
+                return False
+            if module is self:
+                continue
+            has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+            if has_hooks or not (type(module) in PLAIN_MODULES or type(module) in activations):
+                return False
+        return True
+
+    def _hidden_states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the stem and of every stage."""
+        self.stem.check_input(pixel_values)
+        is_wanted = pixel_values.is_cpu if self.fused_inference is None else self.fused_inference
+        if is_wanted and self.can_be_fused(pixel_values):
+            in_blocks = pixel_values.is_cpu and not torch.compiler.is_compiling()
+            return fused_hidden_states(self, pixel_values, in_blocks)
+        hidden_states = [self.stem(pixel_values)]
+        for stage in self.stages:
+            hidden_states.append(stage(hidden_states[-1]))
+        return hidden_states
 
     @can_return_tuple
     def forward(
@@ -373,15 +444,10 @@ class DCFormerModel(DCFormerPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
-        hidden_states = self.stem(pixel_values)
-        all_hidden_states = [hidden_states]
-        for stage in self.stages:
-            hidden_states = stage(hidden_states)
-            all_hidden_states.append(hidden_states)
-
+        all_hidden_states = self._hidden_states(pixel_values)
         return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=hidden_states,
-            pooler_output=hidden_states.mean(dim=(2, 3, 4)),  # (B, C, D, H, W) -> (B, C)
+            last_hidden_state=all_hidden_states[-1],
+            pooler_output=all_hidden_states[-1].mean(dim=(2, 3, 4)),  # (B, C, D, H, W) -> (B, C)
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from .volume_io import (
     flatten_volumes,
     open_volume,
     orient,
-    read_voxels,
+    read_stored_voxels,
+    scale_stored,
     spacing_of,
 )
 
@@ -43,6 +45,8 @@ HU_OF_AIR = -200.0
 HU_OF_DENSE_BONE = 1000.0
 # The air around a patient is -1000 HU; noise and resampling leave it below this.
 HU_OF_OUTSIDE_AIR = -800.0
+# Planes of a scan that are floating-point numbers at the same time, about.
+PLANES_AT_ONCE = 4
 # Options every image processor of transformers knows, and what does the same for a volume.
 OPTIONS_OF_PICTURES = {
     **dict.fromkeys(("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"), "image_size"),
@@ -286,25 +290,15 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         Raises:
             InvalidVolumeError: the voxels cannot be used with these options.
         """
-        array, affine = orient(read_voxels(volume, volume_index), volume.affine, orientation)
-        oriented_shape = list(array.shape)
-        # The one float32 copy of the scan; everything after it works in place.
-        voxels = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
-        lowest, highest = find_value_range(voxels, volume.name)
-        mode, intensity_range, clipped_fraction = scale_intensity(
-            voxels, volume.name, (lowest, highest), intensity_mode, resolve_hu_range(hu_range), intensity_percentiles
-        )
-
-        crop_box = (
-            foreground_box(voxels, volume.name) if do_crop_foreground else [[0, size] for size in oriented_shape]
-        )
-        voxels = voxels[tuple(slice(start, stop) for start, stop in crop_box)]
-        cropped_shape = voxels.shape
-        if do_resize:
-            voxels = nn.functional.interpolate(
-                voxels[None, None], size=tuple(image_size), mode="trilinear", align_corners=False
-            )[0, 0]
-        grid_affine = affine_of_grid(affine, crop_box, cropped_shape, voxels.shape)
+        stored, slope, intercept = read_stored_voxels(volume, volume_index)
+        stored, affine = orient(stored, volume.affine, orientation)
+        scan = Scan(stored, slope, intercept, volume.name)
+        oriented_shape = list(stored.shape)
+        intensity = find_intensity(scan, intensity_mode, resolve_hu_range(hu_range), intensity_percentiles)
+        crop_box = foreground_box(scan, intensity) if do_crop_foreground else [[0, size] for size in oriented_shape]
+        cropped = scan.stored[tuple(slice(start, stop) for start, stop in crop_box)]
+        voxels = resize_planes(scan, cropped, intensity, tuple(image_size) if do_resize else cropped.shape)
+        grid_affine = affine_of_grid(affine, crop_box, cropped.shape, voxels.shape)
 
         report = {
             "source": volume.name,
@@ -316,10 +310,10 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             "orientation": orientation if affine is not None else "none",
             "oriented_shape": oriented_shape,
             "oriented_spacing": _as_list(spacing_of(affine)),
-            "source_range": [lowest, highest],
-            "intensity_mode": mode,
-            "intensity_range": intensity_range,
-            "clipped_fraction": clipped_fraction,
+            "source_range": [scan.lowest, scan.highest],
+            "intensity_mode": intensity.mode,
+            "intensity_range": [intensity.lower, intensity.upper],
+            "clipped_fraction": scan.fraction_outside(intensity),
             "crop_box": crop_box,
             "shape": list(voxels.shape),
             "spacing": _as_list(spacing_of(grid_affine)),
@@ -375,55 +369,133 @@ def resolve_hu_range(hu_range: Any) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def find_value_range(voxels: torch.Tensor, name: str) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Intensity:
     """
-    The lowest and the highest value of a volume.
+    How values become [0, 1].
+
+    Args:
+        mode (`str`): The one used.
+        lower (`float`), upper (`float`): The values that become 0 and 1.
+    """
+
+    mode: str
+    lower: float
+    upper: float
+
+    def apply_(self, values: torch.Tensor) -> torch.Tensor:
+        """Scales float32 values in place, and returns them."""
+        if self.mode == "none":
+            return values
+        if self.mode == "minmax":
+            span = torch.tensor(self.upper, dtype=torch.float32) - torch.tensor(self.lower, dtype=torch.float32)
+            return values.sub_(self.lower).div_(max(float(span), 1e-8))
+        return values.clamp_(self.lower, self.upper).sub_(self.lower).div_(self.upper - self.lower)
+
+
+class Scan:
+    """
+    The voxels of an oriented volume, kept as they are stored: only planes of them ever become floating-point numbers.
+    Conversion keeps the order of values, so extremes are found among the stored ones.
+
+    Args:
+        stored (`np.ndarray` of shape `(depth, height, width)`):
+            The voxels; a view in any layout.
+        slope (`float`), intercept (`float`):
+            To be applied to them.
+        name (`str`):
+            What messages call the volume.
+
+    Attributes:
+        lowest (`float`), highest (`float`):
+            Values of all voxels.
+        axis_maxima (`list[torch.Tensor]`):
+            The highest value at each position along depth, height and width.
 
     Raises:
         InvalidVolumeError: a voxel is not finite, or all have the same value.
     """
-    lowest, highest = (float(value) for value in voxels.aminmax())  # NaN if there is one
-    if not (math.isfinite(lowest) and math.isfinite(highest)):
-        num_bad = int((~torch.isfinite(voxels)).sum())
-        raise InvalidVolumeError(
-            f"{name}: {num_bad} of {voxels.numel()} voxels are NaN or infinite. Fill them first, e.g. with -1000 HU "
-            "outside the scanned region."
+
+    def __init__(self, stored: np.ndarray, slope: float, intercept: float, name: str):
+        self.stored, self.slope, self.intercept, self.name = stored, slope, intercept, name
+        # As the memory lies: the slowest axis first, all growing.
+        order = sorted(range(3), key=lambda axis: -abs(stored.strides[axis]))
+        forward = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in stored.strides)
+        self.in_memory = stored[forward].transpose(order)
+
+        lowest, maxima = [], []
+        across = self.in_memory[0].copy()
+        for plane in self.in_memory:
+            lowest.append(plane.min())
+            maxima.append(plane.max())
+            np.maximum(across, plane, out=across)
+        found = dict(zip(order, (np.array(maxima), across.max(axis=1), across.max(axis=0))))
+        self.axis_maxima = [self.as_float(found[axis][forward[axis]]) for axis in range(3)]
+        # NaN if there is one
+        self.lowest = float(self.as_float(np.array(lowest)).min())
+        self.highest = float(self.axis_maxima[0].max())
+        if not (math.isfinite(self.lowest) and math.isfinite(self.highest)):
+            num_bad = sum(int((~torch.isfinite(self.as_float(plane))).sum()) for plane in self.in_memory)
+            raise InvalidVolumeError(
+                f"{name}: {num_bad} of {stored.size} voxels are NaN or infinite. Fill them first, e.g. with -1000 HU "
+                "outside the scanned region."
+            )
+        if self.lowest == self.highest:
+            raise InvalidVolumeError(f"{name}: all voxels are {self.lowest:g}: the volume shows nothing.")
+
+    def as_float(self, part: np.ndarray) -> torch.Tensor:
+        """A float32 copy of stored voxels, with slope and intercept applied."""
+        return torch.from_numpy(np.array(scale_stored(part, self.slope, self.intercept), dtype=np.float32, order="C"))
+
+    def mean(self) -> float:
+        """Of all values."""
+        is_integer = self.stored.dtype.kind in "bui"
+        total = sum(float(plane.sum(dtype=np.int64 if is_integer else np.float64)) for plane in self.in_memory)
+        return total / self.stored.size * self.slope + self.intercept
+
+    def percentiles(self, percentiles: list[float] | tuple[float, ...]) -> tuple[float, float]:
+        """Of all values."""
+        lower, upper = np.percentile(self.in_memory, percentiles) * self.slope + self.intercept
+        return float(lower), float(upper)
+
+    def fraction_outside(self, intensity: Intensity) -> float:
+        """Of the voxels, those below or above the values that became 0 and 1."""
+        lower, upper = np.float32(intensity.lower), np.float32(intensity.upper)
+        if lower <= self.lowest and self.highest <= upper:
+            return 0.0
+        is_short = (
+            self.stored.dtype.kind in "ui" and self.stored.itemsize <= 2 and (self.slope, self.intercept) == (1, 0)
         )
-    if lowest == highest:
-        raise InvalidVolumeError(f"{name}: all voxels are {lowest:g}: the volume shows nothing.")
-    return lowest, highest
+        # Whole numbers are compared as such.
+        bounds = (math.ceil(lower), math.floor(upper)) if is_short else (lower, upper)
+        count = 0
+        for plane in self.in_memory:
+            values = plane if is_short else self.as_float(plane).numpy()
+            count += np.count_nonzero(values < bounds[0]) + np.count_nonzero(values > bounds[1])
+        return count / self.stored.size
 
 
-def scale_intensity(
-    voxels: torch.Tensor,
-    name: str,
-    value_range: tuple[float, float],
-    mode: str,
-    hu_range: tuple[float, float],
-    percentiles: list[float] | tuple[float, ...],
-) -> tuple[str, list[float], float]:
+def find_intensity(
+    scan: Scan, mode: str, hu_range: tuple[float, float], percentiles: list[float] | tuple[float, ...]
+) -> Intensity:
     """
-    Scales a volume to [0, 1] in place.
+    Finds out how the values of a scan are to be scaled.
 
     Args:
-        voxels (`torch.Tensor` of shape `(depth, height, width)`):
-            The volume in float32, changed in place.
-        name (`str`):
-            What messages call it.
-        value_range (`tuple[float, float]`):
-            The volume's lowest and highest value.
+        scan ([`Scan`]):
+            The volume.
         mode (`str`), hu_range (`tuple[float, float]`), percentiles (`list[float]`):
             As in [`Med3DVLMImageProcessor`].
 
     Returns:
-        The mode used, the source values that became 0 and 1, and the fraction of voxels outside them.
+        [`Intensity`]
 
     Raises:
         InvalidVolumeError: the values contradict the mode, or nothing of the volume lies in its range.
     """
-    lowest, highest = value_range
+    name, lowest, highest = scan.name, scan.lowest, scan.highest
     if mode == "auto":
-        is_ct = lowest <= HU_OF_AIR and float(voxels.mean()) <= HU_OF_DENSE_BONE
+        is_ct = lowest <= HU_OF_AIR and (highest <= HU_OF_DENSE_BONE or scan.mean() <= HU_OF_DENSE_BONE)
         mode = "window" if is_ct else "minmax"
     if mode == "none":
         if lowest < 0 or highest > 1:
@@ -431,11 +503,9 @@ def scale_intensity(
                 f"{name}: `intensity_mode` 'none' expects values in [0, 1], got {lowest:g} to {highest:g}. Use 'window' "
                 "for CT in HU, 'minmax' or 'percentile' for other images, or 'auto'."
             )
-        return mode, [0.0, 1.0], 0.0
+        return Intensity(mode, 0.0, 1.0)
     if mode == "minmax":
-        voxels.sub_(lowest)
-        voxels.div_(max(float(voxels.max()), 1e-8))
-        return mode, [lowest, highest], 0.0
+        return Intensity(mode, lowest, highest)
 
     if mode == "window":
         if lowest >= 0 and highest <= 255:
@@ -446,35 +516,79 @@ def scale_intensity(
             )
         lower, upper = hu_range
     else:
-        lower, upper = (float(value) for value in np.percentile(voxels.numpy(), percentiles))
+        lower, upper = scan.percentiles(percentiles)
         if lower == upper:
             raise InvalidVolumeError(
                 f"{name}: the percentiles {tuple(percentiles)} are both {lower:g}: most voxels have one value. Use "
                 "'minmax', or percentiles further apart."
             )
-    clipped_fraction = float(((voxels < lower) | (voxels > upper)).sum()) / voxels.numel()
-    voxels.clamp_(lower, upper).sub_(lower).div_(upper - lower)
-    scaled_lowest, scaled_highest = voxels.aminmax()
+    intensity = Intensity(mode, lower, upper)
+    scaled_lowest, scaled_highest = intensity.apply_(torch.tensor([lowest, highest]))
     if scaled_lowest == scaled_highest:
         raise InvalidVolumeError(
             f"{name}: no voxel lies within the window {lower:g} to {upper:g}; the values go from {lowest:g} to "
             f"{highest:g}. Choose another `hu_range`, or check that the values are HU."
         )
-    return mode, [lower, upper], clipped_fraction
+    return intensity
 
 
-def foreground_box(voxels: torch.Tensor, name: str) -> list[list[int]]:
+def foreground_box(scan: Scan, intensity: Intensity) -> list[list[int]]:
     """
-    The smallest box around the voxels above 0, as `[[start, stop], ...]` along (depth, height, width).
+    The smallest box around the voxels above 0 after scaling, as `[[start, stop], ...]` along (depth, height, width).
 
     Raises:
         InvalidVolumeError: no voxel is above 0.
     """
-    foreground = voxels > 0
-    if not foreground.any():
-        raise InvalidVolumeError(f"{name}: no voxel is above 0 after scaling: there is no foreground to crop to.")
-    occupied = [foreground.any(dim=other_axes).nonzero() for other_axes in ((1, 2), (0, 2), (0, 1))]
+    occupied = [(intensity.apply_(maxima.clone()) > 0).nonzero() for maxima in scan.axis_maxima]
+    if not len(occupied[0]):
+        raise InvalidVolumeError(f"{scan.name}: no voxel is above 0 after scaling: there is no foreground to crop to.")
     return [[int(positions[0]), int(positions[-1]) + 1] for positions in occupied]
+
+
+def resize_planes(scan: Scan, cropped: np.ndarray, intensity: Intensity, size: tuple[int, ...]) -> torch.Tensor:
+    """
+    Scales a part of a scan to [0, 1] and resizes it, trilinear (`align_corners=False`, no antialiasing): some planes at a
+    time, first within them and then along the depth, which are the terms of `torch.nn.functional.interpolate`.
+
+    Args:
+        scan ([`Scan`]), intensity ([`Intensity`]):
+            The volume, and how its values are scaled.
+        cropped (`np.ndarray` of shape `(depth, height, width)`):
+            A part of `scan.stored`.
+        size (`tuple[int, int, int]`):
+            Voxels of the result.
+
+    Returns:
+        `torch.Tensor` of shape `size`, in float32.
+    """
+    result = torch.empty(size)
+    below, above, weights = linear_positions(len(cropped), size[0])
+    for start in range(0, size[0], PLANES_AT_ONCE):
+        stop = min(start + PLANES_AT_ONCE, size[0])
+        first, last = int(below[start]), int(above[stop - 1])
+        needed = torch.unique(torch.cat([below[start:stop], above[start:stop]]))
+        # Neighbouring planes are one view of the scan, others have to be picked.
+        planes = cropped[first : last + 1] if len(needed) == last - first + 1 else cropped[needed.numpy()]
+        values = intensity.apply_(scan.as_float(planes))
+        if values.shape[1:] != tuple(size[1:]):
+            # Trilinear here too, to the same number of planes: to the bit the terms of all three axes at once.
+            in_planes = (len(values), *size[1:])
+            values = nn.functional.interpolate(values[None, None], size=in_planes, mode="trilinear")[0, 0]
+        lower, upper = (values[torch.searchsorted(needed, places[start:stop])] for places in (below, above))
+        share = weights[start:stop, None, None]
+        torch.addcmul(upper.mul_(share), lower, 1 - share, out=result[start:stop])
+    return result
+
+
+def linear_positions(size: int, new_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Along one axis, for each position of the resized one: the two old positions around it, and the weight of the second.
+    """
+    # Rounded to float32 where torch does.
+    scale = torch.tensor(size / new_size, dtype=torch.float32).double()
+    positions = ((torch.arange(new_size) + 0.5) * scale - 0.5).float().clamp_(min=0)
+    below = positions.long().clamp_(max=size - 1)
+    return below, (below + 1).clamp_(max=size - 1), (positions - below).clamp_(0, 1)
 
 
 def affine_of_grid(

@@ -15,7 +15,7 @@ import golden_io
 import make_slices
 
 from med3dvlm import CT_WINDOWS, Med3DVLMImageProcessor
-from med3dvlm.processing.image_processing_med3dvlm import format_preprocessing_report
+from med3dvlm.processing.image_processing_med3dvlm import PLANES_AT_ONCE, Scan, format_preprocessing_report
 from med3dvlm.processing.volume_io import InvalidVolumeError
 
 
@@ -362,3 +362,45 @@ def test_volume_of_a_dependency_is_read():
     batch = processor()(Path(data_path) / "anatomical.nii", return_report=True)
     assert batch["pixel_values"].std() > 0.05
     assert batch["preprocessing_report"][0]["source_shape"] == [33, 41, 25]
+
+
+@pytest.mark.parametrize("mode", ["auto", "minmax", "percentile"])
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_no_more_than_some_planes_of_a_scan_are_floating_point_at_once(mode, slope, tmp_path, monkeypatch):
+    array = ct_array((14, 12, 60))
+    image = ct_image(array)
+    image.header.set_slope_inter(slope, 0.25 if slope != 1 else 0)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    sizes, as_float = [], Scan.as_float
+    monkeypatch.setattr(Scan, "as_float", lambda scan, part: (sizes.append(part.size), as_float(scan, part))[1])
+    processor(intensity_mode=mode)(tmp_path / "scan.nii.gz")
+    # Two planes around each new one, and what lies between: 60 planes become 16.
+    assert 14 * 12 <= max(sizes) <= 14 * 12 * PLANES_AT_ONCE * 4
+
+
+@pytest.mark.parametrize("affine", [np.diag([-0.7, 0.8, 2.5, 1]), np.diag([0.7, -0.8, -2.5, 1])], ids=["L", "PI"])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.int32, np.float32, np.float64])
+def test_steps_in_planes_are_the_steps_on_the_whole(dtype, affine):
+    array = np.abs(ct_array((14, 12, 10)) // 8).astype(dtype)
+    array[:3] = array.min()
+    array[..., -2:] = array.min()
+    ours = processor(intensity_mode="minmax")(ct_image(array, affine), return_report=True)
+    flips = tuple(
+        slice(None, None, -1 if wanted != np.sign(step) else 1) for wanted, step in zip((-1, -1, 1), np.diag(affine))
+    )
+    volume = torch.from_numpy(array[flips].transpose(2, 1, 0).astype(np.float32))  # (W, H, D) -> (D, H, W)
+    volume = (volume - volume.min()) / (volume.max() - volume.min())
+    places = (volume > 0).nonzero()
+    box = [[int(start), int(stop) + 1] for start, stop in zip(places.min(0).values, places.max(0).values)]
+    cropped = volume[tuple(slice(*bounds) for bounds in box)]
+    expected = torch.nn.functional.interpolate(cropped[None, None], IMAGE_SIZE, mode="trilinear", align_corners=False)
+    torch.testing.assert_close(ours["pixel_values"], expected, atol=5e-7, rtol=0)
+    assert ours["preprocessing_report"][0]["crop_box"] == box
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_fraction_outside_the_window_is_that_of_all_voxels(dtype):
+    array = ct_array().astype(dtype)
+    window = (-160.4, 240.5)
+    report = processor(intensity_mode="window", hu_range=window)(array, return_report=True)["preprocessing_report"][0]
+    assert report["clipped_fraction"] == np.mean((array < window[0]) | (array > window[1]))

@@ -8,13 +8,16 @@ import pytest
 import torch
 from nibabel.testing import data_path
 
+from med3dvlm.processing import volume_io
 from med3dvlm.processing.volume_io import (
     InvalidVolumeError,
     check_orientation,
     flatten_volumes,
     open_volume,
     orient,
+    read_stored_voxels,
     read_voxels,
+    scale_stored,
     spacing_of,
 )
 
@@ -274,3 +277,26 @@ def test_orienting_copies_nothing():
 def test_unknown_orientation_word_is_refused(orientation):
     with pytest.raises(ValueError, match="one letter each of L/R, P/A and I/S"):
         check_orientation(orientation)
+
+
+@pytest.mark.parametrize("slope, intercept", [(0.37, -3.1), (1.0, -1024.0), (2.0, 0.0), (-0.5, 10.0), (1.0, 0.0)])
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_stored_voxels_with_their_scaling_are_the_voxels(slope, intercept, ending, tmp_path):
+    path = tmp_path / f"scan.{ending}"
+    image = nibabel.Nifti1Image(volume_array(), np.eye(4))
+    image.header.set_slope_inter(slope, intercept)
+    nibabel.save(image, path)
+    volume = open_volume(path)
+    stored, *scaling = read_stored_voxels(volume)
+    expected = read_voxels(volume)
+    assert scaling[0] > 0 and np.array_equal(scale_stored(stored, *scaling), expected)
+    assert scale_stored(stored, *scaling).dtype == expected.dtype
+    assert (stored.dtype == np.int16) is (slope > 0)
+
+
+def test_standard_library_reads_what_the_faster_one_reads(tmp_path, monkeypatch):
+    path = write_nifti(tmp_path / "scan.nii.gz")
+    expected = read_voxels(open_volume(path))
+    monkeypatch.setattr(volume_io, "gzip_reader", gzip)
+    assert np.array_equal(read_voxels(open_volume(path)), expected)
+    assert np.array_equal(read_voxels(open_volume(path.read_bytes())), expected)

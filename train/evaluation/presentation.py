@@ -174,7 +174,8 @@ def format_readme(result: dict[str, Any], tables: list[str], plots: dict[str, Pa
 
 def label_score(row: dict[str, Any]) -> LabelScore:
     """A score of labels as `scores.json` has it."""
-    return LabelScore(**{name: math.nan if value is None else value for name, value in row.items()})
+    fields: dict[str, Any] = {name: math.nan if value is None else value for name, value in row.items()}
+    return LabelScore(**fields)
 
 
 def format_answer_statistics(details: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def choose_device(work: Work) -> str:
     return work.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_for_evaluation(model: str, kind: type, settings: EvaluationSettings, work: Work) -> tuple[Any, Any]:
+def load_for_evaluation(model: str, kind: type[Any], settings: EvaluationSettings, work: Work) -> tuple[Any, Any]:
     """
     A published model of one kind, on its device, and its processor.
 
