@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from .folders import PREDICTIONS, SCORES, read_scores
 from .html_report import AnsweredTask, write_html_report
 from .plots import RecallCurve, draw_calibration, draw_recall_curves, draw_type_bars
 from .predictions import Reference, read_json_lines
-from .published import read_published
+from .published import PublishedScore, read_published
 from .retrieval import TASK as RETRIEVAL
+from .runner import HIT_METRICS
 from .scores import Score
 from .settings import Work, prepared_options
 from .tables import build_tables, percent, write_tables
 
 
-# What says whether one answer is right, by task.
-HIT_METRICS = {"closed_vqa": "accuracy", "yes_no_vqa": "accuracy", "open_vqa": "exact", "report": "exact"}
+# Whose published figures the bars of a plot show.
+PAPER_SYSTEM = "Med3DVLM"
 
 
 def present(
@@ -68,7 +70,7 @@ def present(
         plots["Recall"] = draw_recall_curves(curves, output / "plots/recall.png")
     else:
         answered = read_answered(output, tasks)
-        plots |= draw_answers(scores, answered, output)
+        plots |= draw_answers(scores, answered, output, others)
         write_html_report(
             output / "report.html",
             f"{result['system']} on {result['settings']['data']}",
@@ -117,17 +119,24 @@ def read_answered(output: Path, tasks: list[str]) -> list[tuple[AnsweredTask, li
 
 
 def draw_answers(
-    scores: list[Score], answered: list[tuple[AnsweredTask, list[float] | None]], output: Path
+    scores: Sequence[Score],
+    answered: Sequence[tuple[AnsweredTask, list[float] | None]],
+    output: Path,
+    published: Sequence[PublishedScore] = (),
 ) -> dict[str, Path]:
-    """Bars by type of each task, and how well confidence tells which answers are right."""
+    """Bars by type of each task, beside the paper's figures, and how well confidence tells which answers are right."""
     plots: dict[str, Path] = {}
     for entry, confidences in answered:
         task = entry.references[0].task
         of_task = [score for score in scores if score.task == task]
-        plots[f"Scores, {task}"] = draw_type_bars(of_task, output / f"plots/{task}.png")
-        hits = entry.scores[HIT_METRICS[task]]
-        if confidences is not None and task != "report":
-            path = output / f"plots/{task}_calibration.png"
+        known = {(score.metric, score.group) for score in of_task}
+        figures: dict[str, dict[str, float]] = {}
+        for figure in published:
+            if (figure.system, figure.task) == (PAPER_SYSTEM, task) and (figure.metric, figure.group) in known:
+                figures.setdefault(figure.metric, {})[figure.group] = figure.value
+        plots[f"Scores, {task}"] = draw_type_bars(of_task, output / f"plots/{task}.png", figures)
+        if confidences is not None and task in HIT_METRICS:
+            path, hits = output / f"plots/{task}_calibration.png", entry.scores[HIT_METRICS[task]]
             plots[f"Calibration, {task}"] = draw_calibration(confidences, hits, path, title=f"Calibration, {task}")
     return plots
 

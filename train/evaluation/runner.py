@@ -45,6 +45,7 @@ from .folders import (
     versions,
 )
 from .journal import Journal
+from .plots import calibration_bins, expected_calibration_error
 from .predictions import Reference, build_references, read_predictions
 from .retrieval import GALLERY_SIZES, score_retrieval
 from .scores import SampleScores, Score, TextMetric, answers_of_another_case, score_samples, summarise
@@ -55,6 +56,8 @@ from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_d
 
 logger = logging.get_logger(__name__)
 
+# What says whether one answer is right, by task; whole reports hardly ever are, in every word.
+HIT_METRICS = {"closed_vqa": "accuracy", "yes_no_vqa": "accuracy", "open_vqa": "exact"}
 # Metrics of texts, by the names under which scores are kept. The first four are the paper's.
 TEXT_METRICS = ("bleu_1", "rouge_1", "meteor", "bertscore", "rouge_l")
 
@@ -416,6 +419,14 @@ def score_all(
             "answers": {mode: describe_answers(said) for mode, said in texts.items()},
             "references": describe_answers([reference.expected for reference in asked]),
         }
+        rows = [answers["given"][place] for place in places]
+        confidences = [float(row["confidence"]) for row in rows if "confidence" in row]  # none in a file of predictions
+        if task in HIT_METRICS and len(confidences) == len(rows):
+            bins = calibration_bins(confidences, results["given"][HIT_METRICS[task]])
+            details[task]["calibration"] = {
+                "expected_calibration_error": expected_calibration_error(bins),
+                "bins": [asdict(entry) for entry in bins],
+            }
         if "blind" in texts:
             same = sum(one == other for one, other in zip(texts["given"], texts["blind"]))
             details[task]["unchanged_by_another_volume"] = same / len(asked)
@@ -485,4 +496,4 @@ def notes_on(
     return notes
 
 
-__all__ = ["TEXT_METRICS", "MetricOptions", "evaluate_answers", "evaluate_retrieval", "questions_of"]
+__all__ = ["HIT_METRICS", "TEXT_METRICS", "MetricOptions", "evaluate_answers", "evaluate_retrieval", "questions_of"]

@@ -53,6 +53,21 @@ def test_another_system_answers_the_references(study, tmp_path):
     assert f"1 of {len(rows)} have no prediction: closed_vqa/000000" in result.stderr
 
 
+def test_published_figures_stand_beside_scores_on_m3d_alone(study, tmp_path):
+    m3d = tmp_path / "m3d"
+    m3d.mkdir()
+    for name in ("M3D_Cap_npy", "M3D-VQA"):
+        (m3d / name).symlink_to(study / name)
+    answers = tmp_path / "answers.jsonl"
+    assert run("references", answers, "-d", m3d, "--tasks", "closed_vqa").exit_code == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    answers.write_text("".join(json.dumps({"id": row["id"], "prediction": "A."}) + "\n" for row in rows))
+    arguments = ["vqa", "-d", m3d, "-o", tmp_path / "out", "--predictions", answers, "--tasks", "closed_vqa"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "| Med3DVLM | published [1] |" in result.stdout and "arXiv 2503.20047" in result.stdout
+
+
 def test_results_go_into_the_card(study, vlm, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(vlm, model)

@@ -51,6 +51,10 @@ def test_answers_are_those_of_single_questions_and_every_one_is_kept(study, vlm,
     assert [line["prediction"] for line in lines if line["task"] == "open_vqa"] == alone
     assert any(line["prediction"] != line["blind_prediction"] for line in lines)
     assert all(0 <= line["confidence"] <= 1 for line in lines)
+    calibration = result["details"]["closed_vqa"]["calibration"]
+    assert (
+        sum(entry["count"] for entry in calibration["bins"]) == 30 and "calibration" not in result["details"]["report"]
+    )
     assert result["num_cases"] == 6 and result["notes"] == [] and set(result["details"]) == set(TASKS)
 
 
