@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
@@ -17,6 +17,7 @@ from accelerate import PartialState
 from safetensors.torch import save
 from transformers.utils import logging
 
+from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..answering import iterate_answers
 from ..data.dataset import text_group_id
@@ -49,7 +50,7 @@ from .plots import calibration_bins, expected_calibration_error
 from .predictions import Reference, build_references, read_predictions
 from .retrieval import GALLERY_SIZES, score_retrieval
 from .scores import SampleScores, Score, TextMetric, answers_of_another_case, score_samples, summarise
-from .settings import EvaluationSettings, Work, build_volumes, load_for_evaluation, start_processes
+from .settings import EvaluationSettings, Work, build_volumes, check_kind, load_for_evaluation, start_processes
 from .statistics import describe_answers
 from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_data, corpus_bleu_4
 
@@ -119,6 +120,8 @@ def evaluate_answers(
     """
     if (model is None) == (predictions is None):
         raise ValueError("Expected exactly one of a model and a file of predictions.")
+    if model is not None and blind_predictions is not None:
+        raise ValueError("Blind predictions belong to a file of predictions; a model is asked for its own.")
     metrics, work = metrics or MetricOptions(), work or Work()
     text_metrics = build_text_metrics(metrics, settings.tasks)  # before any work: what is missing is to be known now
     clinical = build_clinical_metrics([name for name in metrics.names if name in CLINICAL_METRICS])
@@ -128,22 +131,24 @@ def evaluate_answers(
         if "report" not in settings.tasks:
             raise ValueError("A labeller is for reports: leave it out, or evaluate reports.")
     state = start_processes(work)
-    samples, references, folder_settings = begin(output, settings, model or str(predictions), state)
+    samples = read_samples(settings)
+    references = build_references(samples)
+    # What is given is looked at before the folder is begun, which is then for it alone.
+    answers: dict[str, list[dict[str, Any]]] = {}
+    if model is not None:
+        check_kind(model, Med3DVLMForConditionalGeneration)
+    for mode, file in {"given": predictions, "blind": blind_predictions}.items():
+        if file is not None:
+            answers[mode] = [{"prediction": text} for text in read_predictions(file, references)]
+    folder_settings = begin(output, settings, model or str(predictions), references, state)
 
     seconds, num_new = 0.0, 0
     if model is not None:
         start = time.perf_counter()
         answers, num_new = answer_all(output, settings, model, samples, references, work, state)
         seconds = time.perf_counter() - start
-        if not state.is_main_process:
-            return {}
-    else:
-        if not state.is_main_process:
-            return {}
-        answers = {"given": [{"prediction": text} for text in read_predictions(cast(Path, predictions), references)]}
-        if blind_predictions is not None:
-            blind_texts = read_predictions(blind_predictions, references)
-            answers["blind"] = [{"prediction": text} for text in blind_texts]
+    if not state.is_main_process:
+        return {}
     scores, details, sample_scores = score_all(references, answers, text_metrics)
     if metrics.labeller is not None:
         add_labels(details, references, answers, metrics.labeller)
@@ -195,21 +200,24 @@ def evaluate_retrieval(
         raise ValueError("Expected exactly one of a model and a file of embeddings.")
     work = work or Work()
     state = start_processes(work)
-    samples, references, folder_settings = begin(output, settings, model or str(embeddings), state)
+    samples = read_samples(settings)
+    references = build_references(samples)
+    if model is not None:
+        check_kind(model, DCFormerSiglipModel)
+    if embeddings is not None:
+        image_embeds, text_embeds = read_embeddings(embeddings, len(references))
+    folder_settings = begin(output, settings, model or str(embeddings), references, state)
 
     seconds, num_new = 0.0, 0
     if model is not None:
         start = time.perf_counter()
         num_new = embed_all(output, settings, model, samples, references, work, state)
         seconds = time.perf_counter() - start
-        if not state.is_main_process:
-            return {}
+    if not state.is_main_process:
+        return {}
+    if model is not None:
         image_embeds, text_embeds = gather_embeddings(output, references)
         write_atomically(save({"image_embeds": image_embeds, "text_embeds": text_embeds}), output / EMBEDDINGS)
-    else:
-        if not state.is_main_process:
-            return {}
-        image_embeds, text_embeds = read_embeddings(cast(Path, embeddings), len(references))
     group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
     blind_order = None
     if settings.blind:
@@ -237,22 +245,15 @@ def evaluate_retrieval(
 
 
 def begin(
-    output: Path, settings: EvaluationSettings, source: str, state: PartialState
-) -> tuple[datasets.Dataset, list[Reference], dict[str, Any]]:
-    """
-    Reads what is asked, and opens the folder.
-
-    Returns:
-        The samples, their references, and the settings with what identifies the model.
-    """
-    samples = read_samples(settings)
-    references = build_references(samples)
+    output: Path, settings: EvaluationSettings, source: str, references: Sequence[Reference], state: PartialState
+) -> dict[str, Any]:
+    """Opens the folder, writes what is asked, and returns the settings with what identifies the model."""
     folder_settings = {**asdict(settings), "model": describe_source(source)}
     if state.is_main_process:
         open_folder(output, folder_settings)
         write_json_lines([asdict(reference) for reference in references], output / REFERENCES)
     state.wait_for_everyone()
-    return samples, references, folder_settings
+    return folder_settings
 
 
 def finish(output: Path, scores: Sequence[Score], **facts: Any) -> dict[str, Any]:
@@ -420,7 +421,9 @@ def score_all(
             "references": describe_answers([reference.expected for reference in asked]),
         }
         rows = [answers["given"][place] for place in places]
-        confidences = [float(row["confidence"]) for row in rows if "confidence" in row]  # none in a file of predictions
+        confidences = [
+            float(row["confidence"]) for row in rows if "confidence" in row
+        ]  # none in a file of predictions
         if task in HIT_METRICS and len(confidences) == len(rows):
             bins = calibration_bins(confidences, results["given"][HIT_METRICS[task]])
             details[task]["calibration"] = {

@@ -1,10 +1,12 @@
 """What is evaluated on what, and how the work is done."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import AutoConfig
 
 from ...hub_cards.publish import load_model
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
@@ -12,6 +14,10 @@ from ..data.cache import VolumeCache
 from ..data.collate import PREPARED
 from ..data.dataset import ProcessedVolumes, VolumeLoader
 from ..data.samples import Split, Task
+
+
+# For processes whose share is done sooner. The default of torch, minutes, ends an evaluation of many cases at its last step.
+LONGEST_WAIT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,23 @@ class Work:
 
 def start_processes(work: Work) -> PartialState:
     """The processes of this evaluation, one if it was not started by torchrun or accelerate."""
-    return PartialState(cpu=True) if choose_device(work) == "cpu" else PartialState()
+    return PartialState(cpu=choose_device(work) == "cpu", timeout=LONGEST_WAIT)
 
 
 def choose_device(work: Work) -> str:
     """`work.device`, or CUDA if there is one."""
     return work.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_kind(model: str, kind: type[Any]) -> None:
+    """
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is of another kind.
+    """
+    model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type != kind.config_class.model_type:
+        raise ValueError(f"{model}: expected a {kind.__name__}, got a model of the type {model_type!r}.")
 
 
 def load_for_evaluation(model: str, kind: type[Any], settings: EvaluationSettings, work: Work) -> tuple[Any, Any]:
@@ -78,9 +95,8 @@ def load_for_evaluation(model: str, kind: type[Any], settings: EvaluationSetting
         OSError: it is not there.
         ValueError: it is of another kind.
     """
+    check_kind(model, kind)
     loaded: Any = load_model(model)
-    if not isinstance(loaded, kind):
-        raise ValueError(f"{model}: expected a {kind.__name__}, got a {type(loaded).__name__}.")
     if settings.dtype != "auto":
         loaded = loaded.to(getattr(torch, settings.dtype))
     device = choose_device(work)
@@ -106,6 +122,7 @@ __all__ = [
     "EvaluationSettings",
     "Work",
     "build_volumes",
+    "check_kind",
     "choose_device",
     "load_for_evaluation",
     "prepared_options",

@@ -154,9 +154,13 @@ def test_bad_input_is_named(study, vlm, dual_encoder, tmp_path):
         evaluate_answers(out, asked(tmp_path / "nowhere"), vlm, metrics=METRICS)
     with pytest.raises(FileNotFoundError, match=r"x\.jsonl: there is no such file"):
         evaluate_answers(out, asked(study), predictions=tmp_path / "x.jsonl", metrics=METRICS)
-    with pytest.raises(ValueError, match="expected a Med3DVLMForConditionalGeneration, got a DCFormerSiglipModel"):
+    with pytest.raises(
+        ValueError, match="expected a Med3DVLMForConditionalGeneration, got a model of the type 'dcformer_siglip'"
+    ):
         evaluate_answers(out, asked(study), dual_encoder, metrics=METRICS)
-    assert not out.exists() or not (out / "scores.json").exists()
+    with pytest.raises(ValueError, match="expected a DCFormerSiglipModel, got a model of the type 'med3dvlm'"):
+        evaluate_retrieval(out, asked(study, ("report",)), vlm)
+    assert not out.exists()  # nothing stands in the way of the next try
 
 
 def test_fewer_cases_and_empty_answers_are_said(study, vlm, tmp_path):
