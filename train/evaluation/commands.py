@@ -350,7 +350,7 @@ def evaluate_all_command(
         texts = []
         if encoder is not None:
             settings = make_settings(data, ("report",), max_text_length=max_text_length, **options)
-            parts["retrieval"] = evaluate_retrieval(out / "retrieval", settings, encoder, work=work)
+            parts["retrieval"] = evaluate_retrieval(out / "retrieval", settings, encoder, system=name, work=work)
             texts.append(show(parts["retrieval"], out / "retrieval", published, None, False, None))
         for part, tasks, longest in (
             ("report", ("report",), max_new_tokens),

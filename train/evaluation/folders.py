@@ -11,7 +11,7 @@ import transformers
 
 from ...modeling_med3dvlm.original_source import sha256_of
 from ..files import write_json_atomically
-from ..stages import differing_keys
+from ..stages import PUBLISHED, differing_keys
 from .scores import Score
 
 
@@ -59,7 +59,9 @@ def describe_source(name: str) -> dict[str, Any]:
         return {"name": path.name, "sha256": {path.name: sha256_of(path)}}
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
-        return {"name": path.name, "sha256": {file.name: sha256_of(file) for file in files}}
+        # A stage calls its result `published`: what tells it from others is the folder above.
+        place = path.absolute().parent if path.name == PUBLISHED else path
+        return {"name": place.name, "sha256": {file.name: sha256_of(file) for file in files}}
     if path.suffix or path.is_absolute():
         raise FileNotFoundError(f"{name}: there is no such file.")
     return {"name": name, "sha256": {}}

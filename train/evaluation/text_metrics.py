@@ -165,7 +165,7 @@ class BertScore(SampleMetric):
         if filled:
             texts, targets = ([entries[place] for place in filled] for entries in (predictions, references))
             for place, value in zip(filled, self.scorer.score(texts, targets, batch_size=self.batch_size)[2].tolist()):
-                scores[place] = value
+                scores[place] = min(1.0, value)  # a cosine may go beyond by a rounding error
         return scores
 
     @functools.cached_property
