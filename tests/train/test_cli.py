@@ -151,6 +151,9 @@ def test_publish_makes_a_folder_that_loads(folder, tmp_path):
         ("prepare",),
         ("prepare", "m3d-cap"),
         ("prepare", "check"),
+        ("convert",),
+        ("bench",),
+        *(("evaluate", name) for name in ("retrieval", "report", "vqa", "all", "zero-shot", "dependence", "card")),
     ],
 )
 def test_help_teaches(command):
