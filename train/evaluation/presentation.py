@@ -157,7 +157,7 @@ def describe_run(result: dict[str, Any]) -> str:
     settings = result["settings"]
     return (
         f"{result['num_samples']} samples of {result['num_cases']} cases, split {settings['split']}, tasks "
-        f"{', '.join(settings['tasks'])}; decoded greedily."
+        f"{', '.join(settings['tasks'])}{'; greedy decoding' if result.get('decoding') == 'greedy' else ''}."
     )
 
 

@@ -158,6 +158,7 @@ def evaluate_answers(
         scores,
         system=system or folder_settings["model"]["name"],
         settings=folder_settings,
+        decoding=None if model is None else "greedy",
         metrics=asdict(metrics),
         num_cases=len(set(samples["case"])),
         num_samples=len(references),

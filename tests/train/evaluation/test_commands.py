@@ -22,6 +22,7 @@ def test_all_makes_three_folders_with_tables_plots_and_reports(study, vlm, dual_
     assert list(parts) == ["retrieval", "report", "vqa"]
     for part in parts:
         text = (tmp_path / "out" / part / "README.md").read_text()
+        assert ("greedy decoding" in text) == (part != "retrieval")
         assert "blind" in text and "Only the first 3 cases" in text and "published" not in text
     for name in (
         "vqa/report.html",
@@ -45,6 +46,7 @@ def test_another_system_answers_the_references(study, tmp_path):
     arguments = ["vqa", "-d", study, "-o", tmp_path / "out", "--predictions", answers, "--tasks", "closed_vqa"]
     result = run(*arguments, "--name", "Oracle")
     assert result.exit_code == 0, result.output
+    assert "greedy" not in result.stdout  # how another system decoded is not known
     assert "| accuracy | Oracle | measured here | 100.0 [100.0, 100.0] |" in result.stdout
 
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
