@@ -44,6 +44,7 @@ PROJECTORS: dict[str, list[str]] = {
 # Steps of each stage, fewer than the recipes say: what is compared is how far each variant gets with the same work.
 STEPS = {"language": 1600, "contrastive": 600, "projector": 500}
 RETRIEVAL_SCORES = ("R@1 of 100, volume to report, identical", "R@1 of 100, report to volume, identical")
+BLIND = ", blind"
 ANSWER_SCORES = ("open VQA, mean", "closed VQA, mean", "report, ROUGE-1")
 
 
@@ -105,7 +106,7 @@ def run_ablations(
 
 
 def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | None) -> dict[str, float]:
-    """Scores of a published model on the held-out phantoms, kept beside it."""
+    """Scores of a published model on the held-out phantoms and those of the blind control, kept beside it."""
     from ..hub_cards.publish import load_model
     from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
     from ..processing.processing_med3dvlm import Med3DVLMProcessor
@@ -119,12 +120,14 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
             rows = score_retrieval(model, processor, study, volumes)
         else:
             rows, _ = score_answers(model, processor, study, volumes, num_asked)
-        write_json_atomically({row["score"]: row["value"] for row in rows}, path)
+        values = {row["score"]: row["value"] for row in rows}
+        blind = {f"{row['score']}{BLIND}": row["blind"] for row in rows}
+        write_json_atomically({**values, **blind}, path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def format_ablations(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Mean and spread (standard deviation) over the seeds, in percent, as Markdown tables."""
+    """Mean and spread (standard deviation) over the seeds, and the mean of the blind control, in percent, as Markdown tables."""
     lines = []
     for part, names in {"encoders": RETRIEVAL_SCORES, "projectors": ANSWER_SCORES}.items():
         lines += [f"| {part} | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
@@ -133,7 +136,8 @@ def format_ablations(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str
             for name in names:
                 values = [100 * scores[name] for scores in seeds]
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{spread}")
+                blind = 100 * statistics.mean(scores[f"{name}{BLIND}"] for scores in seeds)
+                cells.append(f"{statistics.mean(values):.1f}{spread} (blind {blind:.1f})")
             lines.append(f"| {variant} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
