@@ -50,9 +50,9 @@ def make_samples(count: int) -> datasets.Dataset:
 def main(kind: str, folder: Path, deepspeed: str) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if deepspeed:
-        import deepspeed.ops
+        from deepspeed import ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo: nothing is compiled
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo: nothing is compiled
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4 // world_size,
