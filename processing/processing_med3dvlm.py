@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 PROMPT_FORMATS = ("chat", "original")
 
-# ChatML, the format of Qwen2.5. A content is a text or a list of volumes and texts in any order. The generation block
-# holds what the model is to say, its end token included: `assistant_masks` marks just these tokens for training.
-CHAT_TEMPLATE = """\
+# A content is a text or a list of volumes and texts in any order; what follows a volume is the format's own.
+RENDER_CONTENT = """\
 {%- macro render_content(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
         {%- for part in content -%}
             {%- if part['type'] in ('image', 'image_url') -%}
-                {{- '<image>\\n' -}}
+                {{- '<image>AFTER_IMAGE' -}}
             {%- elif part['type'] == 'text' -%}
                 {{- part['text'] -}}
             {%- else -%}
@@ -33,6 +32,13 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+"""
+
+# ChatML, the format of Qwen2.5. The generation block holds what the model is to say, its end token included:
+# `assistant_masks` marks just these tokens for training.
+CHAT_TEMPLATE = (
+    RENDER_CONTENT.replace("AFTER_IMAGE", "\\n")
+    + """\
 {%- for message in messages -%}
     {%- if message['role'] == 'assistant' -%}
         {{- '<|im_start|>assistant\\n' -}}
@@ -50,26 +56,14 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+)
 
 
 # The prompt of the original implementation: the placeholders of one volume, then the text, without any format of a chat.
 # A space stands between them, as in its question answering; whatever the text begins with, its first token is not read.
-ORIGINAL_TEMPLATE = """\
-{%- macro render_content(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- if part['type'] in ('image', 'image_url') -%}
-                {{- '<image> ' -}}
-            {%- elif part['type'] == 'text' -%}
-                {{- part['text'] -}}
-            {%- else -%}
-                {{- raise_exception('A content part must be of type "image" or "text", got ' + part['type'] + '.') -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
+ORIGINAL_TEMPLATE = (
+    RENDER_CONTENT.replace("AFTER_IMAGE", " ")
+    + """\
 {%- for message in messages -%}
     {%- if message['role'] == 'user' and loop.first -%}
         {{- render_content(message['content']) -}}
@@ -83,6 +77,7 @@ ORIGINAL_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 """
+)
 
 
 def count_volumes(volumes: Any) -> int:
