@@ -119,7 +119,7 @@ def batch_by_volume(samples: datasets.Dataset | Sequence[Row], batch_size: int) 
     """
     batch: list[Row] = []
     group: list[Row] = []
-    for row in iterate_rows(samples):
+    for row in (samples[index] for index in range(len(samples))):
         if group and (row["image"] != group[0]["image"] or len(group) == batch_size):
             if len(batch) + len(group) > batch_size:
                 yield batch
@@ -131,11 +131,6 @@ def batch_by_volume(samples: datasets.Dataset | Sequence[Row], batch_size: int) 
         batch = []
     if batch or group:
         yield batch + group
-
-
-def iterate_rows(samples: datasets.Dataset | Sequence[Row]) -> Iterator[Row]:
-    """The rows, each as a `dict`."""
-    return (samples[index] for index in range(len(samples)))
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from ..evaluation.scores import (
     score_samples,
     summarise,
 )
+from ..evaluation.tables import percent
 from ..scoring import chance_recall, retrieval_recall, with_volume_of_another_case
 
 
@@ -154,9 +155,6 @@ def title_of(score: Score) -> str:
 
 def format_table(rows: list[Row]) -> str:
     """The rows as a Markdown table, in percent."""
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
 
     lines = ["| score in % | model | blind | chance |", "| --- | ---: | ---: | ---: |"]
     lines += [
