@@ -13,6 +13,7 @@ the time and the memory.
   of positions as well.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,15 @@ def compute_dtype(values: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(values.device.type) and values.dtype != torch.float64:
         return torch.get_autocast_dtype(values.device.type)
     return values.dtype
+
+
+@functools.cache
+def multiplies_bfloat16(device_type: str) -> bool:
+    """
+    Whether matrix products of bfloat16 are worth having on a device. A CPU without instructions for them (on x86: AVX-512)
+    computes element by element, some hundred times slower than in float32.
+    """
+    return device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FoldedConv:
@@ -303,8 +313,12 @@ def fused_hidden_states(model: Any, pixel_values: torch.Tensor, in_blocks: bool)
         `list[torch.Tensor]` of shape `(B, hidden_sizes[i], D_i, H_i, W_i)`: views, with channels last in memory.
     """
     parameter = next(model.parameters())
-    dtype = compute_dtype(parameter)
-    with torch.autocast(parameter.device.type, enabled=False):
+    device, dtype = parameter.device.type, compute_dtype(parameter)
+    # Under autocast the layer scale, in float32, makes the sums of the blocks float32.
+    stem_dtype, stage_dtype = dtype, torch.promote_types(dtype, parameter.dtype)
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+        dtype = torch.float32
+    with torch.autocast(device, enabled=False):
         stem = stem_in_blocks if in_blocks else stem_in_convolutions
         # The modules round the volumes to the type of the weights first.
         values = stem(model.stem, pixel_values.to(parameter.dtype), dtype)
@@ -312,12 +326,13 @@ def fused_hidden_states(model: Any, pixel_values: torch.Tensor, in_blocks: bool)
         for stage in model.stages:
             pooled = max_pool(values) if in_blocks else pool_whole(values)
             values = nn.functional.linear(pooled.to(dtype), stage.downsampling_layer.weight.flatten(1).to(dtype))
-            # Under autocast the layer scale, in float32, makes the sums of the blocks float32.
-            values = values.to(torch.promote_types(dtype, parameter.dtype))
+            values = values.to(torch.promote_types(dtype, stage_dtype))
             for layer in stage.layers:
                 values = apply_block(layer, values, dtype, in_blocks)
             all_values.append(values)
-    return [values.movedim(-1, 1) for values in all_values]  # (B, D, H, W, C) -> (B, C, D, H, W)
+    all_dtypes = [stem_dtype] + [stage_dtype] * len(model.stages)
+    # (B, D, H, W, C) -> (B, C, D, H, W)
+    return [values.movedim(-1, 1).to(values_dtype) for values, values_dtype in zip(all_values, all_dtypes)]
 
 
 def pool_whole(values: torch.Tensor) -> torch.Tensor:

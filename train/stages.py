@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from ..hub_cards.publish import publish, replaced_when_complete
+from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor, forget_last_call
 from .checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish
@@ -94,6 +96,7 @@ def run_recipe(recipe: Recipe) -> Path:
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
     check_places(recipe)
+    recipe = choose_precision(recipe)
     arguments = build_training_arguments(recipe)
     output_dir = Path(str(arguments.output_dir))
     settings = fixed_settings(recipe)
@@ -130,6 +133,19 @@ def run_recipe(recipe: Recipe) -> Path:
         write_json_atomically({**summary, "settings": settings}, output_dir / SUMMARY)
     trainer.accelerator.wait_for_everyone()
     return published
+
+
+def choose_precision(recipe: Recipe) -> Recipe:
+    """
+    The recipe with `training.bf16: auto` replaced by what it means here: bfloat16 autocast where the hardware multiplies it,
+    float32 on CPUs that do not, where bfloat16 would take a hundred times as long.
+    """
+    if recipe.training.get("bf16") != "auto":
+        return recipe
+    on_cpu = recipe.training.get("use_cpu") or not torch.cuda.is_available()
+    chosen = multiplies_bfloat16("cpu") if on_cpu else torch.cuda.is_bf16_supported()
+    logger.warning_once(f"`training.bf16: auto` is {str(chosen).lower()} on this machine.")
+    return replace(recipe, training={**recipe.training, "bf16": chosen})
 
 
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
