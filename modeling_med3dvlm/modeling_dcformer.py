@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.configuration_dcformer import DCFormerConfig
 from .fused_dcformer import FUSED_DTYPES, compute_dtype, fused_hidden_states
+from .fused_training import decomposed_conv_in_training
 from .strict_loading import StrictLoadingMixin
 
 
@@ -38,6 +39,18 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         return _SumOverProcesses.apply(gradient)
+
+
+def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether calling a module does what its class says and nothing else, so that it can be computed in another way."""
+    has_hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+    return type(module) in kinds and not has_hooks
 
 
 def _number_of_processes() -> int:
@@ -63,6 +76,12 @@ class DCFormerBatchNorm3d(nn.BatchNorm3d):
     def __init__(self, num_features: int, synchronised: bool = False, **kwargs: Any):
         super().__init__(num_features, **kwargs)
         self.synchronised = synchronised
+
+    @property
+    def uses_own_batch(self) -> bool:
+        """Whether it normalises with the statistics of this process's batch."""
+        is_shared = self.synchronised and _number_of_processes() > 1
+        return self.training and self.weight.requires_grad and not is_shared
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, D, H, W) -> (B, C, D, H, W)."""
@@ -122,7 +141,15 @@ class DCFormerDecomposedConv(nn.Module):
             Step of the output grid on all three axes.
         groups (`int`, *optional*, defaults to 1):
             Groups of channels; as many as channels makes it depthwise.
+
+    Attributes:
+        fused_training (`bool`):
+            Whether training on a CPU in float32 or float64 takes the shorter way of `fused_training.py`, where the layers
+            are those made here and have no hooks. Off unless set: gradients are equal up to rounding, and those of a
+            checkpointed layer are then not equal to the bit to those of a layer that is not.
     """
+
+    fused_training = False
 
     def __init__(
         self,
@@ -161,11 +188,35 @@ class DCFormerDecomposedConv(nn.Module):
             `torch.Tensor` of shape `(batch_size, out_channels, depth', height', width')`, each axis divided by the
             stride and rounded up.
         """
+        if self.training and self.fused_training and self._can_be_fused(hidden_states):
+            return decomposed_conv_in_training(self, hidden_states)
         return (
             self.norm_height(self.conv_height(hidden_states))
             + self.norm_width(self.conv_width(hidden_states))
             + self.norm_depth(self.conv_depth(hidden_states))
         )
+
+    def _can_be_fused(self, hidden_states: torch.Tensor) -> bool:
+        """Whether `fused_training.py` gives what the modules give, and sooner: see the class."""
+        if not hidden_states.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return False
+        strided = self.conv_depth.stride[0] != 1
+        if strided and hidden_states.requires_grad:
+            return False
+        if hidden_states.dtype not in (torch.float32, torch.float64):
+            return False
+        for module in self.children():
+            if not _is_plain(module, (nn.Conv3d, DCFormerBatchNorm3d)):
+                return False
+            if isinstance(module, DCFormerBatchNorm3d) and not module.uses_own_batch:
+                return False
+        parameters = list(self.parameters())
+        if any(type(tensor) is not nn.Parameter or tensor.dtype != hidden_states.dtype for tensor in parameters):
+            return False
+        positions = hidden_states.shape[0] * math.prod(
+            -(-size // self.conv_depth.stride[0]) for size in hidden_states.shape[2:]
+        )
+        return positions > 1
 
 
 @contextmanager
@@ -290,10 +341,18 @@ class DCFormerStage(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, D, H, W) -> (B, C', D / 2, H / 2, W / 2), rounded up."""
-        hidden_states = self.downsampling_layer(self.pool(hidden_states))
+        hidden_states = self._project(self.pool(hidden_states))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return hidden_states
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) -> (B, C', D, H, W), a pointwise convolution, which with channels last is a matrix product."""
+        layer = self.downsampling_layer
+        if hidden_states.is_contiguous() or not _is_plain(layer, (nn.Conv3d,)):
+            return layer(hidden_states)
+        rows = hidden_states.permute(0, 2, 3, 4, 1)  # (B, C, D, H, W) -> (B, D, H, W, C)
+        return nn.functional.linear(rows, layer.weight.flatten(1)).permute(0, 4, 1, 2, 3)
 
 
 class DCFormerPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
@@ -399,8 +458,7 @@ class DCFormerModel(DCFormerPreTrainedModel):
                 return False
             if module is self:
                 continue
-            has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-            if has_hooks or not (type(module) in PLAIN_MODULES or type(module) in activations):
+            if not _is_plain(module, (*PLAIN_MODULES, *activations)):
                 return False
         return True
 
