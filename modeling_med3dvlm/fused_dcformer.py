@@ -15,7 +15,7 @@ the time and the memory.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,9 @@ class FoldedConv:
         return torch.stack([center, *arms]).transpose(1, 2)
 
 
-def rows_in_block(rows: torch.Tensor) -> int:
-    """How many of these rows make a block."""
-    return max(1, BLOCK_BYTES // (rows.shape[1] * rows.itemsize))
+def rows_in_block(rows: torch.Tensor, block_bytes: int) -> int:
+    """How many of these rows make a block of so many bytes."""
+    return max(1, block_bytes // (rows.shape[1] * rows.itemsize))
 
 
 def cross_of_taps(kernel_size: int) -> Iterator[tuple[int, int, int]]:
@@ -147,7 +147,7 @@ class PaddedGrid:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Starts and stops of ranges of rows that together hold all positions."""
-        length = rows_in_block(self.rows)
+        length = rows_in_block(self.rows, BLOCK_BYTES)
         for start in range(0, self.num_rows, length):
             yield start, min(start + length, self.num_rows)
 
@@ -238,10 +238,13 @@ def compose(first: FoldedConv, second: FoldedConv) -> torch.Tensor:
     return inputs @ second.taps()
 
 
-def convolve(values: torch.Tensor, conv: FoldedConv, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
+def convolve_each_axis(
+    values: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Tensor | None = None, groups: int = 1
+) -> list[torch.Tensor]:
     """
-    A decomposed convolution of stride 1, (B, D, H, W, C) -> (B, D, H, W, C'). Each axis is one of the two of a picture
-    whose other axis is what lies around it: convolutions of pictures with channels last are the quickest there are.
+    Convolutions of stride 1 along depth, height and width, (B, D, H, W, C) and three (C', C / groups, taps) -> three (B, D,
+    H, W, C'), the first with `bias`. Each axis is one of the two of a picture whose other axis is what lies around it:
+    convolutions of pictures with channels last are the quickest there are.
     """
     batch_size, depth, height, width, channels = values.shape
     pictures = (
@@ -250,18 +253,25 @@ def convolve(values: torch.Tensor, conv: FoldedConv, dtype: torch.dtype, groups:
         (batch_size, depth * height, width, channels),
     )
     results = []
-    for axis, (picture, weight) in enumerate(zip(pictures, conv.weights)):
+    for axis, (picture, weight) in enumerate(zip(pictures, weights)):
         size = weight.shape[-1]
         kernel, padding = ((1, size), (0, size // 2)) if axis == 2 else ((size, 1), (size // 2, 0))
         result = nn.functional.conv2d(
             values.reshape(picture).permute(0, 3, 1, 2),  # (N, H, W, C) -> (N, C, H, W)
-            weight.view(*weight.shape[:2], *kernel).to(dtype),
-            conv.bias.to(dtype) if axis == 0 else None,
+            weight.view(*weight.shape[:2], *kernel),
+            bias if axis == 0 else None,
             padding=padding,
             groups=groups,
         )
         results.append(result.permute(0, 2, 3, 1).reshape(*values.shape[:4], -1))  # (N, C, H, W) -> (N, H, W, C)
-    return results[0] + results[1] + results[2]
+    return results
+
+
+def convolve(values: torch.Tensor, conv: FoldedConv, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
+    """A decomposed convolution of stride 1, (B, D, H, W, C) -> (B, D, H, W, C')."""
+    weights = [weight.to(dtype) for weight in conv.weights]
+    depth, height, width = convolve_each_axis(values, weights, conv.bias.to(dtype), groups)
+    return depth + height + width
 
 
 def max_pool(values: torch.Tensor) -> torch.Tensor:
@@ -291,7 +301,8 @@ def apply_block(layer: Any, hidden_states: torch.Tensor, dtype: torch.dtype, in_
     if not in_blocks:
         branch = nn.functional.linear(layer.act(nn.functional.linear(rows, weight1, bias1)), weight2, bias2)
         return (residual + layer.layer_scale * branch).view(hidden_states.shape)
-    for own, target in zip(rows.split(rows_in_block(rows)), residual.split(rows_in_block(rows))):
+    length = rows_in_block(rows, BLOCK_BYTES)
+    for own, target in zip(rows.split(length), residual.split(length)):
         inner = layer.act(nn.functional.linear(own, weight1, bias1))
         target.addcmul_(nn.functional.linear(inner, weight2, bias2), layer.layer_scale)
     return hidden_states

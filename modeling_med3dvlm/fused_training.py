@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .fused_dcformer import STEM_STRIDE, cross_of_taps, fill_with_voxels
+from .fused_dcformer import STEM_STRIDE, convolve_each_axis, cross_of_taps, fill_with_voxels, rows_in_block
 
 
 # Bytes of a block: few enough for the last level of the cache, and enough to be shared by the threads.
@@ -33,7 +33,7 @@ CROSS_OF_AXIS = [(0, (-1, 1, 0)), (2, (0, -1, 1)), (5, (-1, 1, 0))]
 
 def split_into_blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(N, C) -> blocks of (n, C)."""
-    return rows.split(max(1, BLOCK_BYTES // (4 * rows.shape[1] * rows.itemsize)))
+    return rows.split(rows_in_block(rows, BLOCK_BYTES // 4))
 
 
 def gather_neighbours(
@@ -130,7 +130,8 @@ class DenseConvolutions(torch.autograd.Function):
 class NormalisedSum(torch.autograd.Function):
     """
     The sum of three batch normalisations with the statistics of the batch (Ioffe and Szegedy 2015, algorithm 1, and its
-    gradients).
+    gradients). What the convolutions before would add to all values of a channel is taken too: it changes nothing, and has
+    a gradient, 0, like every other parameter.
     """
 
     @staticmethod
@@ -141,8 +142,8 @@ class NormalisedSum(torch.autograd.Function):
         eps: float,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        """Statistics (C,), three (N, C) values, three weights and three biases (C,) -> (N, C)."""
-        values, weights, biases = tensors[:3], tensors[3:6], tensors[6:]
+        """Statistics (C,), three (N, C) values, three weights, biases and biases of convolutions (C,) -> (N, C)."""
+        values, weights, biases = tensors[:3], tensors[3:6], tensors[6:9]
         inverses = [torch.rsqrt(variance + eps) for variance in variances]
         factors = [weight * inverse for weight, inverse in zip(weights, inverses)]
         constants = [bias - mean * factor for bias, mean, factor in zip(biases, means, factors)]
@@ -176,42 +177,7 @@ class NormalisedSum(torch.autograd.Function):
                 torch.addcmul(constant, part, slope, out=target).addcmul_(own, factor)
             of_values.append(result)
         of_weights = [product * inverse for product, inverse in zip(products, inverses)]
-        return None, None, None, *of_values, *of_weights, total, total, total
-
-
-class ConstantOfBatch(torch.autograd.Function):
-    """Adds what does not change the result, so that it has a gradient, 0, like every other parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, *constants: torch.Tensor) -> torch.Tensor:
-        ctx.like = [(constant.shape, constant.dtype) for constant in constants]
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(gradient.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.like)
-
-
-def depthwise_convolutions(values: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Along depth, height and width, (B, D, H, W, C) and three (C, 1, taps) -> three (B, D, H, W, C), without biases."""
-    batch_size, depth, height, width, channels = values.shape
-    pictures = (
-        (batch_size, depth, height * width, channels),
-        (batch_size * depth, height, width, channels),
-        (batch_size, depth * height, width, channels),
-    )
-    results = []
-    for axis, (picture, weight) in enumerate(zip(pictures, weights)):
-        size = weight.shape[-1]
-        kernel, padding = ((1, size), (0, size // 2)) if axis == 2 else ((size, 1), (size // 2, 0))
-        result = nn.functional.conv2d(
-            values.view(picture).permute(0, 3, 1, 2),  # (N, H, W, C) -> (N, C, H, W)
-            weight.view(*weight.shape[:2], *kernel),
-            padding=padding,
-            groups=channels,
-        )
-        results.append(result.permute(0, 2, 3, 1).reshape(values.shape))  # (N, C, H, W) -> (N, H, W, C)
-    return results
+        return None, None, None, *of_values, *of_weights, *[total] * 3, *[torch.zeros_like(total)] * 3
 
 
 def strided_convolutions(pixel_values: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -255,7 +221,7 @@ def decomposed_conv_in_training(layer: Any, hidden_states: torch.Tensor) -> torc
         if convs[0].groups == 1:
             branches = DenseConvolutions.apply(values, *weights)
         else:
-            branches = depthwise_convolutions(values, weights)
+            branches = convolve_each_axis(values, weights, groups=convs[0].groups)
     shape = branches[0].shape
     rows = [branch.flatten(0, 3) for branch in branches]
     statistics = [
@@ -263,9 +229,14 @@ def decomposed_conv_in_training(layer: Any, hidden_states: torch.Tensor) -> torc
     ]
     means, variances = zip(*statistics)
     result = NormalisedSum.apply(
-        means, variances, norms[0].eps, *rows, *(norm.weight for norm in norms), *(norm.bias for norm in norms)
+        means,
+        variances,
+        norms[0].eps,
+        *rows,
+        *(norm.weight for norm in norms),
+        *(norm.bias for norm in norms),
+        *(conv.bias for conv in convs),
     )
-    result = ConstantOfBatch.apply(result, *(conv.bias for conv in convs))
     return result.view(shape).permute(0, 4, 1, 2, 3)  # (B, D, H, W, C) -> (B, C, D, H, W)
 
 
@@ -279,7 +250,6 @@ def statistics_of_batch(
     """
     assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None
     count = len(rows)
-    # Any running statistics do: what counts here is what is returned.
     mean, variance = torch.batch_norm_update_stats(rows.view(*rows.shape, 1, 1), None, None, 0.0)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -95,7 +95,7 @@ class DCFormerBatchNorm3d(nn.BatchNorm3d):
                 training=False,
                 eps=self.eps,
             )
-        if self.training and self.synchronised and _number_of_processes() > 1:
+        if self.training and not self.uses_own_batch:
             return self._normalise_over_processes(hidden_states)
         return super().forward(hidden_states)
 
