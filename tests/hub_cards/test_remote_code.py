@@ -21,7 +21,13 @@ from med3dvlm.hub_cards.remote_code import (
 
 
 ALLOWED = {"torch", "transformers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
-ENCODER_CODE = {"configuration_dcformer.py", "fused_dcformer.py", "modeling_dcformer.py", "strict_loading.py"}
+ENCODER_CODE = {
+    "configuration_dcformer.py",
+    "fused_dcformer.py",
+    "fused_training.py",
+    "modeling_dcformer.py",
+    "strict_loading.py",
+}
 
 
 @pytest.fixture
