@@ -132,7 +132,8 @@ class Recipe:
         num_answers (`int`, *optional*, defaults to 4):
             Answers to write down at each validation of `projector` and `finetune`.
         training (`dict`):
-            Fields of `transformers.TrainingArguments`, with their own names.
+            Fields of `transformers.TrainingArguments`, with their own names. `bf16` may be `auto`: where the hardware
+            multiplies bfloat16.
     """
 
     stage: str = ""

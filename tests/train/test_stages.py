@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from med3dvlm.train import stages
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.recipe import load_recipe
-from med3dvlm.train.stages import read_samples, run_recipe
+from med3dvlm.train.stages import choose_precision, read_samples, run_recipe
 
 
 # Small enough for a second; all axes differ.
@@ -54,6 +55,16 @@ def recipe_of(stage, manifest, output_dir, *overrides, start_from=None, max_step
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     return write_example_manifest(tmp_path_factory.mktemp("study") / "example")
+
+
+@pytest.mark.parametrize("is_multiplied", [True, False])
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, is_multiplied):
+    monkeypatch.setattr(stages, "multiplies_bfloat16", lambda device_type: is_multiplied)
+    recipe = load_recipe("phantom/contrastive")
+    assert recipe.training["bf16"] == "auto"
+    assert choose_precision(recipe).training["bf16"] is is_multiplied
+    said = load_recipe("phantom/contrastive", ["training.bf16=true"])
+    assert choose_precision(said) is said
 
 
 @pytest.fixture(scope="module")
