@@ -1,13 +1,16 @@
 """The models a recipe asks for, put together from published folders, pretrained text models and fresh parts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.trainers import WordPieceTrainer
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..configuration.configuration_dcformer import DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
@@ -26,6 +29,28 @@ IMAGE_TOKEN = "<image>"
 
 # The linear layers of a language model's blocks, by the names that Qwen2 and Llama give them.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@contextmanager
+def made_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """
+    Within it models are made, loaded and changed as in one process. With DeepSpeed's ZeRO-3, [`TrainingArguments`] has
+    transformers share out the weights of every model while it is made, and whatever reads or replaces a weight then (a
+    tokenizer's new embeddings, whitening, adapters, parts of one model put into another) finds an empty tensor.
+
+    Args:
+        arguments (`TrainingArguments`):
+            Of the run. They are DeepSpeed's again afterwards.
+    """
+    plugin = arguments.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 def build_dual_encoder(
@@ -256,10 +281,20 @@ def vision_config_fields(vision: dict[str, Any]) -> Any:
 
 
 def train_word_piece_tokenizer(texts: Iterable[str], size: int) -> BertTokenizer:
-    """A BERT tokenizer of at most `size` tokens, trained on the texts."""
+    """A BERT tokenizer of at most `size` tokens, trained on the texts: the same in every process and at every start."""
     special_tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    empty = BertTokenizer(vocab={token: index for index, token in enumerate(special_tokens)})
-    return empty.train_new_from_iterator(list(texts), vocab_size=size)
+    texts = list(texts)
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(special_tokens)}).backend_tokenizer
+    words = {
+        word
+        for text in set(texts)
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    }
+    letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    # The trainer numbers these letters as it meets them in a hash table, in another order each time, and where two merges
+    # are equally frequent the numbers decide. Special tokens have their numbers before.
+    tokenizer.train_from_iterator(texts, WordPieceTrainer(vocab_size=size, special_tokens=[*special_tokens, *letters]))
+    return BertTokenizer(vocab=tokenizer.get_vocab(with_added_tokens=False))
 
 
 def _tokenizer_size(recipe: ModelRecipe) -> int:
@@ -280,6 +315,7 @@ __all__ = [
     "build_vision_language_model",
     "choose_trained_parts",
     "load_vision_language_model",
+    "made_whole",
     "train_word_piece_tokenizer",
     "vision_config_fields",
 ]

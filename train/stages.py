@@ -47,6 +47,7 @@ from .models import (
     build_language_model,
     build_vision_language_model,
     choose_trained_parts,
+    made_whole,
 )
 from .prompts import REPORT_PROMPTS, format_answer, format_question
 from .recipe import DataRecipe, Recipe, check_places, save_recipe
@@ -183,6 +184,7 @@ def read_deepspeed_config(name: str, bf16: bool) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `name` is neither a file nor a configuration of this package.
+        ValueError: with it the trained weights could not be published.
     """
     packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{name}.json"
     path = packaged if packaged.is_file() else Path(name)
@@ -192,6 +194,13 @@ def read_deepspeed_config(name: str, bf16: bool) -> dict[str, Any]:
             f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
         )
     config = json.loads(path.read_text(encoding="utf-8"))
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            f"{path}: expected `stage3_gather_16bit_weights_on_model_save: true` in `zero_optimization`, got "
+            f"{zero.get('stage3_gather_16bit_weights_on_model_save')!r}: at the end the weights of all processes are to be "
+            "put together, and published."
+        )
     if bf16:
         config["bf16"] = {"enabled": False}
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -204,32 +213,30 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[
     train_samples = read_samples(data, "train")
     validation_samples = read_samples(data, "validation") if arguments.eval_strategy != "no" else None
     set_seed(arguments.seed)
-    if recipe.stage == "contrastive":
-        model, processor = build_dual_encoder(
-            recipe.model, iterate_texts(train_samples), train_samples["answer"], data.max_text_length
+    model, processor = build_model(recipe, arguments, train_samples)
+    if recipe.stage == "language":  # conversations in words alone, no volumes
+        return StudyTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=TextDataset(train_samples, seed=arguments.seed),
+            eval_dataset=None if validation_samples is None else TextDataset(validation_samples, seed=arguments.seed),
+            data_collator=ConversationCollator(processor, data.max_text_length),
+            processing_class=processor,
+            callbacks=callbacks,
         )
-        match = data.identical_reports == "match"
+    if recipe.stage == "contrastive":
         builder: Any = PairBuilder(processor.tokenizer, data.max_text_length)
         validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
         collator: Any = PairCollator(processor, data.max_text_length)
         trainer_class: type[StudyTrainer] = ContrastiveTrainer
         options: dict[str, Any] = {
-            "identical_reports_match": match,
+            "identical_reports_match": data.identical_reports == "match",
             "text_learning_rate": recipe.text_learning_rate,
         }
-    elif recipe.stage == "language":
-        return build_language_trainer(recipe, arguments, callbacks, train_samples, validation_samples)
     else:
-        model, processor = build_vision_language_model(recipe.model, iterate_texts(train_samples))
-        if recipe.lora:
-            model = add_lora(model, recipe.lora, recipe.trained)
-        else:
-            choose_trained_parts(model, recipe.trained)
         builder = validation_builder = ConversationBuilder()
         collator = ConversationCollator(processor, data.max_text_length)
         trainer_class, options = GenerationTrainer, {"num_answers": recipe.num_answers}
-        if arguments.gradient_checkpointing:
-            model.enable_input_require_grads()
     volumes = build_volume_loader(data, processor.image_processor)
     train_samples = read_ahead(data, arguments, train_samples, volumes)
     validation = None
@@ -249,27 +256,32 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[
     )
 
 
-def build_language_trainer(
-    recipe: Recipe,
-    arguments: TrainingArguments,
-    callbacks: list[Any],
-    train_samples: datasets.Dataset,
-    validation_samples: datasets.Dataset | None,
-) -> StudyTrainer:
-    """The trainer of the stage `language`: a language model and conversations in words alone, no volumes."""
-    model, tokenizer = build_language_model(recipe.model, iterate_texts(train_samples))
-    model.float()  # trained weights are float32 whatever they were loaded as
-    # Lays out conversations as for the vision-language model to come.
-    processor = Med3DVLMProcessor(Med3DVLMImageProcessor(), tokenizer, image_seq_length=1)
-    return StudyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=TextDataset(train_samples, seed=arguments.seed),
-        eval_dataset=None if validation_samples is None else TextDataset(validation_samples, seed=arguments.seed),
-        data_collator=ConversationCollator(processor, recipe.data.max_text_length),
-        processing_class=processor,
-        callbacks=callbacks,
-    )
+def build_model(
+    recipe: Recipe, arguments: TrainingArguments, samples: datasets.Dataset
+) -> tuple[Any, Med3DVLMProcessor]:
+    """
+    The stage's model, ready for its trainer, and the processor. Under DeepSpeed's ZeRO-3 too each process holds all of the
+    model's weights, in the end on its device, until training begins; they are shared out then.
+    """
+    with made_whole(arguments):
+        if recipe.stage == "contrastive":
+            model, processor = build_dual_encoder(
+                recipe.model, iterate_texts(samples), samples["answer"], recipe.data.max_text_length
+            )
+        elif recipe.stage == "language":
+            model, tokenizer = build_language_model(recipe.model, iterate_texts(samples))
+            model.float()  # trained weights are float32 whatever they were loaded as
+            # Lays out conversations as for the vision-language model to come.
+            processor = Med3DVLMProcessor(Med3DVLMImageProcessor(), tokenizer, image_seq_length=1)
+        else:
+            model, processor = build_vision_language_model(recipe.model, iterate_texts(samples))
+            if recipe.lora:
+                model = add_lora(model, recipe.lora, recipe.trained)
+            else:
+                choose_trained_parts(model, recipe.trained)
+            if arguments.gradient_checkpointing:
+                model.enable_input_require_grads()
+    return model, processor
 
 
 def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
@@ -363,19 +375,20 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
             f" {recipe.description}" if recipe.description else ""
         )
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
-        if recipe.stage == "language":  # a plain model of transformers, for the next stage
-            publish_language_model(whole, published, processor.tokenizer)
-        elif recipe.lora:
-            publish_adapter(whole, published, processor, notes=notes, training_data=training_data)
-        else:
-            publish(
-                str(whole),
-                published,
-                processor=processor,
-                overwrite=True,
-                notes=notes,
-                training_data=training_data,
-            )
+        with made_whole(trainer.args):  # this process is alone here, and loads what was saved to check it
+            if recipe.stage == "language":  # a plain model of transformers, for the next stage
+                publish_language_model(whole, published, processor.tokenizer)
+            elif recipe.lora:
+                publish_adapter(whole, published, processor, notes=notes, training_data=training_data)
+            else:
+                publish(
+                    str(whole),
+                    published,
+                    processor=processor,
+                    overwrite=True,
+                    notes=notes,
+                    training_data=training_data,
+                )
         shutil.rmtree(whole)
     trainer.accelerator.wait_for_everyone()
     return published

@@ -1,5 +1,9 @@
-"""Trains a tiny model of one kind with the trainers of the stages, in as many processes as there are, and writes its losses."""
+"""
+In as many processes as there are: trains a tiny model of one kind with the trainers of the stages, and writes its losses
+(`KIND FOLDER [DEEPSPEED]`); or runs a recipe (`recipe FILE`).
+"""
 
+import importlib.util
 import json
 import os
 import sys
@@ -18,8 +22,9 @@ from med3dvlm.train.data.collate import ConversationCollator, PairCollator
 from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyDataset
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.demo import build_tiny_model
-from med3dvlm.train.models import choose_trained_parts
-from med3dvlm.train.stages import read_deepspeed_config
+from med3dvlm.train.models import choose_trained_parts, made_whole
+from med3dvlm.train.recipe import load_recipe
+from med3dvlm.train.stages import read_deepspeed_config, run_recipe
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer
 
 
@@ -47,12 +52,11 @@ def make_samples(count: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
 
 
-def main(kind: str, folder: Path, deepspeed: str) -> None:
+def train(kind: str, folder: Path, deepspeed: str) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if deepspeed:
-        from deepspeed import ops
-
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo: nothing is compiled
+    config = read_deepspeed_config(deepspeed, bf16=False) if deepspeed else None
+    if deepspeed == "zero3":  # the smallest weights are shared out too
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4 // world_size,
@@ -68,15 +72,16 @@ def main(kind: str, folder: Path, deepspeed: str) -> None:
         dataloader_drop_last=True,
         use_cpu=True,
         disable_tqdm=True,
-        deepspeed=read_deepspeed_config(deepspeed, bf16=False) if deepspeed else None,
+        deepspeed=config,
     )
     set_seed(0)
-    model, processor = build_tiny_model(tiny.IMAGE_SIZE)
-    samples = make_samples(10)
+    with made_whole(arguments):
+        model, processor = build_tiny_model(tiny.IMAGE_SIZE)
+        if kind == "contrastive":
+            vision_config = tiny.tiny_dcformer_config(sync_batch_norm=True)
+            model = tiny.tiny_siglip(vision_config=vision_config)
+            model.text_model.resize_token_embeddings(len(processor.tokenizer))
     if kind == "contrastive":
-        vision_config = tiny.tiny_dcformer_config(sync_batch_norm=True)
-        model = tiny.tiny_siglip(vision_config=vision_config)
-        model.text_model.resize_token_embeddings(len(processor.tokenizer))
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -86,7 +91,7 @@ def main(kind: str, folder: Path, deepspeed: str) -> None:
         choose_trained_parts(model, ["multi_modal_projector", "language_model"])
         builder, collator = ConversationBuilder(), ConversationCollator(processor)
         trainer_class, options = GenerationTrainer, {}
-    dataset = StudyDataset(samples, RandomVolumes(), builder, augment_laterality_safe, seed=0)
+    dataset = StudyDataset(make_samples(10), RandomVolumes(), builder, augment_laterality_safe, seed=0)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -100,6 +105,17 @@ def main(kind: str, folder: Path, deepspeed: str) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def main(kind: str, place: Path, deepspeed: str) -> None:
+    if importlib.util.find_spec("deepspeed"):
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo: nothing is compiled
+    if kind == "recipe":
+        run_recipe(load_recipe(place))
+    else:
+        train(kind, place, deepspeed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

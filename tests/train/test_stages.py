@@ -1,6 +1,10 @@
 """The three stages on five small scans: each trains what it says, publishes, and is what the next one starts from."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from med3dvlm.train import stages
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.merge import merge_adapter
-from med3dvlm.train.recipe import load_recipe
-from med3dvlm.train.stages import choose_precision, read_samples, run_recipe
+from med3dvlm.train.models import train_word_piece_tokenizer
+from med3dvlm.train.recipe import load_recipe, save_recipe
+from med3dvlm.train.stages import choose_precision, read_deepspeed_config, read_samples, run_recipe
+
+
+ROOT = Path(__file__).parents[2]
 
 
 # Small enough for a second; all axes differ.
@@ -248,3 +256,74 @@ def test_validation_writes_scores_and_answers(manifest, projector, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "answers" / "step-00000002.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and set(rows[0]) == {"task", "question", "expected", "answer"}
     assert json.loads((tmp_path / "summary.json").read_text())["validation"]["eval_loss"] > 0
+
+
+def test_a_word_piece_tokenizer_is_the_same_each_time():
+    """Processes that train one each, and a run that is resumed, must number the same tokens alike."""
+    texts = [
+        "Nodules in both lungs, kidneys normal.",
+        "A cyst of the liver. No fracture.",
+        "Clear lungs; a large mass.",
+    ]
+    vocabularies = [train_word_piece_tokenizer(texts, 70).get_vocab() for _ in range(5)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+    assert sorted(vocabularies[0].values()) == list(range(70)) and vocabularies[0]["[PAD]"] == 0
+    tokenizer = train_word_piece_tokenizer(texts, 200)
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(texts))["input_ids"]
+    assert len(tokenizer.all_special_tokens) == 5
+
+
+@pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}])
+def test_shared_out_weights_that_could_not_be_published_are_refused(zero, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ValueError, match="mine.json: expected `stage3_gather_16bit_weights_on_model_save: true`"):
+        read_deepspeed_config(str(path), bf16=False)
+    path.write_text(json.dumps({"zero_optimization": {**zero, "stage": 2}}))
+    assert read_deepspeed_config(str(path), bf16=False)["zero_optimization"]["stage"] == 2
+
+
+def run_in_two_processes(recipe):
+    """The published folder of a recipe that two processes run; whatever they publish is loaded by one."""
+    folder = Path(recipe.training["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / "given.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tests" / "train" / "stage_program.py"), "recipe", str(folder / "given.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert (folder / "summary.json").exists(), result.stderr[-3000:]
+    return folder / "published"
+
+
+@pytest.mark.slow
+def test_zero_3_trains_publishes_and_resumes_every_stage(manifest, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    options = ("training.per_device_train_batch_size=1", "num_answers=1")
+    vision = VISION.replace("depths", "sync_batch_norm: true, depths")
+    stages = {
+        "contrastive": ("model.vision.variant=null", vision, TEXT),
+        "projector": PROJECTOR,
+        "finetune": ("training.eval_strategy=steps", "training.eval_steps=2"),
+    }
+    start_from = None
+    for stage, overrides in stages.items():
+        places = {name: tmp_path / stage / name for name in ("ddp", "zero3")}
+        recipes = {
+            name: recipe_of(stage, manifest, place, *options, *overrides, start_from=start_from)
+            for name, place in places.items()
+        }
+        recipes["zero3"].training["deepspeed"] = "zero3"
+        published = {name: run_in_two_processes(recipe) for name, recipe in recipes.items()}
+        assert losses(places["zero3"]) == pytest.approx(losses(places["ddp"]), abs=1e-4)
+        name = "adapter_model.safetensors" if stage == "finetune" else "model.safetensors"
+        before, expected = (tensors(published[kind], name) for kind in ("zero3", "ddp"))
+        assert {key: value.shape for key, value in before.items()} == {k: v.shape for k, v in expected.items()}
+
+        shutil.rmtree(published["zero3"])
+        shutil.rmtree(places["zero3"] / "checkpoint-2")
+        (places["zero3"] / "summary.json").unlink()
+        after = tensors(run_in_two_processes(recipes["zero3"]), name)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        start_from = published["zero3"]
+    assert len((places["zero3"] / "answers" / "step-00000002.jsonl").read_text().splitlines()) == 1
