@@ -25,14 +25,14 @@ def test_a_training_step_equals_the_modules(monkeypatch, block_bytes):
     torch.manual_seed(0)
     ours = DCFormerModel(tiny.tiny_dcformer_config()).double().train()
     modules = copy.deepcopy(ours)
-    volumes = tiny.random_volumes(2).double()
+    volumes, same_volumes = (tiny.random_volumes(2).double().requires_grad_() for _ in range(2))
 
-    monkeypatch.setattr(DCFormerDecomposedConv, "fused_training", True)
     fused = train_once(ours, volumes)
     monkeypatch.setattr(DCFormerDecomposedConv, "fused_training", False)
-    expected = train_once(modules, volumes)
+    expected = train_once(modules, same_volumes)
 
-    for own, other in zip(fused, expected):
+    assert torch.equal(volumes, same_volumes) and not torch.equal(fused[0], expected[0])  # two ways
+    for own, other in zip([*fused, volumes.grad], [*expected, same_volumes.grad]):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
     for (name, own), other in zip(ours.named_parameters(), modules.parameters()):
         assert own.grad is not None and other.grad is not None, name
@@ -43,8 +43,7 @@ def test_a_training_step_equals_the_modules(monkeypatch, block_bytes):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_modules_with_hooks_are_called(monkeypatch):
-    monkeypatch.setattr(DCFormerDecomposedConv, "fused_training", True)
+def test_modules_with_hooks_are_called():
     model = DCFormerModel(tiny.tiny_dcformer_config()).train()
     called = []
     model.stem.layers[1].conv_depth.register_forward_hook(lambda *args: called.append(1))
