@@ -528,7 +528,10 @@ def bench(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32 or bfloat16 (autocast); may be repeated.", show_default="both"),
+        typer.Option(
+            help="float32 or bfloat16 (autocast); may be repeated.",
+            show_default="both; float32 on a CPU that does not multiply bfloat16",
+        ),
     ] = None,
     training_size: Annotated[tuple[int, int, int], typer.Option(help="Size of volumes in the training step.")] = (
         64,
@@ -554,6 +557,7 @@ def bench(
             import torch
 
             from ..configuration.configuration_dcformer import DCFORMER_VARIANTS
+            from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
             from .benchmarks.report import run_benchmark, to_markdown
             from .benchmarks.sections import DTYPES, SECTIONS, Settings
         for option, given, known in (
@@ -566,8 +570,12 @@ def bench(
                     raise ValueError(f"{option}: expected one of {', '.join(known)}, got {value!r}.")
         if threads is not None:
             torch.set_num_threads(threads)
+        torch_device = torch.device(device)
+        if not dtype and not multiplies_bfloat16(torch_device.type):
+            dtype = ["float32"]
+            typer.echo("This CPU does not multiply bfloat16: measuring float32 only.", err=True)
         settings = Settings(
-            device=torch.device(device),
+            device=torch_device,
             runs=runs,
             dtypes=tuple(dtype or DTYPES),
             variants=tuple(variant or ("small",)),

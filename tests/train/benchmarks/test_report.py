@@ -4,6 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from med3dvlm.modeling_med3dvlm import fused_dcformer
 from med3dvlm.train.benchmarks import report
 from med3dvlm.train.benchmarks.report import draw, run_benchmark, to_markdown
 from med3dvlm.train.benchmarks.sections import SECTIONS, Settings
@@ -104,3 +105,23 @@ def test_command_measures_one_section(tmp_path):
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "benchmark.json").read_text())["preparation"]
     assert rows[0]["path"] == "ours" and rows[0]["image_size"] == [8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "is_multiplied, arguments, expected",
+    [
+        (True, [], ["float32", "bfloat16"]),
+        (False, [], ["float32"]),
+        (False, ["--dtype", "bfloat16"], ["bfloat16"]),
+    ],
+)
+def test_bfloat16_is_measured_where_the_machine_multiplies_it_or_by_request(
+    monkeypatch, tmp_path, is_multiplied, arguments, expected
+):
+    monkeypatch.setattr(fused_dcformer, "multiplies_bfloat16", lambda device_type: is_multiplied)
+    arguments = ["bench", "--output", str(tmp_path), "--section", "machine", *arguments]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["machine"]
+    assert [row["dtype"] for row in rows] == expected
+    assert ("does not multiply bfloat16" in result.stderr) == (not is_multiplied and len(arguments) == 5)
