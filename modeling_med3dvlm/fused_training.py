@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .fused_dcformer import STEM_STRIDE, convolve_each_axis, cross_of_taps, fill_with_voxels, rows_in_block
 
 
 # Bytes of a block: few enough for the last level of the cache, and enough to be shared by the threads.
 BLOCK_BYTES = 2**23
+# Rows whose mean and variance are taken in one go.
+ROWS_OF_STATISTICS = 4096
 AXES = ("depth", "height", "width")
 # The gathered neighbours of a position, as (axis, offset). The three of each axis lie side by side: a middle can serve two.
 CROSS = [(0, -1), (0, 1), (0, 0), (1, -1), (1, 1), (2, -1), (2, 1), (2, 0)]
@@ -34,6 +34,18 @@ CROSS_OF_AXIS = [(0, (-1, 1, 0)), (2, (0, -1, 1)), (5, (-1, 1, 0))]
 def split_into_blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(N, C) -> blocks of (n, C)."""
     return rows.split(rows_in_block(rows, BLOCK_BYTES // 4))
+
+
+def refuse_second_order() -> None:
+    """
+    Raises:
+        NotImplementedError: called in a backward pass whose own gradients are asked for.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "The shorter training step of DCFormer has no gradients of gradients (`create_graph=True`). Set "
+            "`DCFormerDecomposedConv.fused_training = False` before the forward pass to call the modules."
+        )
 
 
 def gather_neighbours(
@@ -99,8 +111,8 @@ class DenseConvolutions(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_order()
         values, *weights = ctx.saved_tensors
         gradients = tuple(gradient.contiguous() for gradient in gradients)
         channels, out_channels = values.shape[-1], gradients[0].shape[-1]
@@ -139,12 +151,12 @@ class NormalisedSum(torch.autograd.Function):
         ctx: Any,
         means: Sequence[torch.Tensor],
         variances: Sequence[torch.Tensor],
-        eps: float,
+        eps: Sequence[float],
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
         """Statistics (C,), three (N, C) values, three weights, biases and biases of convolutions (C,) -> (N, C)."""
         values, weights, biases = tensors[:3], tensors[3:6], tensors[6:9]
-        inverses = [torch.rsqrt(variance + eps) for variance in variances]
+        inverses = [torch.rsqrt(variance + own_eps) for variance, own_eps in zip(variances, eps)]
         factors = [weight * inverse for weight, inverse in zip(weights, inverses)]
         constants = [bias - mean * factor for bias, mean, factor in zip(biases, means, factors)]
         constant = constants[0] + constants[1] + constants[2]
@@ -156,8 +168,8 @@ class NormalisedSum(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_order()
         saved = ctx.saved_tensors
         values, weights, means, inverses = saved[:3], saved[3:6], saved[6:9], saved[9:]
         gradient, count = gradient.contiguous(), len(gradient)
@@ -177,7 +189,8 @@ class NormalisedSum(torch.autograd.Function):
                 torch.addcmul(constant, part, slope, out=target).addcmul_(own, factor)
             of_values.append(result)
         of_weights = [product * inverse for product, inverse in zip(products, inverses)]
-        return None, None, None, *of_values, *of_weights, *[total] * 3, *[torch.zeros_like(total)] * 3
+        of_biases = [total.clone() for _ in values]
+        return None, None, None, *of_values, *of_weights, *of_biases, *[torch.zeros_like(total) for _ in values]
 
 
 def strided_convolutions(pixel_values: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -218,7 +231,7 @@ def decomposed_conv_in_training(layer: Any, hidden_states: torch.Tensor) -> torc
         branches: Sequence[torch.Tensor] = strided_convolutions(hidden_states, weights)
     else:
         values = hidden_states.permute(0, 2, 3, 4, 1).contiguous()  # (B, C, D, H, W) -> (B, D, H, W, C)
-        if convs[0].groups == 1:
+        if convs[0].groups == 1 and weights[0].shape[-1] == 3:
             branches = DenseConvolutions.apply(values, *weights)
         else:
             branches = convolve_each_axis(values, weights, groups=convs[0].groups)
@@ -231,7 +244,7 @@ def decomposed_conv_in_training(layer: Any, hidden_states: torch.Tensor) -> torc
     result = NormalisedSum.apply(
         means,
         variances,
-        norms[0].eps,
+        [norm.eps for norm in norms],
         *rows,
         *(norm.weight for norm in norms),
         *(norm.bias for norm in norms),
@@ -241,18 +254,21 @@ def decomposed_conv_in_training(layer: Any, hidden_states: torch.Tensor) -> torc
 
 
 @torch.no_grad()
-def statistics_of_batch(
-    rows: torch.Tensor, norm: nn.BatchNorm3d, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics_of_batch(rows: torch.Tensor, norm: Any, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Mean and variance (C,) of (N, C) values; moves the running statistics of the normalisation by those of the values plus
     `bias`.
     """
-    assert norm.momentum is not None and norm.running_mean is not None and norm.running_var is not None
-    count = len(rows)
-    mean, variance = torch.batch_norm_update_stats(rows.view(*rows.shape, 1, 1), None, None, 0.0)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean + bias, norm.momentum)
-    norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    return mean, variance
+    # PyTorch adds up row by row, which loses digits over many rows: parts of them are put together in float64.
+    parts = [
+        torch.batch_norm_update_stats(part.view(*part.shape, 1, 1), None, None, 0.0)
+        for part in rows.split(ROWS_OF_STATISTICS)
+    ]
+    means, variances = (torch.stack(values).double() for values in zip(*parts))
+    shares = torch.tensor([len(part) for part in rows.split(ROWS_OF_STATISTICS)], dtype=torch.float64) / len(rows)
+    mean = shares @ means
+    variance = shares @ (variances + (means - mean).square())
+    norm.move_running_statistics(
+        (mean + bias).to(rows.dtype), (variance * (len(rows) / (len(rows) - 1))).to(rows.dtype)
+    )
+    return mean.to(rows.dtype), variance.to(rows.dtype)

@@ -111,18 +111,22 @@ class DCFormerBatchNorm3d(nn.BatchNorm3d):
         # Squares of centred values: in `mean(x^2) - mean(x)^2` the variance of a channel far from zero would cancel out.
         centred = values - mean.view(per_channel)
         squares = _SumOverProcesses.apply(centred.square().sum(dim=sample_axes))
-        self._move_running_statistics(mean, squares / (count - 1))
+        self.move_running_statistics(mean, squares / (count - 1))
         factor = self.weight * torch.rsqrt(squares / count + self.eps)
         return (centred * factor.view(per_channel) + self.bias.view(per_channel)).to(hidden_states.dtype)
 
     @torch.no_grad()
-    def _move_running_statistics(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """As `torch.nn.BatchNorm3d`, for the `(C,)` mean and unbiased variance of a batch."""
-        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+    def move_running_statistics(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """As `torch.nn.BatchNorm3d` in training, for the `(C,)` mean and unbiased variance of a batch."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        momentum = self.momentum or 0.0
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+            if self.momentum is None:  # the average of all batches
+                momentum = 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
 class DCFormerDecomposedConv(nn.Module):
@@ -145,8 +149,8 @@ class DCFormerDecomposedConv(nn.Module):
     Attributes:
         fused_training (`bool`):
             Whether training on a CPU in float32 or float64 takes the shorter way of `fused_training.py`, where the layers
-            are those made here and have no hooks: the same gradients up to rounding, but none of second order. Set it to
-            `False` on the class, or on a layer, to call the modules.
+            are those made here and have no hooks: the same gradients up to rounding, but none of second order and no
+            transformations of `torch.func`. Set it to `False` on the class, or on a layer, to call the modules.
     """
 
     fused_training = True
@@ -196,9 +200,22 @@ class DCFormerDecomposedConv(nn.Module):
             + self.norm_depth(self.conv_depth(hidden_states))
         )
 
+    @property
+    def has_own_convolutions(self) -> bool:
+        """Whether the convolutions are of the kind made here: padded with zeros, without dilation, with biases."""
+        return all(
+            type(conv) is nn.Conv3d
+            and conv.bias is not None
+            and conv.padding_mode == "zeros"
+            and conv.dilation == (1, 1, 1)
+            for conv in (self.conv_depth, self.conv_height, self.conv_width)
+        )
+
     def _can_be_fused(self, hidden_states: torch.Tensor) -> bool:
         """Whether `fused_training.py` gives what the modules give, and sooner: see the class."""
         if not hidden_states.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return False
+        if not self.has_own_convolutions:
             return False
         if hidden_states.dtype not in (torch.float32, torch.float64):
             return False
@@ -452,6 +469,8 @@ class DCFormerModel(DCFormerPreTrainedModel):
         activations = {type(layer.act) for stage in self.stages for layer in stage.layers}
         for module in self.modules():
             if isinstance(module, DCFormerBatchNorm3d) and module.training and module.weight.requires_grad:
+                return False
+            if isinstance(module, DCFormerDecomposedConv) and not module.has_own_convolutions:
                 return False
             if module is self:
                 continue

@@ -1,6 +1,8 @@
 """Med3DVLM: a vision-language model that reads a whole 3D volume and answers in words (Xin et al. 2025)."""
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -344,6 +346,16 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
     ) -> Med3DVLMImageFeatures:
         """Encodes volumes once, for `generate(mm_encoder_outputs={"image": features})`: see [`Med3DVLMModel`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def _expand_multimodal_outputs(
+        self, input_ids: torch.LongTensor, mm_encoder_output: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """
+        Repeats the image tokens for several answers to one text (beams, `num_return_sequences`). transformers writes them
+        into what it is given: here a copy, since the caller's features serve the next question too.
+        """
+        own = {modality: copy.copy(features) for modality, features in mm_encoder_output.items()}
+        return super()._expand_multimodal_outputs(input_ids, own, *args, **kwargs)
 
     @can_return_tuple
     def forward(

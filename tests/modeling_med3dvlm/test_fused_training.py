@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from med3dvlm.modeling_med3dvlm import fused_training
-from med3dvlm.modeling_med3dvlm.modeling_dcformer import DCFormerDecomposedConv, DCFormerModel
+from med3dvlm.modeling_med3dvlm.fused_training import statistics_of_batch
+from med3dvlm.modeling_med3dvlm.modeling_dcformer import DCFormerBatchNorm3d, DCFormerDecomposedConv, DCFormerModel
 
 
 def train_once(model: DCFormerModel, volumes: torch.Tensor) -> list[torch.Tensor]:
@@ -49,3 +50,84 @@ def test_modules_with_hooks_are_called():
     model.stem.layers[1].conv_depth.register_forward_hook(lambda *args: called.append(1))
     model(tiny.random_volumes(2))
     assert called == [1]
+
+
+def test_statistics_of_many_rows_lose_no_digits():
+    torch.manual_seed(0)
+    rows = torch.randn(300_000, 3) * torch.tensor([1.0, 0.1, 2.0]) + torch.tensor([0.0, 10.0, -3.0])
+    norm = DCFormerBatchNorm3d(3)
+    bias = torch.tensor([1.0, 2.0, 3.0])
+    mean, variance = statistics_of_batch(rows, norm, bias)
+    exact = rows.double()
+    torch.testing.assert_close(mean.double(), exact.mean(dim=0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), exact.var(dim=0, correction=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.running_mean, 0.1 * (mean + bias))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * exact.var(dim=0).float())
+
+
+def changed(change):
+    """Two layers of the same weights after `change`, the second of which is made to call its modules."""
+    torch.manual_seed(0)
+    ours = DCFormerDecomposedConv(tiny.tiny_dcformer_config(), 2, 2, kernel_size=3)
+    change(ours)
+    modules = copy.deepcopy(ours)
+    modules.fused_training = False
+    return ours, modules
+
+
+def set_eps(layer):
+    layer.norm_width.eps = 1.0
+
+
+def set_padding_mode(layer):
+    layer.conv_height.padding_mode = "replicate"
+
+
+def drop_bias(layer):
+    layer.conv_depth.bias = None
+
+
+def average_all_batches(layer):
+    for norm in (layer.norm_depth, layer.norm_height, layer.norm_width):
+        norm.momentum = None
+
+
+def keep_no_statistics(layer):
+    for norm in (layer.norm_depth, layer.norm_height, layer.norm_width):
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+
+
+@pytest.mark.parametrize("change", [set_eps, set_padding_mode, drop_bias, average_all_batches, keep_no_statistics])
+def test_a_layer_that_was_changed_gives_what_its_modules_give(change):
+    ours, modules = changed(change)
+    for seed in range(2):
+        volumes = torch.randn(2, 2, 5, 6, 7, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(ours(volumes), modules(volumes), rtol=1e-5, atol=1e-5)
+    for own, other in zip(ours.buffers(), modules.buffers()):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_depthwise_layer_of_one_channel_has_all_its_taps():
+    torch.manual_seed(0)
+    ours = DCFormerDecomposedConv(tiny.tiny_dcformer_config(), 1, 1, kernel_size=5)
+    modules = copy.deepcopy(ours)
+    modules.fused_training = False
+    volumes = torch.randn(2, 1, 6, 7, 8)
+    for layer in (ours, modules):
+        layer(volumes).square().sum().backward()
+    torch.testing.assert_close(ours(volumes), modules(volumes), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.conv_width.weight.grad, modules.conv_width.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_of_gradients_are_refused_with_the_switch_that_gives_them():
+    model = DCFormerModel(tiny.tiny_dcformer_config()).train()
+    loss = model(tiny.random_volumes(2)).pooler_output.square().sum()
+    with pytest.raises(NotImplementedError, match="fused_training = False"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+def test_gradients_are_tensors_of_their_own():
+    model = DCFormerModel(tiny.tiny_dcformer_config()).train()
+    loss = model(tiny.random_volumes(2)).pooler_output.square().sum()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert len({gradient.data_ptr() for gradient in gradients}) == len(gradients)

@@ -209,6 +209,20 @@ def test_features_encoded_before_serve_in_place_of_the_volumes(model):
     assert torch.equal(generate(model, **inputs, mm_encoder_outputs={"image": features}), expected_answer)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_features_serve_any_number_of_questions(model, options):
+    row = tiny.text_with_volumes(model.config, [10], 1, TEXT)
+    inputs = {"input_ids": row.repeat(2, 1), "attention_mask": torch.ones_like(row).repeat(2, 1)}
+    volumes = tiny.random_volumes(2) * torch.tensor([1.0, 50.0]).view(2, 1, 1, 1, 1)  # the answers differ
+    features = model.get_image_features(volumes)
+    tokens = features.pooler_output.clone()
+    expected = generate(model, **inputs, pixel_values=volumes, **options)
+    assert not torch.equal(*expected.chunk(2))
+    for _ in range(2):
+        assert torch.equal(generate(model, **inputs, mm_encoder_outputs={"image": features}, **options), expected)
+        assert torch.equal(features.pooler_output, tokens)
+
+
 def test_embeddings_serve_in_place_of_ids(model):
     inputs = one_volume(model)
     expected, expected_answer = model(**inputs).logits, generate(model, **inputs)

@@ -4,6 +4,7 @@ import tiny
 import torch
 
 from med3dvlm import DCFormerModel, Med3DVLMImageProcessor
+from med3dvlm.modeling_med3dvlm.modeling_dcformer import DCFormerDecomposedConv
 from med3dvlm.train.benchmarks.baseline import PlainEncoder, prepare_with_other_libraries
 from med3dvlm.train.benchmarks.sections import encoder_like_trained, write_synthetic_ct
 
@@ -12,7 +13,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("is_training", [False, True])
-def test_plain_encoder_is_the_model_to_the_bit(is_training):
+def test_plain_encoder_is_the_model_to_the_bit(monkeypatch, is_training):
+    monkeypatch.setattr(DCFormerDecomposedConv, "fused_training", False)
     model = encoder_like_trained(tiny.tiny_dcformer_config(), CPU).train(is_training)
     model.fused_inference = False
     plain = PlainEncoder.like(model)
