@@ -1,9 +1,7 @@
 """Model cards, written from the model and its processor rather than by hand."""
 
-import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
-from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -17,6 +15,7 @@ from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_vit3d import Vit3DModel
 from ..processing.image_processing_med3dvlm import resolve_hu_range
+from .remote_code import is_repository
 
 
 # Template, task on the Hub and title of each kind of model.
@@ -164,7 +163,7 @@ def card_kind(model: Any) -> tuple[str, str, str]:
 def find_base_model(config: Any) -> str | None:
     """The repository that the text model was loaded from, if its configuration remembers one."""
     name = getattr(getattr(config, "text_config", None), "_name_or_path", None) or ""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    return name if "/" in name and is_repository(name) else None
 
 
 def parameter_table(model: nn.Module) -> str:

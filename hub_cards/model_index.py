@@ -49,16 +49,20 @@ def add_results_to_card(
     groups: Sequence[str] | None = None,
 ) -> Path:
     """
-    Puts the scores of an evaluation into a model card: into `model-index` of its metadata, and as tables under "Results". Doing
-    it again replaces what was there for the same task, data set, split and metric; all else in the card stays as it is, to the
-    byte.
+    Puts the scores of an evaluation into a model card: into `model-index` of its metadata, and under "Results" as a table for
+    each task. Doing it again replaces what was there for the same task, data set and split: the table, and in the metadata the
+    same metrics; all else in the card stays as it is, to the byte.
+
+    Scores of a part of the split are marked as such: by `args` of their data set in the metadata, and by the evaluation's notes
+    above the table. They and those of the whole split, or of another part, replace each other.
 
     Args:
         card_or_folder (`str` or `os.PathLike`):
             A card, or the folder of a published model or adapter with its `README.md`.
         scores_json (`str`, `os.PathLike` or `Mapping`):
             The `scores.json` of an evaluation, or its content: under `scores` a list of figures with `task`, `metric`, `group`,
-            `value` in [0, 1], `low`, `high`, `count`, `blind` and `chance`.
+            `value` in [0, 1], `low`, `high`, `count`, `blind` and `chance`. `notes` are texts for readers; `part_of_split` says
+            whether only the first `num_cases` cases of the split were scored.
         dataset_name (`str`):
             For readers, such as "M3D-VQA".
         dataset_type (`str`):
@@ -90,7 +94,7 @@ def add_results_to_card(
     path = path / CARD_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such card. Pass a card, or the folder of a published model.")
-    scores = _read_scores(scores_json)
+    scores, notes, dataset_args = _read_scores(scores_json)
     content = path.read_bytes().decode("utf-8")
     has_crlf = "\r\n" in content and content.count("\r\n") == content.count("\n")
     text = content.replace("\r\n", "\n") if has_crlf else content
@@ -104,7 +108,7 @@ def add_results_to_card(
     if not chosen:
         known = ", ".join(dict.fromkeys(score["group"] for score in scores))
         raise ValueError(f"No score is of the groups {', '.join(groups or ())}: expected some of {known}.")
-    results = [_to_eval_result(score, dataset_name, dataset_type, split) for score in chosen]
+    results = [_to_eval_result(score, dataset_name, dataset_type, split, dataset_args) for score in chosen]
     before = _load_metadata(metadata, path)
     old_index = before.get(MODEL_INDEX) or []
     name = model_name or (old_index[0]["name"] if old_index else _heading(body)) or path.absolute().parent.name
@@ -115,9 +119,10 @@ def add_results_to_card(
             f"{path}: `{MODEL_INDEX}` cannot be replaced without touching other metadata. Write the metadata in block style, "
             "one key on a line."
         )
-    new_body = _replace_section(
-        body, _format_results(scores, dataset_name, split), _markers(dataset_type, split), path
-    )
+    new_body = body
+    for task in dict.fromkeys(score["task"] for score in scores):
+        table = _format_results(task, scores, notes, dataset_name, split)
+        new_body = _replace_section(new_body, table, _markers(task, dataset_type, split), path)
     new_text = f"---\n{new_metadata}{text[match.end(1) : match.end()]}{new_body}"
     write_atomically(path, new_text.replace("\n", "\r\n") if has_crlf else new_text)
     return path
@@ -173,7 +178,10 @@ def _check_names(dataset_name: str, dataset_type: str, split: str) -> None:
         )
 
 
-def _read_scores(source: str | os.PathLike | Mapping[str, Any]) -> list[dict[str, Any]]:
+def _read_scores(
+    source: str | os.PathLike | Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], list[str], dict[str, Any] | None]:
+    """Figures, notes, and `args` of the data set: the number of cases where they are a part of the split."""
     if isinstance(source, Mapping):
         name, content = "The scores", source
     else:
@@ -197,15 +205,29 @@ def _read_scores(source: str | os.PathLike | Mapping[str, Any]) -> list[dict[str
             raise ValueError(
                 f"{name}, figure {number}: expected `task`, `metric`, `group` and `count`, got {str(row)[:120]}."
             )
+        if not re.fullmatch(r"[\w.-]+", row["task"]) or "--" in row["task"]:  # it stands in an HTML comment
+            raise ValueError(f"{name}, figure {number}: expected `task` to be a word, got {row['task']!r}.")
         if not isinstance(row.get("value"), (int, float)) or not math.isfinite(row["value"]):
             raise ValueError(f"{name}, figure {number}: expected a finite `value`, got {row.get('value')}.")
         if tuple(texts) in seen:
             raise ValueError(f"{name}, figure {number}: {' / '.join(map(str, texts))} occurs a second time.")
         seen.add(tuple(texts))
-    return [dict(row) for row in rows]
+    notes = content.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError(f"{name}: expected a list of texts under `notes`, got {str(notes)[:120]!r}.")
+    args = None
+    if content.get("part_of_split"):
+        if not isinstance(content.get("num_cases"), int):
+            raise ValueError(
+                f"{name}: expected the number of cases under `num_cases`, got {content.get('num_cases')}."
+            )
+        args = {"num_cases": content["num_cases"]}
+    return [dict(row) for row in rows], notes, args
 
 
-def _to_eval_result(score: Mapping[str, Any], dataset_name: str, dataset_type: str, split: str) -> EvalResult:
+def _to_eval_result(
+    score: Mapping[str, Any], dataset_name: str, dataset_type: str, split: str, dataset_args: dict[str, Any] | None
+) -> EvalResult:
     task_type, task_name = HUB_TASKS.get(score["task"], (score["task"].replace("_", "-"), score["task"]))
     return EvalResult(
         task_type=task_type,
@@ -215,6 +237,7 @@ def _to_eval_result(score: Mapping[str, Any], dataset_name: str, dataset_type: s
         # Without it, huggingface_hub would put closed and open questions into one entry, under the name of one of them.
         dataset_config=score["task"],
         dataset_split=split,
+        dataset_args=dataset_args,
         metric_type=hub_metric(score["metric"]),
         metric_name=f"{readable_metric(score['metric'])} ({score['group']})",
         metric_value=round(float(score["value"]), 4),
@@ -250,19 +273,27 @@ def _merge(index: Sequence[Mapping[str, Any]], element: Mapping[str, Any]) -> li
         if place is None:
             own["results"].append(result)
             continue
-        metrics = {_metric_key(metric): metric for metric in own["results"][place]["metrics"]}
-        metrics |= {_metric_key(metric): metric for metric in result["metrics"]}
-        own["results"][place] = {**own["results"][place], **result, "metrics": list(metrics.values())}
+        old = own["results"][place]
+        # Figures of other cases would stand there as of these.
+        kept = old["metrics"] if old["dataset"].get("args") == result["dataset"].get("args") else []
+        metrics = {_metric_key(metric): metric for metric in (*kept, *result["metrics"])}
+        own["results"][place] = {**old, **result, "metrics": list(metrics.values())}
     return models
 
 
 def _result_key(result: Mapping[str, Any]) -> str:
-    """Equal for results that belong into one entry; those with a source are another's, and stay by themselves."""
+    """
+    Equal for results that belong into one entry, on whatever number of cases; those with a source are another's, and stay by
+    themselves.
+    """
     data = result["dataset"]
+    args = data.get("args")
+    if isinstance(args, dict):
+        args = {name: value for name, value in args.items() if name != "num_cases"} or None
     return json.dumps(
         [result["task"]["type"], data["type"]]
-        + [data.get(name) for name in ("config", "split", "revision", "args")]
-        + [result.get("source")],
+        + [data.get(name) for name in ("config", "split", "revision")]
+        + [args, result.get("source")],
         sort_keys=True,
         default=str,
     )
@@ -303,8 +334,9 @@ def _lines_outside_code(text: str) -> list[tuple[int, str]]:
     return lines
 
 
-def _markers(dataset_type: str, split: str) -> tuple[str, str]:
-    return tuple(f"<!-- results on {dataset_type}, {split}: {end} -->" for end in ("begin", "end"))  # type: ignore[return-value]
+def _markers(task: str, dataset_type: str, split: str) -> tuple[str, str]:
+    where = f"results of {task} on {dataset_type}, {split}"
+    return f"<!-- {where}: begin -->", f"<!-- {where}: end -->"
 
 
 def _replace_section(body: str, results: str, markers: tuple[str, str], path: Path) -> str:
@@ -329,29 +361,31 @@ def _replace_section(body: str, results: str, markers: tuple[str, str], path: Pa
     return f"{before}{gap}{block}\n" + (f"\n{after}" if after else "")
 
 
-def _format_results(scores: Sequence[Mapping[str, Any]], dataset_name: str, split: str) -> str:
-    lines = [
-        f"### {dataset_name}, {split}",
-        "",
+def _format_results(
+    task: str, scores: Sequence[Mapping[str, Any]], notes: Sequence[str], dataset_name: str, split: str
+) -> str:
+    lines = [f"### {dataset_name}, {split}: {HUB_TASKS.get(task, (task, task))[1].lower()}", ""]
+    for note in notes:
+        lines += [f"**{_cell(note)}**", ""]
+    lines += [
         "In percent, with the 95 % interval. Blind: answered with the volume of another case. Chance: what guessing gives, for texts the true answer of another case.",
+        "",
     ]
-    for task in dict.fromkeys(score["task"] for score in scores):
-        lines += ["", f"**{HUB_TASKS.get(task, (task, task))[1]}**", ""]
-        head = ("Metric", "Group", "Model", "95 % interval", "Blind", "Chance", "Samples")
-        lines += [f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-        for score in scores:
-            if score["task"] == task:
-                low, high = _percent(score.get("low")), _percent(score.get("high"))
-                cells = [
-                    _cell(readable_metric(score["metric"])),
-                    _cell(score["group"]),
-                    _percent(score["value"]),
-                    f"{low} to {high}" if low and high else "",
-                    _percent(score.get("blind")),
-                    _percent(score.get("chance")),
-                    f"{score['count']:,}",
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
+    head = ("Metric", "Group", "Model", "95 % interval", "Blind", "Chance", "Samples")
+    lines += [f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for score in scores:
+        if score["task"] == task:
+            low, high = _percent(score.get("low")), _percent(score.get("high"))
+            cells = [
+                _cell(readable_metric(score["metric"])),
+                _cell(score["group"]),
+                _percent(score["value"]),
+                f"{low} to {high}" if low and high else "",
+                _percent(score.get("blind")),
+                _percent(score.get("chance")),
+                f"{score['count']:,}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
@@ -25,6 +26,8 @@ from .model_card import CARD_KINDS, CardFields, card_kind, create_model_card
 
 # Settings of a generation config that sampling reads and greedy decoding refuses.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Those that keep decoding from taking the most probable token. Qwen2.5-7B-Instruct comes with a repetition penalty of 1.05.
+PENALTY_OPTIONS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 END_OF_TURN = "<|im_end|>"
 # Files that an earlier version of a repository may hold and this one may not.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
@@ -60,7 +63,7 @@ def publish(
         push_to_hub (`bool`, *optional*, defaults to `False`):
             Whether to upload to the Hub.
         private (`bool`, *optional*):
-            Whether a new repository is private; as the owner's settings say by default.
+            Whether the repository must be private; a new one is as the owner's settings say by default.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a model that `destination` holds, once the new one is complete.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
@@ -73,10 +76,12 @@ def publish(
 
     Raises:
         TypeError: `model` or `processor` is none of ours.
-        FileExistsError: `destination` holds files, and `overwrite` is not set or they are no model.
+        FileExistsError: `destination` holds files, and `overwrite` is not set or they are no model; on the Hub, it holds
+            a model, and `overwrite` is not set.
         OSError: `model` is a path or a name where there is nothing.
         ValueError: model and processor do not fit each other, one of them is missing, the weights of the model at a
-            path do not fit its configuration, or a model for the Hub has no licence.
+            path do not fit its configuration, a model for the Hub has no licence, or the repository for a `private` one
+            exists and is public.
 
     Example:
 
@@ -112,10 +117,11 @@ def publish(
         with replaced_when_complete(Path(destination)) as folder:
             write(folder)
         return os.fspath(destination)
+    api = HfApi()
+    url = api.create_repo(str(destination), private=private, exist_ok=True)
+    check_repository(api, url.repo_id, private, overwrite)  # before a large model is written
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
-        api = HfApi()
-        url = api.create_repo(str(destination), private=private, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=temporary,
@@ -267,7 +273,7 @@ def check_fit(config: Any, processor: Any) -> None:
 
 def greedy_generation_config(model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
     """
-    A copy of the model's generation config that decodes greedily and ends where the tokenizer says.
+    A copy of the model's generation config that decodes greedily, without penalties, and ends where the tokenizer says.
 
     Args:
         model (`PreTrainedModel`):
@@ -288,7 +294,7 @@ def greedy_generation_config(model: PreTrainedModel, tokenizer: Any) -> Generati
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
         pad_token_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **dict.fromkeys(SAMPLING_OPTIONS),
+        **dict.fromkeys((*SAMPLING_OPTIONS, *PENALTY_OPTIONS)),
     )
     config._from_model_config = False  # it is a decision now, which loading must not derive anew
     return config
@@ -309,6 +315,27 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{destination} holds files but no {CONFIG_NAME}, so it is no published model and is not replaced: choose "
             "another folder, or empty it."
+        )
+
+
+def check_repository(api: HfApi, repo_id: str, private: bool | None, overwrite: bool) -> None:
+    """
+    Checks a repository before an upload: creating one that exists already changes nothing about it.
+
+    Raises:
+        FileExistsError: it holds files of a model, and they must not be replaced.
+        ValueError: it is public, and must be private.
+    """
+    info = api.model_info(repo_id)
+    if private and not info.private:
+        raise ValueError(
+            f"{repo_id} exists and is public: make it private first, in its settings on the Hub, or choose another name."
+        )
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    replaced = next(iter(filter_repo_objects(names, allow_patterns=[CONFIG_NAME, *STALE_ON_HUB])), None)
+    if replaced is not None and not overwrite:
+        raise FileExistsError(
+            f"{repo_id} holds {replaced}, which publishing would replace: choose another name, or pass `overwrite=True`."
         )
 
 
@@ -347,6 +374,7 @@ __all__ = [
     "assemble_processor",
     "check_destination",
     "check_fit",
+    "check_repository",
     "check_source",
     "greedy_generation_config",
     "load_model",

@@ -247,6 +247,22 @@ def scrub_tokenizer_config(folder: str | os.PathLike) -> None:
         write_atomically(path, json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is one that a repository of the Hub can have, and not that of a file or folder here."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
+
+
+def forget_local_folders(config: PreTrainedConfig) -> None:
+    """
+    Clears where a configuration and its parts were loaded from, unless it is a repository of the Hub: a path tells about
+    the machine, and one such as `models/qwen` passes for a repository elsewhere.
+    """
+    if not is_repository(config.name_or_path or ""):
+        config._name_or_path = ""
+    for part in _parts(config):
+        forget_local_folders(part)
+
+
 def carry_code(saved_class: type) -> None:
     """
     Makes all that writes an object's `config.json`, `processor_config.json` or `preprocessor_config.json` write the
@@ -271,6 +287,8 @@ def carry_code(saved_class: type) -> None:
         if entries:
             _refer_to_own_folder(self)
             _settle_dtype(self)
+            for part in _parts(self):
+                forget_local_folders(part)
         original(self, json_file_path, *args, **kwargs)
         if entries:
             write_code(path.parent, entries)
@@ -299,9 +317,13 @@ def _refer_to_own_folder(saved: Any) -> None:
 def _settle_dtype(saved: Any) -> None:
     """Gives the parts of a composite configuration its dtype, as loading does: saving what was loaded changes nothing."""
     if isinstance(saved, PreTrainedConfig) and saved.dtype is not None:
-        for part in vars(saved).values():
-            if isinstance(part, PreTrainedConfig):
-                part.dtype = saved.dtype
+        for part in _parts(saved):
+            part.dtype = saved.dtype
+
+
+def _parts(saved: Any) -> list[PreTrainedConfig]:
+    """The configurations that a composite one holds."""
+    return [part for part in vars(saved).values() if isinstance(part, PreTrainedConfig)]
 
 
 __all__ = [
@@ -313,7 +335,9 @@ __all__ = [
     "find_hub_modules",
     "flatten",
     "flatten_module",
+    "forget_local_folders",
     "hub_modules",
+    "is_repository",
     "scrub_tokenizer_config",
     "write_atomically",
     "write_code",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 class StrictLoadingMixin:
     """
@@ -29,18 +31,25 @@ class StrictLoadingMixin:
                 other shapes only.
 
         Raises:
+            OSError: the weights are truncated or damaged.
             ValueError: the checkpoint does not fit; the message lists the tensors. Also, whatever `strict` is, when
                 nothing of it fits.
         """
         is_shape_forgiven = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            # Left to itself, a tensor of another shape raises before the other faults are known.
-            ignore_mismatched_sizes=True,
-            **kwargs,
-        )
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                # Left to itself, a tensor of another shape raises before the other faults are known.
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path}: its weights are truncated or damaged ({error}). Copy or download them "
+                "again."
+            ) from error
         faults = describe_faults({**info, "mismatched_keys": []} if is_shape_forgiven else info)
         is_empty = bool(faults) and len(info["missing_keys"]) == len(model.state_dict())
         if is_empty or (strict and faults):

@@ -47,11 +47,18 @@ HU_OF_DENSE_BONE = 1000.0
 HU_OF_OUTSIDE_AIR = -800.0
 # Planes of a scan that are floating-point numbers at the same time, about.
 PLANES_AT_ONCE = 4
-# Options every image processor of transformers knows, and what does the same for a volume.
+# Of a CT's voxels, those above dense bone are a few in a hundred: never a share like this.
+TOO_MUCH_DENSE_BONE = 0.25
+# Options every image processor of transformers knows, and what to do instead for a volume.
 OPTIONS_OF_PICTURES = {
-    **dict.fromkeys(("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"), "image_size"),
-    **dict.fromkeys(("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"), "intensity_mode"),
+    **dict.fromkeys(("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"), "use `image_size`"),
+    **dict.fromkeys(
+        ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"), "use `intensity_mode`"
+    ),
+    **dict.fromkeys(("data_format", "input_data_format"), "leave it out"),
 }
+# What transformers writes into a saved processor beside its options.
+SAVED_BESIDE_OPTIONS = ("auto_map", "feature_extractor_type", "image_processor_type", "processor_class")
 
 
 class Med3DVLMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -118,7 +125,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             Whether to resize to `image_size`.
 
     Raises:
-        ValueError: an option has a value that cannot be.
+        ValueError: an option has a value that cannot be, or no option has its name.
 
     Example:
 
@@ -150,11 +157,28 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
     default_to_square = None
 
     def __init__(self, **kwargs: Unpack[Med3DVLMImageProcessorKwargs]):
+        check_option_names(kwargs, [*self.valid_kwargs.__annotations__, *SAVED_BESIDE_OPTIONS])
+        if kwargs.get("device") is not None:
+            raise ValueError("`device` belongs to a call, not to a processor that is saved: pass it with the volumes.")
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
         self.volume_index = self.return_report = None  # of one call, not of a processor
         self.auto_map = {"AutoImageProcessor": "image_processing_med3dvlm.Med3DVLMImageProcessor"}
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As `BaseImageProcessor.from_dict`.
+
+        Raises:
+            ValueError: also where an argument is nearly the name of an option. All others that are not known pass, as
+                they do in transformers, since what a tokenizer or a download is asked for comes through here too.
+        """
+        if not kwargs.get("return_unused_kwargs"):
+            ours = cls.valid_kwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+            check_option_names((name for name in kwargs if _nearest(name, ours, "{}", cutoff=0.8)), ours)
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """
@@ -166,7 +190,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             kwargs:
                 Any option of the processor, for this call; and `volume_index` (`int`), which volume of a 4D series to
                 take, from 0; `return_report` (`bool`), whether to add `preprocessing_report`, see `prepare_volume`;
-                `return_tensors` (`str`).
+                `return_tensors` (`str`); `device` (`str` or `torch.device`), where the result is put.
 
         Returns:
             [`~transformers.BatchFeature`] with `pixel_values` (`torch.FloatTensor` of shape `(num_volumes, 1, depth,
@@ -205,9 +229,9 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         volume_index: Any = None,
         **kwargs: Any,
     ) -> None:
-        for name, ours in OPTIONS_OF_PICTURES.items():
+        for name, remedy in OPTIONS_OF_PICTURES.items():
             if kwargs.get(name):
-                raise ValueError(f"`{name}` is an option of pictures, and does nothing to a volume: use `{ours}`.")
+                raise ValueError(f"`{name}` is an option of pictures, and does nothing to a volume: {remedy}.")
         if not is_sequence_of(image_size, int, 3) or min(image_size) < 1:
             raise ValueError(
                 f"`image_size` must be three positive numbers of voxels (depth, height, width), got {image_size!r}."
@@ -235,6 +259,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         volume_index: int | None = None,
         return_report: bool | None = None,
         return_tensors: str | None = None,
+        device: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         volumes = flatten_volumes(self.fetch_images(images))
@@ -243,7 +268,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         pixel_values, reports = [], []
         for volume in volumes:
             prepared, report = self.prepare_volume(volume, volume_index, **kwargs)
-            pixel_values.append(prepared.unsqueeze(0))  # (D, H, W) -> (1, D, H, W)
+            pixel_values.append(prepared.unsqueeze(0).to(device=device))  # (D, H, W) -> (1, D, H, W)
             reports.append(report)
         shapes = sorted({tuple(prepared.shape[1:]) for prepared in pixel_values})
         if len(shapes) > 1 and return_tensors is not None:
@@ -299,6 +324,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         cropped = scan.stored[tuple(slice(start, stop) for start, stop in crop_box)]
         voxels = resize_planes(scan, cropped, intensity, tuple(image_size) if do_resize else cropped.shape)
         grid_affine = affine_of_grid(affine, crop_box, cropped.shape, voxels.shape)
+        num_below, num_above = scan.count_outside(intensity)
 
         report = {
             "source": volume.name,
@@ -313,13 +339,13 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             "source_range": [scan.lowest, scan.highest],
             "intensity_mode": intensity.mode,
             "intensity_range": [intensity.lower, intensity.upper],
-            "clipped_fraction": scan.fraction_outside(intensity),
+            "clipped_fraction": (num_below + num_above) / stored.size,
             "crop_box": crop_box,
             "shape": list(voxels.shape),
             "spacing": _as_list(spacing_of(grid_affine)),
             "affine": grid_affine.tolist() if grid_affine is not None else None,
         }
-        report["warnings"] = find_warnings(report, requested_mode=intensity_mode)
+        report["warnings"] = find_warnings(report, intensity_mode, num_above / stored.size)
         return voxels, report
 
 
@@ -455,24 +481,27 @@ class Scan:
 
     def percentiles(self, percentiles: list[float] | tuple[float, ...]) -> tuple[float, float]:
         """Of all values."""
-        lower, upper = np.percentile(self.in_memory, percentiles) * self.slope + self.intercept
+        # Between truth values NumPy has no way to interpolate.
+        values = self.in_memory.view(np.uint8) if self.stored.dtype == bool else self.in_memory
+        lower, upper = np.percentile(values, percentiles) * self.slope + self.intercept
         return float(lower), float(upper)
 
-    def fraction_outside(self, intensity: Intensity) -> float:
-        """Of the voxels, those below or above the values that became 0 and 1."""
+    def count_outside(self, intensity: Intensity) -> tuple[int, int]:
+        """How many voxels lie below the value that became 0, and above the one that became 1."""
         lower, upper = np.float32(intensity.lower), np.float32(intensity.upper)
         if lower <= self.lowest and self.highest <= upper:
-            return 0.0
+            return 0, 0
         is_short = (
             self.stored.dtype.kind in "ui" and self.stored.itemsize <= 2 and (self.slope, self.intercept) == (1, 0)
         )
         # Whole numbers are compared as such.
         bounds = (math.ceil(lower), math.floor(upper)) if is_short else (lower, upper)
-        count = 0
+        num_below = num_above = 0
         for plane in self.in_memory:
             values = plane if is_short else self.as_float(plane).numpy()
-            count += np.count_nonzero(values < bounds[0]) + np.count_nonzero(values > bounds[1])
-        return count / self.stored.size
+            num_below += int(np.count_nonzero(values < bounds[0]))
+            num_above += int(np.count_nonzero(values > bounds[1]))
+        return num_below, num_above
 
 
 def find_intensity(
@@ -608,8 +637,18 @@ def affine_of_grid(
     return affine @ to_source
 
 
-def find_warnings(report: dict[str, Any], requested_mode: str) -> list[str]:
-    """What a reader of a report should look at twice."""
+def find_warnings(report: dict[str, Any], requested_mode: str, fraction_above: float) -> list[str]:
+    """
+    What a reader of a report should look at twice.
+
+    Args:
+        report (`dict`):
+            All else of the report.
+        requested_mode (`str`):
+            The `intensity_mode` asked for.
+        fraction_above (`float`):
+            Of the voxels, those above the value that became 1.
+    """
     warnings = []
     (lowest, highest), spacing = report["source_range"], report["oriented_spacing"]
     used_mode = report["intensity_mode"]
@@ -628,7 +667,14 @@ def find_warnings(report: dict[str, Any], requested_mode: str) -> list[str]:
             f"Read as CT because of values down to {lowest:g}, yet none is as low as air (-1000 HU): for other images ask "
             "for 'percentile'."
         )
-    if used_mode in ("window", "minmax") and lowest >= 0 and highest > 1500 and "int" in report["source_dtype"]:
+    upper = report["intensity_range"][1]
+    is_bone_rare = upper < HU_OF_DENSE_BONE or fraction_above < TOO_MUCH_DENSE_BONE
+    if requested_mode == "auto" and used_mode == "window" and not is_bone_rare:
+        warnings.append(
+            f"Read as CT because of values down to {lowest:g}, yet {100 * fraction_above:.0f} % of the voxels lie above "
+            f"{upper:g}, which no CT has: for other images, such as phases of MR, ask for 'minmax' or 'percentile'."
+        )
+    if used_mode in ("window", "minmax") and lowest >= 0 and highest > 1500:
         warnings.append(
             "No negative values: if this is CT, HU may be stored with an offset, often of 1024. Subtract it."
         )
@@ -670,9 +716,9 @@ def format_preprocessing_report(report: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 
 
-def _nearest(word: str, words: Iterable[str], hint: str) -> str:
+def _nearest(word: str, words: Iterable[str], hint: str, cutoff: float = 0.6) -> str:
     """`hint` filled with the word that may have been meant; nothing if none is near."""
-    return "".join(hint.format(near) for near in difflib.get_close_matches(word, list(words), n=1))
+    return "".join(hint.format(near) for near in difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff))
 
 
 def _unknown(value: Any, valid: Iterable[str]) -> str:

@@ -107,10 +107,19 @@ def open_volume(source: Any) -> Volume:
     if isinstance(source, (bytes, bytearray)):
         return _open_file(bytes(source))
     if isinstance(source, torch.Tensor):
+        if source.layout != torch.strided:
+            raise InvalidVolumeError(
+                f"tensor of shape {tuple(source.shape)}: expected a dense tensor, got a sparse one: call `.to_dense()` first."
+            )
         # Of the floating-point types shorter than float32, NumPy knows but one.
         tensor = source.float() if source.is_floating_point() and source.itemsize < 4 else source
         return _open_array(tensor.numpy(force=True), f"tensor of shape {tuple(source.shape)}")
     if isinstance(source, np.ndarray):
+        if np.ma.is_masked(source):
+            raise InvalidVolumeError(
+                f"array of shape {source.shape}: {np.ma.count_masked(source)} of its voxels are masked, and have no value: "
+                "give them one, e.g. call `.filled(-1000)` first for CT in HU."
+            )
         return _open_array(source, f"array of shape {source.shape}")
     if nibabel is not None and isinstance(source, nibabel.spatialimages.SpatialImage):
         return _open_image(source)
@@ -204,23 +213,22 @@ def _index_of(volume: Volume, volume_index: int | None) -> tuple[Any, ...]:
     return (slice(None),) * 3 + tuple(map(int, index))
 
 
-def check_orientation(orientation: str | None) -> None:
+def check_orientation(orientation: Any) -> None:
     """
     Raises:
-        ValueError: `orientation` is neither a code such as `"LPS"` nor `"none"` or `None`.
+        ValueError: `orientation` is neither a code such as `"LPS"` nor `"none"`.
     """
-    if orientation is None or orientation == "none":
+    if orientation == "none":
         return
-    if len(orientation) != 3 or {AXIS_OF_LETTER.get(letter) for letter in orientation} != {0, 1, 2}:
+    letters = list(orientation) if isinstance(orientation, str) else []
+    if len(letters) != 3 or {AXIS_OF_LETTER.get(letter) for letter in letters} != {0, 1, 2}:
         raise ValueError(
             "`orientation` must have one letter each of L/R, P/A and I/S, the directions in which (width, height, "
             f'depth) grow, such as "LPS", or be "none" for the stored axes; got {orientation!r}.'
         )
 
 
-def orient(
-    array: np.ndarray, affine: np.ndarray | None, orientation: str | None
-) -> tuple[np.ndarray, np.ndarray | None]:
+def orient(array: np.ndarray, affine: np.ndarray | None, orientation: str) -> tuple[np.ndarray, np.ndarray | None]:
     """
     Brings a volume to `(depth, height, width)` by swapping and flipping axes. Nothing is interpolated or copied.
 
@@ -229,10 +237,10 @@ def orient(
             In stored order: `(i, j, k)` with an affine, `(depth, height, width)` without.
         affine (`np.ndarray` of shape `(4, 4)`, *optional*):
             Maps `(i, j, k, 1)` to RAS+ mm. Without it, the array is returned as it is.
-        orientation (`str`, *optional*):
+        orientation (`str`):
             Directions in which `(width, height, depth)` are to grow: with `"LPS"` to the patient's left, to posterior
-            and to superior. Oblique axes count as the closest ones. `"none"` or `None` keeps the stored directions:
-            the first axis becomes the width, the last the depth.
+            and to superior. Oblique axes count as the closest ones. `"none"` keeps the stored directions: the first
+            axis becomes the width, the last the depth.
 
     Returns:
         The array as a view of shape `(depth, height, width)`, and the affine that maps its index `(d, h, w, 1)` to
@@ -240,7 +248,7 @@ def orient(
     """
     if affine is None:
         return array, None
-    if orientation is not None and orientation != "none":
+    if orientation != "none":
         transform = nibabel.orientations.ornt_transform(
             nibabel.orientations.io_orientation(affine), nibabel.orientations.axcodes2ornt(tuple(orientation))
         )
@@ -275,6 +283,8 @@ def _open_image(image: Any) -> Volume:
     name = image.get_filename() or f"nibabel image of shape {image.shape}"
     dtype = np.dtype(getattr(image.dataobj, "dtype", None) or image.get_data_dtype())
     _check_shape_and_dtype(image.shape, dtype, name)
+    if isinstance(image, nibabel.Minc1Image) and len(image.shape) > 3:  # the one format whose first axis is the time
+        raise InvalidVolumeError(f"{name}: a MINC series, of shape {image.shape}; save one volume as NIfTI.")
     if isinstance(image, nibabel.Nifti1Pair):
         is_known = any(int(image.header[code]) for code in ("qform_code", "sform_code"))
     else:
@@ -333,7 +343,7 @@ def _volume_with_affine(
             "A volume does not say how the patient lies (qform_code and sform_code are 0); the convention of nibabel "
             "is assumed, and left and right may be swapped. The preprocessing report names the file."
         )
-    return Volume(name, data, tuple(shape), dtype, affine, is_known)
+    return Volume(name, data, tuple(map(int, shape)), dtype, affine, is_known)
 
 
 class _NiftiFile:

@@ -60,7 +60,8 @@ def iterate_answers(
     show_progress: bool = False,
 ) -> Iterator[tuple[list[Row], list[Answer]]]:
     """
-    Asks the model what each sample asks, decoded greedily, batch by batch.
+    Asks the model what each sample asks, decoded greedily, batch by batch: at each step the most probable token, whatever
+    penalties and beams the model's generation config has.
 
     Questions about one volume that follow each other come in one batch and share its encoding, so samples are best given case
     by case. The volumes of the next batch are loaded while the model is busy with one.
@@ -201,6 +202,9 @@ def answer_batch(
         attention_mask=torch.cat([prefix_mask[owners], question_mask], dim=1),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         eos_token_id=end_ids,
         pad_token_id=pad_token_id,
         logits_processor=LogitsProcessorList([recorder]),

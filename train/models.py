@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from ..configuration.configuration_dcformer import DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
 from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+from ..hub_cards.remote_code import forget_local_folders
 from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_projector import PROJECTORS
@@ -85,6 +86,7 @@ def build_dual_encoder(
         tokenizer = AutoTokenizer.from_pretrained(recipe.text_encoder)
         text_model = AutoModel.from_pretrained(recipe.text_encoder, dtype=torch.float32)
         text_config = text_model.config
+        forget_local_folders(text_config)
     else:
         tokenizer = train_word_piece_tokenizer(texts, _tokenizer_size(recipe))
         fields = {**recipe.text_encoder, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -166,6 +168,7 @@ def build_language_model(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[Any
     if isinstance(recipe.language_model, str):
         tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
         model = AutoModelForCausalLM.from_pretrained(recipe.language_model, dtype=getattr(torch, recipe.dtype))
+        forget_local_folders(model.config)
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         if len(tokenizer) > model.config.vocab_size:

@@ -43,8 +43,10 @@ def retrieval_recall(
         own does, both in [0, 1].
 
     Raises:
-        ValueError: there are fewer pairs than one gallery needs.
+        ValueError: there are fewer pairs than one gallery needs, or a vector is not finite.
     """
+    check_finite("queries", queries)
+    check_finite("gallery", gallery)
     size = gallery_size or len(queries)
     if size > len(queries) or size < 1:
         raise ValueError(
@@ -71,7 +73,12 @@ def retrieval_hits(
 
     Returns:
         `dict` from `recall_at_k` and `plain_recall_at_k` to a `torch.Tensor` of shape `(num_pairs,)`, in [0, 1].
+
+    Raises:
+        ValueError: a vector is not finite; no comparison with it would be true, and it would count as the nearest.
     """
+    check_finite("queries", queries)
+    check_finite("gallery", gallery)
     similarities = queries.float() @ gallery.float().T
     same = group_ids[:, None] == group_ids[None]
     own = similarities.diagonal().unsqueeze(1)
@@ -79,12 +86,43 @@ def retrieval_hits(
     nearer, ties = (similarities > own).sum(dim=1), (similarities == own).sum(dim=1)
     # An identical report is as good as the own one, so only others stand in its way.
     before = (~same & (similarities > best)).sum(dim=1)
-    ties_of_others = (~same & (similarities == best)).sum(dim=1)
+    matches_at_best = (same & (similarities == best)).sum(dim=1)
+    others_at_best = (~same & (similarities == best)).sum(dim=1)
     hits = {}
     for rank in ranks:
         hits[f"plain_recall_at_{rank}"] = ((rank - nearer) / ties).clamp(0, 1)
-        hits[f"recall_at_{rank}"] = ((rank - before) / (ties_of_others + 1)).clamp(0, 1)
+        hits[f"recall_at_{rank}"] = _chance_of_a_match(rank - before, matches_at_best, others_at_best)
     return hits
+
+
+def check_finite(name: str, vectors: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: some of `vectors`, of shape `(num_vectors, dim)` and called `name`, have a NaN or infinite value.
+    """
+    rows = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if rows:
+        shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+        raise ValueError(
+            f"{name}: {len(rows)} of {len(vectors)} vectors are not finite (rows {shown}), so nothing can be ranked by them. Look for "
+            "NaN in the model's weights and in the volumes; float16 may have overflowed."
+        )
+
+
+def _chance_of_a_match(places: torch.Tensor, num_matches: torch.Tensor, num_others: torch.Tensor) -> torch.Tensor:
+    """
+    The chance that at least one of the matches is among the first `places` of matches and others in random order:
+    1 - C(others, places) / C(matches + others, places). All arguments are integers of shape `(num_pairs,)`.
+    """
+    drawn = places.clamp(min=0).minimum(num_others)  # with more places than others, a match has one for certain
+    total = num_matches + num_others
+
+    def log_factorial(number: torch.Tensor) -> torch.Tensor:
+        return torch.lgamma(number.double() + 1)
+
+    miss = log_factorial(num_others) - log_factorial(num_others - drawn)
+    miss = miss - log_factorial(total) + log_factorial(total - drawn)
+    return torch.where(places > num_others, 1.0, 1 - miss.exp()).clamp(0, 1).float()
 
 
 def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> float:
@@ -125,6 +163,7 @@ def with_volume_of_another_case(samples: datasets.Dataset) -> datasets.Dataset:
 __all__ = [
     "RECALL_RANKS",
     "chance_recall",
+    "check_finite",
     "retrieval_hits",
     "retrieval_recall",
     "with_volume_of_another_case",

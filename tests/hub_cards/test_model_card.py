@@ -98,8 +98,9 @@ def test_base_model_comes_from_the_text_model_only_if_it_is_a_repository(tmp_pat
     assert find_base_model(config) is None
     (tmp_path / "runs" / "last").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    config.text_config._name_or_path = "runs/last"
-    assert find_base_model(config) is None
+    for name in ("runs/last", "../last", "bert"):
+        config.text_config._name_or_path = name
+        assert find_base_model(config) is None
 
 
 def test_parameters_are_counted_once(vlm):

@@ -96,7 +96,7 @@ def test_hub_reads_the_results_and_all_else_stays(card):
 
 def test_readers_see_model_interval_blind_chance_and_count(card):
     text = add(card).read_text()
-    assert "### M3D-VQA, test" in text and "**Open questions**" in text
+    assert "### M3D-VQA, test: open questions\n" in text
     assert "| Accuracy | organ | 12.35 | 40.00 to 60.00 | 25.00 | 25.00 | 1,200 |" in text
     assert "| Accuracy | mean of types | 50.00 |  | 25.00 |  | 1,200 |" in text
     assert text.index("# A model") < text.index("\n## Results\n") < text.index("\n## Limits\n")
@@ -127,8 +127,34 @@ def test_data_sets_and_splits_stand_beside_each_other(card):
     assert add(card).read_bytes() == before  # each in its own place
 
 
+def test_tasks_of_one_data_set_stand_beside_each_other(card):
+    add(card, {"scores": [figure(value=0.5)]})
+    add(card, {"scores": [figure("report", "meteor", value=0.3)]})
+    text = card.read_text()
+    assert "| Accuracy | all | 50.00 |" in text and "| METEOR | all | 30.00 |" in text
+    add(card, {"scores": [figure(value=0.75)]})
+    text = card.read_text()
+    assert "| Accuracy | all | 75.00 |" in text and "50.00 |" not in text and "| METEOR | all | 30.00 |" in text
+    assert text.count("### M3D-VQA, test") == 2
+
+
+def test_a_part_of_a_split_is_not_taken_for_the_whole(card):
+    note = "Only the first 4 cases of the split 'test' were scored."
+    part = {"scores": [figure(), figure(metric="original_accuracy")], "notes": [note, "a <!-- b"], "num_cases": 4}
+    add(card, {**part, "part_of_split": True})
+    assert {str(result.dataset_args) for result in ModelCard.load(card).data.eval_results} == {"{'num_cases': 4}"}
+    text = card.read_text()
+    assert text.index("### M3D-VQA, test") < text.index(f"**{note}**") < text.index("| Accuracy | all |")
+    assert "**a &lt;!-- b**" in text
+    # The whole takes the place of the part, and no figure of the part is left beside it.
+    add(card, {"scores": [figure(value=0.7)], "notes": [], "num_cases": 900, "part_of_split": False})
+    (result,) = ModelCard.load(card).data.eval_results
+    assert (result.dataset_args, result.metric_value) == (None, 0.7) and note not in card.read_text()
+
+
 def test_results_of_others_stay(card):
-    card.write_bytes(CARD.replace("---\n\n", FOREIGN + "---\n\n", 1).encode())
+    foreign = FOREIGN.replace("type: beans}", "type: beans, args: [all]}")
+    card.write_bytes(CARD.replace("---\n\n", foreign + "---\n\n", 1).encode())
     add(card)
     results = ModelCard.load(card).data.eval_results
     assert (results[0].dataset_type, results[0].metric_value, results[0].verified) == ("beans", 0.9, True)
@@ -218,8 +244,11 @@ def test_metrics_are_named_as_on_the_hub(metric, identifier, name):
         ({"scores": []}, "at least one figure"),
         ({"scores": [{"task": "report"}]}, "figure 1: expected `task`, `metric`, `group` and `count`"),
         ({"scores": ["a"]}, "figure 1: expected `task`"),
+        ({"scores": [figure("a --> b")]}, "figure 1: expected `task` to be a word, got 'a --> b'"),
         ({"scores": [figure(value=float("nan"))]}, "figure 1: expected a finite `value`, got nan"),
         ({"scores": [figure(), figure()]}, "figure 2: closed_vqa / accuracy / all occurs a second time"),
+        ({"scores": [figure()], "part_of_split": True}, "expected the number of cases under `num_cases`, got None"),
+        ({"scores": [figure()], "notes": "Few."}, "expected a list of texts under `notes`, got 'Few.'"),
     ],
 )
 def test_scores_of_another_form_are_refused(card, scores, message):
@@ -251,7 +280,7 @@ def test_names_that_would_break_a_card_are_refused(card, options, message):
         ("---\na: [\n---\n", "its metadata are no YAML"),
         ("---\nmodel-index:\n- name: a\n---\n", "`model-index` is not of the Hub's form"),
         ("---\n{license: mit}\n---\n", "are no YAML|cannot be replaced without touching other metadata"),
-        ("---\na: 1\n---\n<!-- results on org/m3d, test: end -->\n", "each once"),
+        ("---\na: 1\n---\n<!-- results of open_vqa on org/m3d, test: end -->\n", "each once"),
     ],
 )
 def test_cards_that_cannot_be_changed_are_refused_and_left(tmp_path, text, message):

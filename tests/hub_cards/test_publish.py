@@ -71,8 +71,10 @@ def test_a_published_folder_is_complete_and_readable(published):
 
 def test_generation_is_greedy_and_ends_at_the_end_of_a_turn(vlm, tokenizer):
     model = SimpleNamespace(generation_config=GenerationConfig(do_sample=True, top_p=0.9, max_new_tokens=5))
+    model.generation_config.update(repetition_penalty=1.05, no_repeat_ngram_size=3, num_beams=4)
     config = greedy_generation_config(model, tokenizer)
     assert config.do_sample is False and config.top_p is None and config.max_new_tokens == 5
+    assert config.repetition_penalty is config.no_repeat_ngram_size is config.num_beams is None
     assert config.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert config.pad_token_id == tokenizer.pad_token_id
     assert model.generation_config.do_sample is True
@@ -253,14 +255,21 @@ def test_large_weights_are_sharded(vlm, tmp_path):
 
 
 class Hub:
-    """Stands in for `HfApi` and keeps what is uploaded."""
+    """Stands in for `HfApi` and keeps what is uploaded. `existing` are the files of a repository that is there before."""
 
-    def __init__(self):
+    def __init__(self, existing=None, private=False):
         self.created, self.files, self.options = [], {}, {}
+        self.existing, self.private = existing, private
 
     def create_repo(self, repo_id, **options):
         self.created.append((repo_id, options))
+        if self.existing is None:
+            self.existing, self.private = [".gitattributes"], bool(options.get("private"))
         return type("RepoUrl", (str,), {"repo_id": repo_id})(f"https://hub/{repo_id}")
+
+    def model_info(self, repo_id):
+        siblings = [SimpleNamespace(rfilename=name) for name in self.existing]
+        return SimpleNamespace(private=self.private, siblings=siblings)
 
     def upload_folder(self, repo_id, folder_path, **options):
         self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
@@ -279,6 +288,36 @@ def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monke
     assert set(hub.files) == {path.name for path in published["vlm"].iterdir()}
     assert 'model="org/name"' in hub.files["README.md"].decode()
     assert "*.py" in hub.options["delete_patterns"]
+
+
+@pytest.mark.parametrize(
+    "hub, options, error, message",
+    [
+        (Hub([".gitattributes"]), {"private": True}, ValueError, "org/name exists and is public: make it private"),
+        (Hub(["config.json"]), {"private": True, "overwrite": True}, ValueError, "exists and is public"),
+        (Hub(["config.json"], True), {"private": True}, FileExistsError, r"holds config\.json.*`overwrite=True`"),
+        (Hub(["old/model.safetensors"]), {}, FileExistsError, r"holds old/model\.safetensors.*`overwrite=True`"),
+    ],
+)
+def test_a_repository_that_exists_is_kept_from_readers_and_losses(encoder, monkeypatch, hub, options, error, message):
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    with pytest.raises(error, match=message):
+        publish(encoder.model, "org/name", processor=encoder.processor, push_to_hub=True, license="mit", **options)
+    assert not hub.files
+
+
+@pytest.mark.parametrize(
+    "hub, options",
+    [
+        (Hub([".gitattributes", "README.md", "LICENSE"]), {}),
+        (Hub(["config.json"]), {"overwrite": True}),
+        (Hub(["config.json"], True), {"overwrite": True, "private": True}),
+    ],
+)
+def test_a_repository_that_exists_takes_a_model_where_none_is_lost_unasked(encoder, monkeypatch, hub, options):
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    publish(encoder.model, "org/name", processor=encoder.processor, push_to_hub=True, license="mit", **options)
+    assert "model.safetensors" in hub.files
 
 
 def test_push_to_hub_of_a_model_and_a_processor_carries_the_code(vlm, monkeypatch):

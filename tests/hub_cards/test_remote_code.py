@@ -20,7 +20,7 @@ from med3dvlm.hub_cards.remote_code import (
 )
 
 
-ALLOWED = {"torch", "transformers", "numpy", "huggingface_hub"} | sys.stdlib_module_names
+ALLOWED = {"torch", "transformers", "numpy", "huggingface_hub", "safetensors"} | sys.stdlib_module_names
 ENCODER_CODE = {
     "configuration_dcformer.py",
     "fused_dcformer.py",
@@ -168,6 +168,25 @@ def test_references_to_another_repository_become_local(tmp_path):
     config.save_pretrained(tmp_path)
     assert "org/base" not in (tmp_path / "config.json").read_text()
     assert (tmp_path / "pipeline_med3dvlm.py").is_file()
+
+
+@pytest.mark.parametrize("name", ["/home/someone/qwen", "../qwen", "models/qwen", "~/qwen", "qwen"])
+def test_a_configuration_does_not_tell_where_its_parts_lay(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/qwen", "qwen"):
+        (tmp_path / folder).mkdir(parents=True)
+    config = tiny_vlm_config()
+    config.text_config._name_or_path = name
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["text_config"].get("_name_or_path", "") == "" and "_name_or_path" not in saved
+
+
+def test_a_configuration_keeps_the_repository_of_its_parts(tmp_path):
+    config = tiny_vlm_config()
+    config.text_config._name_or_path = "Qwen/Qwen2.5-7B-Instruct"
+    config.save_pretrained(tmp_path)
+    assert Med3DVLMConfig.from_pretrained(tmp_path).text_config._name_or_path == "Qwen/Qwen2.5-7B-Instruct"
 
 
 def test_files_are_whole_and_nothing_is_left_beside_them(tmp_path, monkeypatch):

@@ -83,6 +83,15 @@ def test_other_shapes_can_be_forgiven_alone(tmp_path):
         DCFormerModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
+@pytest.mark.parametrize("keep", [4, 0.5])
+def test_damaged_weights_are_refused_by_name(keep, tmp_path):
+    DCFormerModel(tiny.tiny_dcformer_config()).save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: keep if keep > 1 else int(len(content) * keep)])
+    with pytest.raises(OSError, match=rf"{tmp_path}: its weights are truncated or damaged .*download them again"):
+        DCFormerModel.from_pretrained(tmp_path)
+
+
 def test_loading_report_is_still_returned_when_asked_for(tmp_path):
     tiny.tiny_siglip().save_pretrained(tmp_path)
     model, info = DCFormerSiglipModel.from_pretrained(tmp_path, output_loading_info=True)

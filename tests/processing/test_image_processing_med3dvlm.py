@@ -8,6 +8,7 @@ import pytest
 import torch
 from nibabel.testing import data_path
 from PIL import Image
+from transformers import AutoImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "goldens"))
@@ -224,6 +225,8 @@ def test_report_says_what_was_done():
         (ct_image(affine=np.diag([0.002, 0.002, 0.002, 1])), "0.002 to 0.002 mm apart"),
         (ct_image(np.linspace(-250, 1200, 24).reshape(2, 3, 4)), "none is as low as air"),
         (ct_image(np.arange(24, 2424, 100, dtype=np.uint16).reshape(2, 3, 4)), "stored with an offset"),
+        (ct_image(np.arange(24, 2424, 100, dtype=np.float32).reshape(2, 3, 4)), "stored with an offset"),
+        (ct_image(np.linspace(-4096, 4095, 24).reshape(2, 3, 4)), "38 % of the voxels lie above 1000, which no CT"),
         (ct_image(np.linspace(-150, 500, 24).reshape(2, 3, 4)), "not as in CT"),
     ],
 )
@@ -231,6 +234,26 @@ def test_report_warns_of_what_deserves_a_second_look(source, message):
     report = processor()(source, return_report=True)["preprocessing_report"][0]
     assert any(message in warning for warning in report["warnings"])
     assert message in format_preprocessing_report(report)
+
+
+def test_air_below_the_window_and_a_narrow_window_are_no_reason_to_warn():
+    array = ct_array((14, 12, 10))
+    array[:9] = -1024
+    for hu_range in ("wide", "brain"):
+        report = processor(hu_range=hu_range)(ct_image(array), return_report=True)["preprocessing_report"][0]
+        assert report["clipped_fraction"] > 0.6 and report["warnings"] == []
+
+
+def test_report_of_another_format_is_plain_numbers(tmp_path):
+    nibabel.save(nibabel.MGHImage(ct_array((14, 12, 10)).astype(np.int32), np.eye(4)), tmp_path / "scan.mgz")
+    report = processor()(nibabel.load(tmp_path / "scan.mgz"), return_report=True)["preprocessing_report"][0]
+    assert json.loads(json.dumps(report)) == report and report["source_shape"] == [14, 12, 10]
+
+
+def test_volume_of_truth_values_has_percentiles():
+    array = ct_array() > 0
+    values = whole(intensity_mode="percentile")(array)["pixel_values"][0, 0]
+    assert np.array_equal(values.numpy(), array)
 
 
 def with_value(value):
@@ -279,7 +302,12 @@ def test_volumes_that_cannot_be_used_are_refused(source, options, message):
         ({"volume_index": 1.5}, "a whole number"),
         ({"do_rescale": True}, "`do_rescale` is an option of pictures.*use `intensity_mode`"),
         ({"size": {"height": 8, "width": 8}}, "`size` is an option of pictures.*use `image_size`"),
+        ({"data_format": "channels_last"}, "`data_format` is an option of pictures.*leave it out"),
+        ({"input_data_format": "channels_last"}, "`input_data_format` is an option of pictures.*leave it out"),
         ({"orientation": "LPL"}, "one letter each"),
+        ({"orientation": None}, "one letter each.*got None"),
+        ({"orientation": 3}, "one letter each.*got 3"),
+        ({"hu_rnge": "lung"}, "no option `hu_rnge`; did you mean `hu_range`"),
         ({"intensity_mode": "windw"}, "did you mean 'window'"),
         ({"hu_range": "lungs"}, "did you mean 'lung'"),
         ({"hu_range": [100, -100]}, "the lower first"),
@@ -331,9 +359,33 @@ def test_volumes_of_different_sizes_do_not_make_a_batch():
     ]
 
 
-def test_mistyped_option_is_refused():
+def test_mistyped_option_is_refused_when_loaded(tmp_path):
+    processor().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no option `hu_rnge`; did you mean `hu_range`"):
-        processor()(ct_array(), hu_rnge="lung")
+        Med3DVLMImageProcessor.from_pretrained(tmp_path, hu_rnge="lung")
+    with pytest.raises(ValueError, match="no option `hu_rnge`; did you mean `hu_range`"):
+        AutoImageProcessor.from_pretrained(tmp_path, hu_rnge="lung")
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intensity_mod": "percentile"}))
+    with pytest.raises(ValueError, match="no option `intensity_mod`; did you mean `intensity_mode`"):
+        Med3DVLMImageProcessor.from_pretrained(tmp_path)
+
+
+def test_options_of_a_tokenizer_and_of_loading_are_no_mistakes(tmp_path):
+    processor().save_pretrained(tmp_path)
+    others = {"padding_side": "left", "use_fast": True, "model_max_length": 512, "trust_remote_code": False}
+    for loader in (Med3DVLMImageProcessor, AutoImageProcessor):
+        loaded = loader.from_pretrained(tmp_path, hu_range="lung", **others)
+        assert loaded.hu_range == "lung" and not others.keys() & loaded.to_dict().keys()
+    _, unused = Med3DVLMImageProcessor.from_pretrained(tmp_path, hu_rnge="lung", return_unused_kwargs=True)
+    assert unused == {"hu_rnge": "lung"}
+
+
+def test_the_result_is_put_where_a_call_says():
+    assert processor()(ct_array(), device="cpu")["pixel_values"].device.type == "cpu"
+    assert processor()(ct_array(), device=torch.device("meta"))["pixel_values"].is_meta
+    with pytest.raises(ValueError, match="`device` belongs to a call"):
+        processor(device="meta")
 
 
 def test_numpy_numbers_serve_as_options():

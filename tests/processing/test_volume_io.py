@@ -140,8 +140,11 @@ def test_truncated_plain_file_is_refused_by_name(tmp_path):
         (np.zeros((4, 5, 6), dtype=complex), InvalidVolumeError, "complex numbers"),
         (np.zeros((4, 5, 6), dtype=[("R", "u1"), ("G", "u1")]), InvalidVolumeError, "colours"),
         (np.full((4, 5, 6), "x"), InvalidVolumeError, "one real number a voxel"),
+        (torch.ones(4, 5, 6).to_sparse(), InvalidVolumeError, r"sparse.*call `\.to_dense\(\)` first"),
+        (np.ma.masked_less(np.arange(120).reshape(4, 5, 6), 9), InvalidVolumeError, r"9 .*`\.filled\(-1000\)`"),
+        (nibabel.load(Path(data_path) / "minc1_4d.mnc"), InvalidVolumeError, "MINC series.*one volume as NIfTI"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if np.ndim(value) or hasattr(value, "affine") else str(value),
 )
 def test_bad_source_is_refused(source, error, message):
     with pytest.raises(error, match=message):
@@ -203,6 +206,21 @@ def test_series_needs_an_index():
     with pytest.raises(InvalidVolumeError, match="`volume_index` 2 is not in this file, which has 2 volumes"):
         read_voxels(volume, 2)
     assert np.array_equal(read_voxels(volume, 1), np.asarray(nibabel.load(SERIES).dataobj)[..., 1])
+
+
+def test_minc_image_of_one_volume_is_read():
+    image = nibabel.load(Path(data_path) / "minc1_1_scale.mnc")
+    assert np.array_equal(read_voxels(open_volume(image)), np.asarray(image.dataobj))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda batch: np.ma.masked_equal(batch.numpy(), 1)])
+def test_batches_are_refused_as_their_volumes(convert):
+    with pytest.raises(InvalidVolumeError, match=r"sparse|masked"):
+        flatten_volumes(convert(torch.arange(240).reshape(2, 1, 4, 5, 6)))
+
+
+def test_array_with_a_mask_that_masks_nothing_is_read():
+    assert np.array_equal(read_voxels(open_volume(np.ma.array(volume_array()))), volume_array())
 
 
 def test_series_of_one_needs_no_index(tmp_path):
@@ -273,7 +291,7 @@ def test_orienting_copies_nothing():
     assert np.shares_memory(orient(array, np.diag([-2.0, -3.0, 4.0, 1.0]), "LPS")[0], array)
 
 
-@pytest.mark.parametrize("orientation", ["LPX", "LP", "LRS", "lps", ""])
+@pytest.mark.parametrize("orientation", ["LPX", "LP", "LRS", "lps", "", None, 3, ["L", "P", "S"]])
 def test_unknown_orientation_word_is_refused(orientation):
     with pytest.raises(ValueError, match="one letter each of L/R, P/A and I/S"):
         check_orientation(orientation)

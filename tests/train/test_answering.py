@@ -76,6 +76,16 @@ def test_a_volume_goes_through_the_language_model_once_for_all_its_questions():
     assert all(shape == (6, 1) for shape in seen[2:])
 
 
+def test_decoding_is_greedy_whatever_the_generation_config_says():
+    model, processor = build_tiny_model((32, 64, 96))
+    expected = answer_samples(model, processor, samples(), Blocks(), max_new_tokens=12)
+    options = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "num_beams": 2}
+    for option, value in options.items():
+        model, processor = build_tiny_model((32, 64, 96))
+        model.generation_config.update(**{option: value})
+        assert answer_samples(model, processor, samples(), Blocks(), max_new_tokens=12) == expected, option
+
+
 def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_answer():
     model, processor = build_tiny_model((32, 64, 96))
     (row, *_) = samples()

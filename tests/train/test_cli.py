@@ -11,6 +11,7 @@ from nibabel.testing import data_path
 from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app, parse_hu_range
+from med3dvlm.train.command_line import require_extra
 from med3dvlm.train.demo import build_tiny_model
 
 
@@ -160,6 +161,32 @@ def test_help_teaches(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout and len(result.stdout) > 400
+
+
+def test_publish_is_shown_on_a_whole_model_and_sends_adapters_to_merge():
+    shown = {"help": run("publish", "--help").stdout, "README": (Path(__file__).parents[2] / "README.md").read_text()}
+    for text in shown.values():
+        assert "med3dvlm publish runs/projector/checkpoint-900 " in text and "publish runs/finetune" not in text
+    assert "med3dvlm merge" in shown["help"]
+
+
+def test_weights_that_are_cut_off_end_with_code_2_and_one_clear_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for arguments in (
+        ("ask", SCAN, "?", "--model", tmp_path / "model"),
+        ("publish", tmp_path / "model", tmp_path / "x"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert f"{tmp_path / 'model'}: its weights are truncated or damaged" in result.stderr
+
+
+def test_a_missing_extra_is_installed_from_the_clone():
+    with pytest.raises(ImportError, match=r"needs no_such_module: .*clone.*pip install \"\.\[train\]\"") as caught:
+        require_extra("train", "json", "no_such_module")
+    assert "med3dvlm[" not in str(caught.value)  # no index has a package of that name
 
 
 @pytest.mark.parametrize("text, expected", [(None, None), ("lung", "lung"), ("-160,240", [-160.0, 240.0])])

@@ -1,9 +1,11 @@
+import itertools
+
 import datasets
 import pytest
 import torch
 
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.scoring import chance_recall, retrieval_recall, with_volume_of_another_case
+from med3dvlm.train.scoring import chance_recall, retrieval_hits, retrieval_recall, with_volume_of_another_case
 
 
 def unit(vectors):
@@ -33,6 +35,40 @@ def test_ties_count_as_if_their_order_were_drawn():
     assert same["recall_at_1"] == 1 and same["plain_recall_at_1"] == 0.5
     constant = retrieval_recall(torch.ones(8, 3), torch.ones(8, 3), torch.arange(8), ranks=(1,))
     assert constant["recall_at_1"] == pytest.approx(1 / 8)  # a collapsed model scores chance
+
+
+def test_ties_of_identical_reports_against_every_order():
+    generator = torch.Generator().manual_seed(0)
+    similarities = torch.randint(0, 2, (6, 6), generator=generator).float()
+    groups = torch.tensor([0, 1, 0, 2, 1, 0])
+    orders = list(itertools.permutations(range(6)))
+    hits = retrieval_hits(similarities, torch.eye(6), groups, ranks=(1, 2, 3, 4))
+    for rank in (1, 2, 3, 4):
+        for query, row in enumerate(similarities.tolist()):
+            nearest = [sorted(range(6), key=lambda place: (-row[place], order[place]))[:rank] for order in orders]
+            matching = sum(any(groups[place] == groups[query] for place in places) for places in nearest)
+            assert float(hits[f"recall_at_{rank}"][query]) == pytest.approx(matching / len(orders))
+            own = sum(query in places for places in nearest)
+            assert float(hits[f"plain_recall_at_{rank}"][query]) == pytest.approx(own / len(orders))
+
+
+def test_a_collapsed_model_scores_chance_whatever_reports_are_identical():
+    constant, groups = torch.ones(12, 3), torch.arange(12) % 4
+    recalls = retrieval_recall(constant, constant, groups)
+    for rank in (1, 5, 10):
+        assert recalls[f"recall_at_{rank}"] == pytest.approx(chance_recall(groups, 12, rank))
+
+
+def test_vectors_that_are_not_finite_are_refused():
+    vectors = unit([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
+    broken = vectors.clone()
+    broken[1:] = torch.tensor([[float("nan"), 0.0], [0.0, 1.0], [0.0, float("inf")]])
+    with pytest.raises(ValueError, match=r"queries: 2 of 4 vectors are not finite \(rows 1, 3\)"):
+        retrieval_hits(broken, vectors, torch.arange(4))
+    with pytest.raises(ValueError, match=r"gallery: 4 of 4 vectors are not finite \(rows 0, 1, 2, \.\.\.\)"):
+        retrieval_recall(vectors, torch.full((4, 2), float("nan")), torch.arange(4))
+    with pytest.raises(ValueError, match=r"queries: 2 of 4 vectors are not finite \(rows 1, 3\)"):
+        retrieval_recall(broken, vectors, torch.arange(4), gallery_size=2)  # rows of all pairs, not of a gallery
 
 
 def test_galleries_are_scored_one_by_one():

@@ -338,13 +338,14 @@ def evaluate_all_command(
         encoder = None if dual_encoder is None else check_model_name(dual_encoder)
         start_processes_if_needed(processes, device)
         with step("importing"):
+            from .clinical import CLINICAL_METRICS, build_clinical_metrics
             from .runner import MetricOptions, build_text_metrics, evaluate_answers, evaluate_retrieval, questions_of
         hush_progress_bars()
         options = {"split": split, "num_cases": cases, "blind": blind, "dtype": dtype, "prepared": prepared}
         metric_options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers)
-        build_text_metrics(
-            metric_options, ("report",)
-        )  # before hours of retrieval: what is missing is to be known now
+        # Before hours of retrieval: what is missing is to be known now.
+        build_text_metrics(metric_options, ("report",))
+        build_clinical_metrics([name for name in metric_options.names if name in CLINICAL_METRICS])
         work = make_work(batch_size, device, cache)
         parts: dict[str, dict[str, Any]] = {}
         texts = []
@@ -512,7 +513,7 @@ def evaluate_dependence_command(
         asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
         settings = make_settings(data, asked, split=split, num_cases=cases, dtype=dtype, prepared=prepared)
         work = make_work(batch_size, device, cache)
-        samples = read_samples(settings)
+        samples, _ = read_samples(settings)
         kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
         loaded, processor = load_for_evaluation(source, kind, settings, work)
         rows = check_image_dependence(
@@ -551,7 +552,7 @@ def evaluate_card_command(
     """
     Put the results of evaluations into a model card: into its model-index, which the Hub reads, and as tables for readers.
 
-    Doing it again replaces what was there of the same data set and split.
+    Doing it again replaces what was there of the same task, data set and split. Scores of a part of a split are marked as such.
 
     Example: med3dvlm evaluate card published/med3dvlm evaluation/vqa evaluation/report --dataset M3D --dataset-id GoodBaiBai88/M3D-VQA
     """
@@ -578,27 +579,32 @@ def evaluate_references_command(
     data: DataOption,
     out: Annotated[Path, typer.Argument(help="JSON lines file.", show_default=False)],
     tasks: Annotated[
-        str, typer.Option(help="What is asked, with commas between tasks.")
-    ] = "report,closed_vqa,open_vqa",
+        str | None,
+        typer.Option(
+            help="What is asked, with commas between tasks.",
+            show_default="report, and all questions that the split has",
+        ),
+    ] = None,
     split: SplitOption = "test",
     cases: CasesOption = None,
 ) -> None:
     """
     Write what is asked, with ids, for a system that this package does not run: it answers each line, and `--predictions`
-    scores the answers.
+    scores the answers. One file of answers serves `evaluate report` and `evaluate vqa`.
 
     Example: med3dvlm evaluate references references.jsonl --data data/m3d --tasks report
     """
     with bad_input_is_an_answer():
         require_eval_extra()
-        settings = make_settings(data, tuple(tasks.split(",")), split=split, num_cases=cases)
         from dataclasses import asdict
 
         from ..files import write_json_lines
         from .predictions import build_references
-        from .runner import read_samples
+        from .runner import questions_of, read_samples
 
-        references = build_references(read_samples(settings))
+        asked = tuple(tasks.split(",")) if tasks else ("report", *questions_of(data, split))  # type: ignore[arg-type]
+        settings = make_settings(data, asked, split=split, num_cases=cases)
+        references = build_references(read_samples(settings)[0])
         write_json_lines([asdict(reference) for reference in references], out)
         typer.echo(f"{out}: {len(references)} lines")
 

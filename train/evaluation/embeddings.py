@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..answering import embed_samples
 from ..files import write_atomically
+from ..scoring import check_finite
 from .predictions import Reference
 from .settings import EvaluationSettings, Work, build_volumes, load_for_evaluation
 
@@ -84,7 +85,7 @@ def read_embeddings(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has not the two tensors of one shape, with `number` rows.
+        ValueError: the file has not the two tensors of one shape, with `number` rows of finite values.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of embeddings.")
@@ -99,6 +100,8 @@ def read_embeddings(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor
         raise ValueError(
             f"{path}: expected {number} embeddings, one for each report, got {len(tensors['image_embeds'])}."
         )
+    for name, tensor in tensors.items():
+        check_finite(f"{path}, {name}", tensor)
     image_embeds, text_embeds = (normalize(tensors[name].float(), dim=1) for name in ("image_embeds", "text_embeds"))
     return image_embeds, text_embeds
 

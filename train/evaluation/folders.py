@@ -1,6 +1,7 @@
 """The files of an evaluation: settings, scores, and what identifies a model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 import transformers
 
 from ...modeling_med3dvlm.original_source import sha256_of
-from ..files import write_json_atomically
+from ..files import write_json_atomically, write_json_lines
 from ..stages import PUBLISHED, differing_keys
+from .predictions import read_json_lines
 from .scores import Score
 
 
@@ -46,13 +48,37 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
     write_json_atomically(settings, path)
 
 
+def keep_references(output: Path, references: Sequence[dict[str, Any]]) -> None:
+    """
+    Writes what is asked into a folder that was begun, or checks that it is what was asked there before: answers are kept by id,
+    and the id of a question says only which row of the data it is.
+
+    Raises:
+        ValueError: the data have changed since.
+    """
+    path = output / REFERENCES
+    if not path.is_file():
+        write_json_lines(references, path)
+        return
+    begun = [row for _, row in read_json_lines(path)]
+    changed = [(old, new) for old, new in zip(begun, references) if old != new]
+    if len(begun) != len(references):
+        problem = f"it asks for {len(begun)} questions and reports, the data have {len(references)} now"
+    elif changed:
+        old, new = changed[0]
+        keys = ", ".join(sorted(differing_keys(old, new)))
+        problem = f"{len(changed)} of its {len(begun)} questions and reports are others now, the first is {new['id']} ({keys})"
+    else:
+        return
+    raise ValueError(
+        f"{output}: the data have changed since this evaluation began: {problem}. Choose another folder, or restore the data."
+    )
+
+
 def describe_source(name: str) -> dict[str, Any]:
     """
     What identifies a model or a file: its name, and the SHA-256 of its content; of a folder, those of its configuration and
-    weights. A repository on the Hub is its name alone.
-
-    Raises:
-        FileNotFoundError: a path to a file that is not there.
+    weights. What is neither is a repository on the Hub, and its name alone.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -62,8 +88,6 @@ def describe_source(name: str) -> dict[str, Any]:
         # A stage calls its result `published`: what tells it from others is the folder above.
         place = path.absolute().parent if path.name == PUBLISHED else path
         return {"name": place.name, "sha256": {file.name: sha256_of(file) for file in files}}
-    if path.suffix or path.is_absolute():
-        raise FileNotFoundError(f"{name}: there is no such file.")
     return {"name": name, "sha256": {}}
 
 
@@ -112,6 +136,7 @@ __all__ = [
     "RUN",
     "SCORES",
     "describe_source",
+    "keep_references",
     "open_folder",
     "read_scores",
     "score_fields",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.samples import QUESTION_TYPES
+from ..data.samples import QUESTION_TYPES, TASKS
 from ..prompts import format_answer, format_question
 
 
@@ -84,11 +84,11 @@ def build_references(samples: Iterable[Mapping[str, Any]]) -> list[Reference]:
 
 def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
     """
-    The predictions of a file, in the order of the references.
+    The predictions of a file, in the order of the references, without white space at their ends.
 
     Args:
         path (`Path`):
-            JSON lines with `id` and `prediction`; further keys are ignored.
+            JSON lines with `id` and `prediction`; further keys, and ids of tasks that are not asked, are ignored.
         references (`Sequence[Reference]`):
             What was asked.
 
@@ -108,10 +108,10 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
             )
         if row["id"] in found:
             raise ValueError(f"{path}, line {number}: the id {row['id']!r} occurs a second time.")
-        found[row["id"]] = row["prediction"]
+        found[row["id"]] = row["prediction"].strip()
     wanted = [reference.id for reference in references]
-    known = set(wanted)
-    unknown = [name for name in found if name not in known]
+    known, not_asked = set(wanted), {*TASKS} - {reference.task for reference in references}
+    unknown = [name for name in found if name not in known and name.partition("/")[0] not in not_asked]
     missing = [name for name in wanted if name not in found]
     problems = []
     if unknown:

@@ -22,7 +22,7 @@ from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGenerat
 from ..answering import iterate_answers
 from ..data.dataset import text_group_id
 from ..data.m3d import VQA_FOLDER, VQA_SPLITS
-from ..data.samples import Split, Task
+from ..data.samples import SPLITS, Split, Task
 from ..data.study import first_cases, read_task
 from ..files import write_atomically, write_json_atomically, write_json_lines
 from ..scoring import with_volume_of_another_case
@@ -38,9 +38,9 @@ from .embeddings import embed_all, gather_embeddings, read_embeddings
 from .folders import (
     EMBEDDINGS,
     PREDICTIONS,
-    REFERENCES,
     SCORES,
     describe_source,
+    keep_references,
     open_folder,
     score_fields,
     versions,
@@ -49,7 +49,15 @@ from .journal import Journal
 from .plots import calibration_bins, expected_calibration_error
 from .predictions import Reference, build_references, read_predictions
 from .retrieval import GALLERY_SIZES, score_retrieval
-from .scores import SampleScores, Score, TextMetric, answers_of_another_case, score_samples, summarise
+from .scores import (
+    SampleScores,
+    Score,
+    TextMetric,
+    answers_of_another_case,
+    score_samples,
+    summarise,
+    types_of_one_case,
+)
 from .settings import EvaluationSettings, Work, build_volumes, check_kind, load_for_evaluation, start_processes
 from .statistics import describe_answers
 from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_data, corpus_bleu_4
@@ -115,8 +123,8 @@ def evaluate_answers(
 
     Raises:
         FileNotFoundError: data, model, predictions, or what a metric needs, are not there.
-        ValueError: not exactly one of `model` and `predictions`; the folder holds an evaluation with other settings; the
-            predictions do not match the references.
+        ValueError: not exactly one of `model` and `predictions`; the folder holds an evaluation with other settings or of other
+            data; the predictions do not match the references; the blind control has one case only.
     """
     if (model is None) == (predictions is None):
         raise ValueError("Expected exactly one of a model and a file of predictions.")
@@ -131,12 +139,13 @@ def evaluate_answers(
         if "report" not in settings.tasks:
             raise ValueError("A labeller is for reports: leave it out, or evaluate reports.")
     state = start_processes(work)
-    samples = read_samples(settings)
+    samples, is_part = read_samples(settings)
     references = build_references(samples)
     # What is given is looked at before the folder is begun, which is then for it alone.
     answers: dict[str, list[dict[str, Any]]] = {}
     if model is not None:
         check_kind(model, Med3DVLMForConditionalGeneration)
+        check_blind_control(settings, samples)
     for mode, file in {"given": predictions, "blind": blind_predictions}.items():
         if file is not None:
             answers[mode] = [{"prediction": text} for text in read_predictions(file, references)]
@@ -162,8 +171,9 @@ def evaluate_answers(
         metrics=asdict(metrics),
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
+        part_of_split=is_part,
         notes=[
-            *notes_on(settings, samples, references, answers),
+            *notes_on(settings, is_part, references, answers),
             *clinical_notes(clinical),
         ],
         samples_per_second=num_new / seconds if num_new else None,
@@ -194,17 +204,18 @@ def evaluate_retrieval(
 
     Raises:
         FileNotFoundError: data, model or embeddings are not there.
-        ValueError: not exactly one of `model` and `embeddings`; the folder holds an evaluation with other settings; the
-            embeddings are of another number than the reports.
+        ValueError: not exactly one of `model` and `embeddings`; the folder holds an evaluation with other settings or of other
+            data; the embeddings are of another number than the reports, or not finite; the blind control has one case only.
     """
     if (model is None) == (embeddings is None):
         raise ValueError("Expected exactly one of a model and a file of embeddings.")
     work = work or Work()
     state = start_processes(work)
-    samples = read_samples(settings)
+    samples, is_part = read_samples(settings)
     references = build_references(samples)
     if model is not None:
         check_kind(model, DCFormerSiglipModel)
+    check_blind_control(settings, samples)
     if embeddings is not None:
         image_embeds, text_embeds = read_embeddings(embeddings, len(references))
     folder_settings = begin(output, settings, model or str(embeddings), references, state)
@@ -226,7 +237,7 @@ def evaluate_retrieval(
         blind_order = [places[image] for image in with_volume_of_another_case(samples)["image"]]
     scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
     num_reports = len(set(group_ids.tolist()))
-    notes = notes_on(settings, samples, references, {})
+    notes = notes_on(settings, is_part, references, {})
     missing = [size for size in GALLERY_SIZES if size > len(references)]
     if missing:
         notes.append(f"No gallery of {', '.join(map(str, missing))}: there are only {len(references)} pairs.")
@@ -239,6 +250,7 @@ def evaluate_retrieval(
         settings=folder_settings,
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
+        part_of_split=is_part,
         notes=notes,
         samples_per_second=num_new / seconds if num_new else None,
         details={"recall_curves": curves},
@@ -252,9 +264,22 @@ def begin(
     folder_settings = {**asdict(settings), "model": describe_source(source)}
     if state.is_main_process:
         open_folder(output, folder_settings)
-        write_json_lines([asdict(reference) for reference in references], output / REFERENCES)
+        keep_references(output, [asdict(reference) for reference in references])
     state.wait_for_everyone()
     return folder_settings
+
+
+def check_blind_control(settings: EvaluationSettings, samples: datasets.Dataset) -> None:
+    """
+    Raises:
+        ValueError: the blind control is asked for, and no case has another one.
+    """
+    num_cases = len(set(samples["case"]))
+    if settings.blind and num_cases < 2:
+        raise ValueError(
+            f"The blind control needs samples of at least two cases, got {num_cases}: take more cases, or leave it out "
+            "(--no-blind)."
+        )
 
 
 def finish(output: Path, scores: Sequence[Score], **facts: Any) -> dict[str, Any]:
@@ -264,27 +289,36 @@ def finish(output: Path, scores: Sequence[Score], **facts: Any) -> dict[str, Any
     return result
 
 
-def read_samples(settings: EvaluationSettings) -> datasets.Dataset:
+def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
     """
-    What is asked, one task after the other.
+    What is asked, one task after the other, and whether that is only a part of the split.
 
     Raises:
         FileNotFoundError: data are not there.
         ValueError: a task has no sample.
     """
-    parts = []
+    parts, is_part = [], False
     for task in settings.tasks:
-        part = first_cases(read_task(settings.data, settings.split, task), settings.num_cases)
+        whole = read_task(settings.data, settings.split, task)
+        part = first_cases(whole, settings.num_cases)
+        is_part = is_part or len(part) < len(whole)
         if len(part) == 0:
             raise ValueError(
                 f"{settings.data}: the split {settings.split!r} has no sample of the task {task!r}. Choose other tasks."
             )
         parts.append(part)
-    return datasets.concatenate_datasets(parts)
+    return datasets.concatenate_datasets(parts), is_part
 
 
 def questions_of(data: str, split: Split) -> tuple[Task, ...]:
-    """The tasks of questions that a study has: yes/no questions only where there is a file of them, or in a manifest."""
+    """
+    The tasks of questions that a study has: yes/no questions only where there is a file of them, or in a manifest.
+
+    Raises:
+        ValueError: the split is not known.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"--split: expected one of {', '.join(SPLITS)}, got {split!r}.")
     root = Path(data).expanduser()
     if root.is_file():
         tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
@@ -449,7 +483,7 @@ def corpus_score(asked: Sequence[Reference], texts: Mapping[str, Sequence[str]],
         high=float("nan"),
         count=len(asked),
         blind=corpus_bleu_4(texts["blind"], expected) if "blind" in texts else None,
-        chance=corpus_bleu_4(guesses, expected),
+        chance=None if types_of_one_case(asked) else corpus_bleu_4(guesses, expected),
     )
 
 
@@ -484,14 +518,14 @@ def merged_lines(
 
 def notes_on(
     settings: EvaluationSettings,
-    samples: datasets.Dataset,
+    is_part: bool,
     references: Sequence[Reference],
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[str]:
     """What a reader of the scores must know: fewer cases than the split has, and empty answers."""
     notes = []
-    if settings.num_cases is not None:
-        notes.append(f"Only the first {len(set(samples['case']))} cases of the split {settings.split!r} were scored.")
+    if is_part:
+        notes.append(f"Only the first {settings.num_cases} cases of the split {settings.split!r} were scored.")
     for mode, rows in answers.items():
         empty = [reference.id for reference, row in zip(references, rows) if not row["prediction"].strip()]
         if empty:

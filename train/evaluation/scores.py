@@ -112,7 +112,8 @@ def summarise(
             The same, of [`answers_of_another_case`]. Chance of an accuracy is one in the number of choices instead.
 
     Returns:
-        `list[Score]`. The mean over types stands there only if there are types.
+        `list[Score]`. The mean over types stands there only if there are types. Of texts, a group with a type of question that
+        only one case is asked has no chance.
     """
     task = references[0].task
     types = [QUESTION_TYPES.get(reference.question_type, "") for reference in references]
@@ -126,10 +127,16 @@ def summarise(
             return _mean([_mean([values[place] for place in places_of[name]]) for name in names])
         return _mean([values[place] for place in groups[group]])
 
+    alone = types_of_one_case(references)
     lines = []
     for metric, values in scores.items():
-        guessed = None if chance_scores is None or task in CHANCE else chance_scores.get(metric)
         for group, places in groups.items():
+            if task in CHANCE:
+                chance = CHANCE[task] if metric == "accuracy" else None
+            elif chance_scores is None or any(references[place].question_type in alone for place in places):
+                chance = None
+            else:
+                chance = mean(chance_scores[metric], group)
             low, high = bootstrap_interval(
                 [values[place] for place in places],
                 [references[place].case for place in places],
@@ -145,7 +152,7 @@ def summarise(
                     high=high,
                     count=len(places),
                     blind=None if blind_scores is None else mean(blind_scores[metric], group),
-                    chance=mean(guessed, group) if guessed else CHANCE.get(task) if metric == "accuracy" else None,
+                    chance=chance,
                 )
             )
     return lines
@@ -153,17 +160,28 @@ def summarise(
 
 def answers_of_another_case(references: Sequence[Reference]) -> list[str]:
     """
-    For each reference the true answer of another one of the same type of question, half-way round the list: what a system says
-    that knows the answers and has seen no volume.
+    For each reference a true answer of another case to the same type of question, half-way round the list of cases: what a
+    system says that knows the answers and has seen no volume. Empty where a type has one case only, see [`types_of_one_case`].
     """
-    places_of: dict[int, list[int]] = {}
+    places_of: dict[int, dict[str, list[int]]] = {}
     for place, reference in enumerate(references):
-        places_of.setdefault(reference.question_type, []).append(place)
+        places_of.setdefault(reference.question_type, {}).setdefault(reference.case, []).append(place)
     answers = [""] * len(references)
-    for places in places_of.values():
-        for turn, place in enumerate(places):
-            answers[place] = references[places[(turn + len(places) // 2) % len(places)]].expected
+    for by_case in places_of.values():
+        cases = list(by_case.values())
+        for turn, places in enumerate(cases):
+            others = cases[(turn + len(cases) // 2) % len(cases)]
+            for number, place in enumerate(places if len(cases) > 1 else []):
+                answers[place] = references[others[number % len(others)]].expected
     return answers
+
+
+def types_of_one_case(references: Sequence[Reference]) -> set[int]:
+    """Types of question that only one case is asked, so that there is no answer of another case to guess with."""
+    cases_of: dict[int, set[str]] = {}
+    for reference in references:
+        cases_of.setdefault(reference.question_type, set()).add(reference.case)
+    return {question_type for question_type, cases in cases_of.items() if len(cases) == 1}
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -172,8 +190,8 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
 
 
 def has_same_words(text: str, other: str) -> bool:
-    """Whether two texts have the same words, whatever the case of letters and the full stop at the end."""
-    one, two = (entry.lower().rstrip(". ").split() for entry in (text, other))
+    """Whether two texts have the same words, whatever the case of letters, white space and the full stop at the end."""
+    one, two = (entry.lower().strip().rstrip(". ").split() for entry in (text, other))
     return one == two
 
 
@@ -192,4 +210,5 @@ __all__ = [
     "has_same_words",
     "score_samples",
     "summarise",
+    "types_of_one_case",
 ]

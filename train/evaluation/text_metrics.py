@@ -161,7 +161,9 @@ class BertScore(SampleMetric):
         """Scores, one for each pair; in [-1, 1] by definition, and hardly ever below 0."""
         scores = [0.0] * len(predictions)
         # bert_score cannot encode an empty text with transformers 5. What it gave before, with nothing to match, is 0.
-        filled = [place for place, pair in enumerate(zip(predictions, references)) if all(pair)]
+        filled = [
+            place for place, pair in enumerate(zip(predictions, references)) if all(text.strip() for text in pair)
+        ]
         if filled:
             texts, targets = ([entries[place] for place in filled] for entries in (predictions, references))
             for place, value in zip(filled, self.scorer.score(texts, targets, batch_size=self.batch_size)[2].tolist()):

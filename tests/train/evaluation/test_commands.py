@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -55,6 +56,28 @@ def test_another_system_answers_the_references(study, tmp_path):
     assert f"1 of {len(rows)} have no prediction: closed_vqa/000000" in result.stderr
 
 
+def test_one_file_of_answers_serves_reports_and_all_questions(study, tmp_path):
+    references = tmp_path / "references.jsonl"
+    assert run("references", references, "-d", study).exit_code == 0
+    rows = [json.loads(line) for line in references.read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"report", "closed_vqa", "open_vqa", "yes_no_vqa"}
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"id": row["id"], "prediction": row["reference"]}) + "\n" for row in rows))
+    for command in ("report", "vqa"):
+        arguments = [command, "-d", study, "-o", tmp_path / command, "--predictions", answers, "--metrics", "bleu_1"]
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+
+
+def test_metrics_that_are_not_there_are_known_before_retrieval(study, vlm, dual_encoder, tmp_path, monkeypatch):
+    for package in ("RaTEScore", "radeval"):
+        monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["all", "-m", vlm, "--dual-encoder", dual_encoder, "-d", study, "-o", tmp_path / "out"]
+    result = run(*arguments, "--cases", "2", "--max-new-tokens", "2", "--metrics", "bleu_1,ratescore")
+    assert result.exit_code == 2 and "pip install RaTEScore" in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_published_figures_stand_beside_scores_on_m3d_alone(study, tmp_path):
     m3d = tmp_path / "m3d"
     m3d.mkdir()
@@ -73,13 +96,18 @@ def test_published_figures_stand_beside_scores_on_m3d_alone(study, tmp_path):
 def test_results_go_into_the_card(study, vlm, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(vlm, model)
-    arguments = ["vqa", "-m", model, "-d", study, "-o", tmp_path / "vqa", "--tasks", "closed_vqa", "--cases", "2"]
-    assert run(*arguments, "--max-new-tokens", "2").exit_code == 0
-    result = run("card", model, tmp_path / "vqa", "--dataset", "Drawn phantoms")
+    options = ["-m", model, "-d", study, "--cases", "2", "--max-new-tokens", "2"]
+    assert run("vqa", *options, "-o", tmp_path / "vqa", "--tasks", "closed_vqa").exit_code == 0
+    assert run("report", *options, "-o", tmp_path / "report", "--metrics", "bleu_1").exit_code == 0
+    result = run("card", model, tmp_path / "vqa", tmp_path / "report", "--dataset", "Drawn phantoms")
     assert result.exit_code == 0, result.output
     results = ModelCard.load(model / "README.md").data.eval_results
     assert {entry.dataset_type for entry in results} == {"Drawn-phantoms"}
-    assert {entry.metric_type for entry in results} == {"accuracy"}
+    assert {entry.metric_type for entry in results} == {"accuracy", "bleu", "corpus_bleu_4", "exact_match"}
+    assert all(entry.dataset_args == {"num_cases": 2} for entry in results)
+    text = (model / "README.md").read_text()
+    assert "| Accuracy | all |" in text and "| BLEU-1 | all |" in text
+    assert text.count("**Only the first 2 cases of the split 'test' were scored.**") == 2
     missing = run("card", model, tmp_path / "nowhere")
     assert missing.exit_code == 2 and "there are no scores" in missing.stderr
 
@@ -111,6 +139,10 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
         (["vqa", "--predictions", "p", "--tasks", "guess"], "task: expected one of report, closed_vqa"),
         (
             ["report", "--predictions", "p", "--split", "val"],
+            "--split: expected one of train, validation, test, got 'val'",
+        ),
+        (
+            ["vqa", "--predictions", "p", "--split", "val"],
             "--split: expected one of train, validation, test, got 'val'",
         ),
         (["report", "--predictions", "p", "--dtype", "int8"], "--dtype: expected one of auto"),

@@ -48,6 +48,21 @@ def test_predictions_come_in_the_order_of_the_references(tmp_path):
     assert read_predictions(path, references) == ["0open_vqa", "0closed_vqa", "1open_vqa", "0report"]
 
 
+def test_white_space_around_predictions_does_not_count(tmp_path):
+    rows = [{"id": "open_vqa/000000", "prediction": " Yes.\n"}]
+    assert read_predictions(write(tmp_path / "p.jsonl", *rows), build_references(SAMPLES[:1])) == ["Yes."]
+
+
+def test_answers_to_tasks_that_are_not_asked_are_passed_over(tmp_path):
+    references = build_references(SAMPLES[:1])
+    answers = [{"id": name, "prediction": name} for name in ("open_vqa/000000", "report/000000", "yes_no_vqa/000007")]
+    path = write(tmp_path / "p.jsonl", *answers)
+    assert read_predictions(path, references) == ["open_vqa/000000"]
+    write(path, *answers, {"id": "open_vqa/000009", "prediction": ""})  # of a task that is asked
+    with pytest.raises(ValueError, match="1 ids are not among the 1 asked: open_vqa/000009"):
+        read_predictions(path, references)
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

@@ -11,9 +11,10 @@ from med3dvlm.hub_cards.publish import load_model
 from med3dvlm.processing.processing_med3dvlm import Med3DVLMProcessor
 from med3dvlm.train.answering import answer_samples
 from med3dvlm.train.data.dataset import ProcessedVolumes
+from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.data.study import read_task
 from med3dvlm.train.evaluation import runner, settings
-from med3dvlm.train.evaluation.folders import read_scores
+from med3dvlm.train.evaluation.folders import describe_source, read_scores
 from med3dvlm.train.evaluation.predictions import read_json_lines
 from med3dvlm.train.evaluation.runner import MetricOptions, evaluate_answers, evaluate_retrieval, questions_of
 from med3dvlm.train.evaluation.settings import EvaluationSettings, Work
@@ -144,6 +145,44 @@ def test_a_folder_of_something_else_is_refused(study, vlm, evaluated, tmp_path):
         evaluate_answers(tmp_path, asked(study), vlm, metrics=METRICS)
 
 
+@pytest.mark.parametrize("kind", ["vlm", "dual_encoder"])
+def test_answers_to_other_data_are_not_taken_for_answers(kind, request, tmp_path):
+    manifest = write_example_manifest(tmp_path / "example")
+    wanted = EvaluationSettings(str(manifest), ("report",), "train", max_new_tokens=2, blind=False)
+
+    def evaluate():
+        if kind == "vlm":
+            return evaluate_answers(tmp_path / "out", wanted, request.getfixturevalue(kind), metrics=METRICS)
+        return evaluate_retrieval(tmp_path / "out", wanted, request.getfixturevalue(kind))
+
+    first = evaluate()
+    assert evaluate()["scores"] == first["scores"]
+    asked = (tmp_path / "out" / "references.jsonl").read_bytes()
+    head, *rows = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join([head, *rows[::-1]]))
+    with pytest.raises(ValueError, match=r"4 of its 4 .* report/000000 \(case, image, reference\).*restore the data"):
+        evaluate()
+    manifest.write_text("".join([head, *rows, rows[0].replace("scan_1", "scan_5")]))
+    with pytest.raises(ValueError, match="asks for 4 questions and reports, the data have 5 now"):
+        evaluate()
+    assert (tmp_path / "out" / "references.jsonl").read_bytes() == asked
+    manifest.write_text("".join([head, *rows]))
+    assert evaluate()["scores"] == first["scores"]
+
+
+def test_the_blind_control_of_one_case_is_refused_before_anything_is_written(study, vlm, dual_encoder, tmp_path):
+    with pytest.raises(ValueError, match="at least two cases, got 1: .*--no-blind"):
+        evaluate_answers(tmp_path / "out", asked(study, num_cases=1), vlm, metrics=METRICS)
+    with pytest.raises(ValueError, match="at least two cases, got 1: .*--no-blind"):
+        evaluate_retrieval(tmp_path / "out", asked(study, ("report",), num_cases=1), dual_encoder)
+    assert not (tmp_path / "out").exists()
+    evaluate_answers(tmp_path / "out", asked(study, ("report",), num_cases=1, blind=False), vlm, metrics=METRICS)
+
+
+def test_repositories_are_their_names():
+    assert describe_source("org/Med3DVLM-Qwen-2.5-7B") == {"name": "org/Med3DVLM-Qwen-2.5-7B", "sha256": {}}
+
+
 def test_bad_input_is_named(study, vlm, dual_encoder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="exactly one of a model and a file of predictions"):
@@ -167,12 +206,17 @@ def test_fewer_cases_and_empty_answers_are_said(study, vlm, tmp_path):
     result = evaluate_answers(
         tmp_path / "some", asked(study, ("closed_vqa",), num_cases=2), vlm, work=Work(batch_size=7)
     )
-    assert result["num_cases"] == 2 and result["num_samples"] == 10
+    assert result["num_cases"] == 2 and result["num_samples"] == 10 and result["part_of_split"]
     assert result["notes"][0] == "Only the first 2 cases of the split 'test' were scored."
+    predictions = tmp_path / "some" / "predictions.jsonl"
+    fewer = asked(study, ("closed_vqa",), num_cases=2)
+    assert evaluate_answers(tmp_path / "file", fewer, predictions=predictions)["notes"] == result["notes"][:1]
     empty = tmp_path / "empty.jsonl"
     rows = [{"id": f"closed_vqa/{row:06d}", "prediction": "A." if row else " "} for row in range(30)]
     empty.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = evaluate_answers(tmp_path / "empty", asked(study, ("closed_vqa",)), predictions=empty)
+    every = asked(study, ("closed_vqa",), num_cases=6)  # the split has no more
+    result = evaluate_answers(tmp_path / "empty", every, predictions=empty)
+    assert not result["part_of_split"]
     assert result["notes"] == ["1 of 30 answers (given) are empty and score 0: closed_vqa/000000."]
 
 
@@ -203,6 +247,11 @@ def test_retrieval_of_a_model_and_of_its_embeddings(study, dual_encoder, tmp_pat
     save_file({name: tensor[:4] for name, tensor in tensors.items()}, other)
     with pytest.raises(ValueError, match="expected 6 embeddings, one for each report, got 4"):
         evaluate_retrieval(tmp_path / "less", wanted, embeddings=other)
+    tensors["text_embeds"][2, 1] = float("nan")
+    save_file(tensors, other)
+    with pytest.raises(ValueError, match=r"other.safetensors, text_embeds: 1 of 6 vectors are not finite \(rows 2\)"):
+        evaluate_retrieval(tmp_path / "broken", wanted, embeddings=other)
+    assert not (tmp_path / "broken").exists()
 
 
 def test_embeddings_that_are_there_are_kept(study, dual_encoder, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 
 from med3dvlm.train.evaluation.predictions import Reference
-from med3dvlm.train.evaluation.scores import Score, score_samples, summarise
+from med3dvlm.train.evaluation.scores import Score, answers_of_another_case, has_same_words, score_samples, summarise
 
 
 def references(task, *types, answer="liver", letter=""):
@@ -50,6 +50,41 @@ def test_means_by_type_over_types_and_over_all():
 def test_reports_have_no_types_and_no_chance():
     (line,) = summarise(references("report", 0, 0), {"rouge_1": [0.5, 0.7]})
     assert line == Score("report", "rouge_1", "all", 0.6, line.low, line.high, 2) and line.low == pytest.approx(0.6)
+
+
+def answered(*entries):
+    """References to open questions, of a case, a type and an answer each."""
+    return [
+        Reference(f"open_vqa/{row:06d}", case, "x.nii.gz", "open_vqa", question_type, "?", answer, "")
+        for row, (case, question_type, answer) in enumerate(entries)
+    ]
+
+
+def test_chance_of_texts_is_the_answer_of_another_case():
+    asked = answered(*[("a", 3, f"a{row}") for row in range(3)], ("b", 3, "b0"), ("b", 4, "b1"), ("c", 4, "c1"))
+    guesses = answers_of_another_case(asked)
+    assert guesses == ["b0", "b0", "b0", "a0", "c1", "b1"]
+    one_each = answered(*[(case, 3, case) for case in "abcde"])
+    assert answers_of_another_case(one_each) == list("cdeab")  # half-way round
+
+
+def test_no_chance_where_a_type_has_one_case():
+    asked = answered(("a", 3, "liver"), ("b", 3, "liver"), ("a", 5, "left lung"), ("a", 5, "left lung"))
+    guesses = answers_of_another_case(asked)
+    assert guesses == ["liver", "liver", "", ""]
+    scores = score_samples(asked, ["x"] * 4, {})
+    lines = summarise(asked, scores, None, score_samples(asked, guesses, {}))
+    assert {line.group: line.chance for line in lines} == {
+        "organ": 1,
+        "location": None,
+        "mean of types": None,
+        "all": None,
+    }
+
+
+@pytest.mark.parametrize("text", ["Yes.\n", "yes\n", " Yes .\t", "YES"])
+def test_white_space_is_no_word(text):
+    assert has_same_words(text, "Yes") and has_same_words("Yes.", text) and not has_same_words(text, "No")
 
 
 def test_what_does_not_fit_is_refused():

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("evaluate", reason="needs the extra `eval`")
 
 import evaluate
+import torch
 
 from med3dvlm.train.evaluation.text_metrics import BertScore, Bleu1, Meteor, Rouge1, check_nltk_data
 
@@ -62,6 +63,17 @@ def test_bertscore_equals_bert_score():
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
     values = [pair["bertscore"]["f1"] for pair in GOLDEN["pairs"]]
     assert result["per_sample"] == pytest.approx(values, abs=GOLDEN["tolerance"]["bertscore"])
+
+
+def test_bertscore_of_white_space_is_that_of_an_empty_text():
+    class Scorer:
+        def score(self, predictions, references, batch_size):
+            assert predictions == ["A cyst."] and references == ["A cyst."]
+            return None, None, torch.ones(1)
+
+    metric = BertScore()
+    metric.scorer = Scorer()
+    assert metric.score_samples(["\n", "A cyst.", "A cyst."], ["A cyst.", "A cyst.", " "]) == [0, 1, 0]
 
 
 def test_an_unknown_encoder_needs_its_layer():

@@ -1,0 +1,33 @@
+import pytest
+from tiny import tiny_vlm_config
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig
+
+from med3dvlm.hub_cards.model_card import find_base_model
+from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.models import build_dual_encoder, build_language_model, train_word_piece_tokenizer
+from med3dvlm.train.recipe import ModelRecipe
+
+
+TEXTS = ["Nodule in the left lung.", "No nodule."]
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_text_models_forget_the_folder_they_were_loaded_from(is_relative, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {"vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModel.from_config(BertConfig(**fields, intermediate_size=8)).save_pretrained("models/bert")
+    train_word_piece_tokenizer(TEXTS, 40).save_pretrained("models/bert")
+    AutoModelForCausalLM.from_config(tiny_vlm_config().text_config).save_pretrained("models/qwen")
+    build_tiny_tokenizer().save_pretrained("models/qwen")
+    place = "models" if is_relative else str(tmp_path / "models")
+
+    vision = {"image_size": (32, 64, 96), "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 1, 1)}
+    dual_encoder, _ = build_dual_encoder(ModelRecipe(text_encoder=f"{place}/bert", vision=vision), TEXTS)
+    language_model, _ = build_language_model(ModelRecipe(language_model=f"{place}/qwen"), TEXTS)
+    config = tiny_vlm_config()
+    config.text_config = language_model.config
+    monkeypatch.chdir("/")  # where `models/qwen` would pass for a repository
+    for saved in (dual_encoder.config, config):
+        saved.save_pretrained(tmp_path / "saved")
+        assert "models" not in (tmp_path / "saved" / "config.json").read_text()
+        assert find_base_model(saved) is None
