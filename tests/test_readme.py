@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from nibabel.testing import data_path
+from transformers import AutoModelForImageTextToText
 
 from med3dvlm.hub_cards.publish import publish
 from med3dvlm.train.demo import build_tiny_model
@@ -33,6 +35,22 @@ def test_snippet_runs(number, surroundings, monkeypatch, capsys):
     monkeypatch.chdir(surroundings)
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_own_scans_train_in_float32_on_a_model_in_bfloat16_and_anew_in_each_epoch(surroundings, tmp_path, monkeypatch):
+    model = AutoModelForImageTextToText.from_pretrained(surroundings / "org" / "med3dvlm", dtype=torch.bfloat16)
+    publish(model, tmp_path / "org/med3dvlm", processor=surroundings / "org" / "med3dvlm")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = [snippet for snippet in SNIPPETS if "write_example_manifest" in snippet]
+    names: dict = {}
+    exec(compile(snippet.replace("bf16=", "use_cpu=True, bf16="), "README snippet of own scans", "exec"), names)
+    trained = [parameter for parameter in names["model"].parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32, torch.bfloat16}
+    sampler = names["trainer"]._get_train_sampler()
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert not set(first) & set(sampler)
 
 
 def test_commands_of_the_readme_exist():

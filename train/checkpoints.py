@@ -22,10 +22,11 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,8 @@ MARKER_NAME = "COMPLETE.json"
 # In the output folder: the checkpoints in it were written under the guard. The underscore keeps it off the Hub.
 GUARDED_NAME = "_guarded_checkpoints.json"
 CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+Result = TypeVar("Result")
 
 
 class CheckpointGuard(TrainerCallback):
@@ -123,27 +126,41 @@ def prepare_resume(args: TrainingArguments, settings: Mapping[str, Any] | None =
         FileNotFoundError: a process does not see the checkpoint that rank 0 found.
     """
     check_checkpoint_arguments(args)
-    found: str | None = None
-    error: Exception | None = None
-    if args.process_index == 0:
-        try:
-            found = clean_and_find(Path(str(args.output_dir)), args, settings)
-        except Exception as caught:  # raised below, after the others have been told: else they would wait for ever
-            error = caught
-    if is_distributed():
-        message = [found, None if error is None else f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(message, src=0, device=args.device)
-        found = message[0]
-        if error is None and message[1] is not None:
-            raise ValueError(f"Rank 0 found no checkpoint to resume from: {message[1]}")
-    if error is not None:
-        raise error
+    found = done_by_first_process(lambda: clean_and_find(Path(str(args.output_dir)), args, settings))
     if found is not None and not Path(found).is_dir():
         raise FileNotFoundError(
             f"{found}: rank 0 found this checkpoint, rank {args.process_index} does not see it. Put `output_dir` on a "
             "file system that all nodes share."
         )
     return found
+
+
+def done_by_first_process(action: Callable[[], Result]) -> Result:
+    """
+    What `action` returns in the first process, in every process. The others wait, for as long as it takes: the time limit of
+    the run's other communication (`ddp_timeout`) does not count here. To be called on all ranks.
+
+    Raises:
+        Exception: in the first process, what `action` raised.
+        ValueError: in the others, that it failed there, and why.
+    """
+    if not is_distributed():
+        return action()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    message: list[Any] = [None, None]  # the result, and what went wrong
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            message[0] = action()
+        except Exception as caught:  # raised below, after the others have been told: else they would wait for ever
+            error, message[1] = caught, f"{type(caught).__name__}: {caught}"
+    dist.broadcast_object_list(message, src=0, group=group)
+    dist.destroy_process_group(group)
+    if error is not None:
+        raise error
+    if message[1] is not None:
+        raise ValueError(f"The first process failed: {message[1]}")
+    return message[0]
 
 
 def train_or_finish(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
@@ -313,16 +330,24 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, settings: Mapping[
         raise ValueError(f"{checkpoint}: expected a complete checkpoint, it has no readable {MARKER_NAME}.")
     before = {**{name: marker.get(name) for name in ("world_size", "distributed")}, **(marker.get("settings") or {})}
     now = {**describe_processes(args), **as_json_holds_it(settings)}
-    different = [
-        f"{name}: expected {before.get(name)!r}, got {now.get(name)!r}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    different = [f"{key}: expected {one!r}, got {other!r}" for key, one, other in differences(before, now)]
     if different:
         raise ValueError(
             f"{checkpoint} was written by a run with other settings ({'; '.join(different)}), so that going on would "
             "not be the same training. Resume with the expected values, or choose another `output_dir` to start anew."
         )
+
+
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two settings differ: the key, with dots between levels, and both values; None for one that is not there."""
+    for key in dict.fromkeys([*first, *second]):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}", one, other
 
 
 def as_json_holds_it(settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -340,7 +365,9 @@ class StopOnSignal(TrainerCallback):
 
     SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`. The time between
     signal and kill must cover a step, the evaluation if one is due at that step, and the saving. If it does not, nothing
-    is lost but the steps since the last complete checkpoint.
+    is lost but the steps since the last complete checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the
+    environment variable `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` names other seconds: `med3dvlm train` and the launch files of this
+    package set 280.
 
     Attributes:
         was_stopped (`bool`): whether a signal ended the training. The caller should then exit with `exit_code`.

@@ -159,8 +159,8 @@ def publish(
         str, typer.Argument(help="New folder or, with --push, Hub repository `org/name`.", show_default=False)
     ],
     push: Annotated[bool, typer.Option("--push", help="Publish to the Hub instead of a folder.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="With --push: only to a private repository.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     license: Annotated[
         str | None,
         typer.Option(help="Licence of the weights, as the Hub names it; needed with --push.", show_default="unknown"),
@@ -177,9 +177,10 @@ def publish(
     Publish a model so that it loads anywhere.
 
     Writes weights (safetensors), processor, tokenizer, chat template, a model card and the code that loads them, which
-    needs nothing but torch, transformers and, to read files, nibabel. A folder appears only when it is complete.
+    needs nothing but torch, transformers and, to read files, nibabel. A folder appears only when it is complete. Adapters,
+    as of the stage finetune, go through med3dvlm merge, which publishes the whole.
 
-    Example: med3dvlm publish runs/finetune/checkpoint-900 published/med3dvlm --base-model Qwen/Qwen2.5-7B-Instruct
+    Example: med3dvlm publish runs/projector/checkpoint-900 published/med3dvlm --base-model Qwen/Qwen2.5-7B-Instruct
     """
     with bad_input_is_an_answer():
         model = check_model_name(model)
@@ -385,7 +386,7 @@ def prepare_m3d_cap_command(
     Whatever is left out, a slice, a series or a case, stands with its reason in preparation_report.csv and .json. Exit code
     0 only if nothing failed.
 
-    Example: med3dvlm prepare m3d-cap M3D_Cap_raw/ct_case data/M3D_Cap_npy
+    Example: med3dvlm prepare m3d-cap M3D_Cap_raw data/M3D_Cap_npy --splits M3D_Cap.json
     """
     with bad_input_is_an_answer():
         require_extra("train", "datasets")

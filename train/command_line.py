@@ -79,7 +79,7 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(
-            f'This needs {", ".join(missing)}: pip install "med3dvlm[{extra}]", or pip install ".[{extra}]" from a clone.'
+            f'This needs {", ".join(missing)}: in a clone of this package\'s repository, pip install ".[{extra}]".'
         )
 
 
@@ -146,12 +146,16 @@ def is_to_be_launched(processes: int | None, use_cpu: bool = False, needs_launch
 
 
 def launch(processes: int | None, command: list[str]) -> int:
-    """Runs a command of ours in several processes of this machine by torchrun, and returns its exit code."""
+    """
+    Runs a command of ours in several processes of this machine by torchrun, and returns its exit code. After SIGTERM they
+    have 280 s to save, unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set; torchrun would give them 30.
+    """
     import torch
 
     count = processes or max(1, torch.cuda.device_count())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    process = subprocess.Popen([*torchrun, "-m", "med3dvlm.train.cli", *command])
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "280", **os.environ}
+    process = subprocess.Popen([*torchrun, "-m", "med3dvlm.train.cli", *command], env=environment)
     previous = {
         number: signal.signal(number, lambda received, frame: process.send_signal(received))
         for number in (signal.SIGTERM, signal.SIGINT)

@@ -1,5 +1,6 @@
 """The stages: from a recipe to a published folder. Each starts from the result of the one before."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from ..hub_cards.publish import publish, replaced_when_complete
 from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
+from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor, forget_last_call
-from .checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish
+from .checkpoints import (
+    CheckpointGuard,
+    StopOnSignal,
+    differences,
+    done_by_first_process,
+    prepare_resume,
+    train_or_finish,
+)
 from .curves import save_curves
 from .data.augmentation import AUGMENTATIONS
 from .data.cache import VolumeCache
@@ -36,8 +45,8 @@ from .data.dataset import (
     VolumeLoader,
 )
 from .data.m3d import read_m3d_cap, read_m3d_vqa
-from .data.manifest import read_manifest
-from .data.reading import leave_out_broken, read_all
+from .data.manifest import SPLIT_HINTS, read_manifest
+from .data.reading import find_broken
 from .data.samples import Split
 from .files import write_json_atomically
 from .merge import publish_adapter
@@ -94,13 +103,15 @@ def run_recipe(recipe: Recipe) -> Path:
     Raises:
         FileNotFoundError: the data, or what the run starts from, is not there.
         ValueError: data, models and recipe do not fit each other, or the output folder holds another run.
+        RuntimeError: training ended before its last step, and not because of a signal.
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
     check_places(recipe)
     recipe = choose_precision(recipe)
     arguments = build_training_arguments(recipe)
     output_dir = Path(str(arguments.output_dir))
-    settings = fixed_settings(recipe)
+    samples = {split: read_samples(recipe.data, split) for split in splits_of(arguments)}
+    settings = done_by_first_process(lambda: {**fixed_settings(recipe), "content": describe_content(recipe, samples)})
     if is_finished(output_dir, settings):
         logger.warning(f"{output_dir}: this run is finished; its result is {output_dir / PUBLISHED}.")
         return output_dir / PUBLISHED
@@ -113,7 +124,7 @@ def run_recipe(recipe: Recipe) -> Path:
         save_recipe(recipe, output_dir / RECIPE)
 
     stop, guard = StopOnSignal(), CheckpointGuard(settings)
-    trainer = build_trainer(recipe, arguments, [stop, guard])
+    trainer = build_trainer(recipe, arguments, samples, [stop, guard])
     try:
         output = train_or_finish(trainer, resume_from)
     finally:
@@ -123,6 +134,11 @@ def run_recipe(recipe: Recipe) -> Path:
             f"{output_dir}: stopped by a signal at step {trainer.state.global_step}; start it again to go on."
         )
         sys.exit(stop.exit_code)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise RuntimeError(
+            f"{output_dir}: training ended at step {trainer.state.global_step} of {trainer.state.max_steps}, so nothing is "
+            "published. Its log should say why; start it again to go on."
+        )
 
     summary = {"stage": recipe.stage, "train": output.metrics, **describe_resources(trainer, output.metrics)}
     if trainer.eval_dataset is not None:
@@ -207,19 +223,24 @@ def read_deepspeed_config(name: str, bf16: bool) -> dict[str, Any]:
     return config
 
 
-def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[Any]) -> StudyTrainer:
-    """The stage's trainer with model, data and collator."""
+def splits_of(arguments: TrainingArguments) -> tuple[Split, ...]:
+    """The splits that a run reads."""
+    return ("train",) if arguments.eval_strategy == "no" else ("train", "validation")
+
+
+def build_trainer(
+    recipe: Recipe, arguments: TrainingArguments, samples: Mapping[Split, datasets.Dataset], callbacks: list[Any]
+) -> StudyTrainer:
+    """The stage's trainer with model, data and collator; `samples` are those of each split, as [`read_samples`] gives them."""
     data = recipe.data
-    train_samples = read_samples(data, "train")
-    validation_samples = read_samples(data, "validation") if arguments.eval_strategy != "no" else None
     set_seed(arguments.seed)
-    model, processor = build_model(recipe, arguments, train_samples)
+    model, processor = build_model(recipe, arguments, samples["train"])
     if recipe.stage == "language":  # conversations in words alone, no volumes
         return StudyTrainer(
             model=model,
             args=arguments,
-            train_dataset=TextDataset(train_samples, seed=arguments.seed),
-            eval_dataset=None if validation_samples is None else TextDataset(validation_samples, seed=arguments.seed),
+            train_dataset=TextDataset(samples["train"], seed=arguments.seed),
+            eval_dataset=TextDataset(samples["validation"], seed=arguments.seed) if "validation" in samples else None,
             data_collator=ConversationCollator(processor, data.max_text_length),
             processing_class=processor,
             callbacks=callbacks,
@@ -238,15 +259,15 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, callbacks: list[
         collator = ConversationCollator(processor, data.max_text_length)
         trainer_class, options = GenerationTrainer, {"num_answers": recipe.num_answers}
     volumes = build_volume_loader(data, processor.image_processor)
-    train_samples = read_ahead(data, arguments, train_samples, volumes)
+    samples = read_ahead(data, arguments, samples, volumes)
     validation = None
-    if validation_samples is not None:
-        validation = StudyDataset(validation_samples, volumes, validation_builder, seed=arguments.seed)
+    if "validation" in samples:
+        validation = StudyDataset(samples["validation"], volumes, validation_builder, seed=arguments.seed)
     return trainer_class(
         model=model,
         args=arguments,
         train_dataset=StudyDataset(
-            train_samples, volumes, builder, AUGMENTATIONS[data.augmentation], seed=arguments.seed
+            samples["train"], volumes, builder, AUGMENTATIONS[data.augmentation], seed=arguments.seed
         ),
         eval_dataset=validation,
         data_collator=collator,
@@ -295,20 +316,21 @@ def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
     root = Path(data.root).expanduser()
     if root.is_file():
         samples = read_manifest(root, split)
-        samples = samples.filter(lambda task: task in data.tasks, input_columns="task", load_from_cache_file=False)
-        parts = [samples] if split == "train" else [limited(samples, data.num_validation)]
+        tasks = samples["task"][:]
+        parts = [samples.select([row for row, name in enumerate(tasks) if name == task]) for task in data.tasks]
     else:
         parts = []
         for task in data.tasks:
             if task == "yes_no_vqa" and split == "validation" and not (root / "M3D-VQA/M3D_VQA_yn_val.csv").exists():
                 continue  # M3D publishes yes/no questions for training only
-            part = read_m3d_cap(root, split) if task == "report" else read_m3d_vqa(root, split, [task])  # type: ignore[list-item]
-            parts.append(part if split == "train" else limited(part, data.num_validation))
+            parts.append(read_m3d_cap(root, split) if task == "report" else read_m3d_vqa(root, split, [task]))  # type: ignore[list-item]
+    if split == "validation":
+        parts = [limited(part, data.num_validation) for part in parts]
+    if sum(map(len, parts)) == 0:
+        raise ValueError(f"{root}: no sample of {data.tasks} in the split {split!r}.{SPLIT_HINTS.get(split, '')}")
     samples = datasets.concatenate_datasets(parts)
     if split == "train" and data.num_train is not None:
         samples = limited(samples.shuffle(seed=0), data.num_train)
-    if len(samples) == 0:
-        raise ValueError(f"{root}: no sample of {data.tasks} in the split {split!r}.")
     return samples
 
 
@@ -335,30 +357,35 @@ def build_volume_loader(data: DataRecipe, image_processor: Any) -> VolumeLoader:
 
 
 def read_ahead(
-    data: DataRecipe, arguments: TrainingArguments, samples: datasets.Dataset, volumes: VolumeLoader
-) -> datasets.Dataset:
+    data: DataRecipe, arguments: TrainingArguments, samples: Mapping[Split, datasets.Dataset], volumes: VolumeLoader
+) -> Mapping[Split, datasets.Dataset]:
     """
-    Reads all volumes before the first step where that is of use: to fill a cache, or to leave out what is broken. The first
-    process reads, the others wait and find the result.
+    Reads the volumes of all splits before the first step where that is of use: to fill a cache, or to leave out what is
+    broken. The first process reads, the others wait for what it found.
+
+    Returns:
+        `Mapping` from each split to its samples whose volume can be read.
 
     Raises:
-        ValueError: volumes cannot be read, and the recipe does not allow to leave them out.
+        ValueError: volumes cannot be read, and the recipe does not allow to leave them out; or no volume of a split can.
     """
     if data.cache is None and not data.skip_broken:
         return samples
+    images = list(dict.fromkeys(image for part in samples.values() for image in part["image"]))
     listing = Path(str(arguments.output_dir)) / "skipped.jsonl"
-    with arguments.main_process_first(local=False):
-        faults = {}
-        if arguments.process_index == 0 and not (data.skip_broken and listing.exists()):
-            images = list(dict.fromkeys(samples["image"]))
-            faults = read_all(volumes, images, progress=not arguments.disable_tqdm)
-            if faults and not data.skip_broken:
-                image, reason = next(iter(faults.items()))
-                raise ValueError(
-                    f"{len(faults)} of {len(images)} volumes cannot be read, the first is {image}: {reason} Mend them, or set "
-                    "data.skip_broken=true to leave them out and have them listed."
-                )
-        return leave_out_broken(samples, faults, listing) if data.skip_broken else samples
+    broken = set(
+        done_by_first_process(
+            lambda: find_broken(
+                volumes, images, listing if data.skip_broken else None, progress=not arguments.disable_tqdm
+            )
+        )
+    )
+    kept = {}
+    for split, part in samples.items():
+        kept[split] = part.select([row for row, image in enumerate(part["image"]) if image not in broken])
+        if len(kept[split]) == 0:
+            raise ValueError(f"Not one volume of the split {split!r} can be read: {listing} lists the reasons.")
+    return kept
 
 
 def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
@@ -416,6 +443,37 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
+def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) -> dict[str, Any]:
+    """
+    What stands behind the paths of a recipe, so that a start on other data or from other weights is no continuation.
+
+    Returns:
+        `dict` with a digest of the texts and the relative image paths of each split, voxels not included; and for each folder
+        that the model starts from, the SHA-256 of each file of weights. What is no folder is a repository on the Hub, known by
+        its name.
+    """
+    root = Path(recipe.data.root).expanduser().absolute()
+    base = root if root.is_dir() else root.parent
+    content: dict[str, Any] = {"data.root": {split: digest_samples(part, base) for split, part in samples.items()}}
+    for name in ("start_from", "text_encoder", "language_model"):
+        place = getattr(recipe.model, name)
+        if isinstance(place, str) and Path(place).expanduser().is_dir():
+            files = sorted(Path(place).expanduser().iterdir())
+            weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
+            content[f"model.{name}"] = {file.name: sha256_of(file) for file in weights}
+    return content
+
+
+def digest_samples(samples: datasets.Dataset, base: Path) -> str:
+    """A digest of all columns, the images by their paths from `base`, so that a study may be moved."""
+    digest = hashlib.sha256()
+    for columns in samples.iter(batch_size=1000):
+        assert isinstance(columns, dict)
+        images = [os.path.relpath(image, base) for image in columns["image"]]
+        digest.update(json.dumps({**columns, "image": images}, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     """
     Whether the run was finished before.
@@ -436,14 +494,9 @@ def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     )
 
 
-def differing_keys(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> Iterable[str]:
+def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Keys, with dots between levels, at which two settings differ."""
-    for key in {*first, *second}:
-        one, other = first.get(key), second.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from differing_keys(one, other, f"{prefix}{key}.")
-        elif one != other:
-            yield f"{prefix}{key}"
+    return [key for key, _, _ in differences(first, second)]
 
 
 def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict[str, Any]:

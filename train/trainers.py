@@ -1,13 +1,14 @@
-"""Trainer for the two kinds of models. All that differs from transformers' own is the order of the data and what a
+"""Trainer for the two kinds of models. What differs from transformers' own is which samples come in what order, and what a
 validation adds to the loss: retrieval for the dual encoder, written answers for the vision-language model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .answering import answer_samples
 from .data.dataset import EpochSampler, StudyDataset
@@ -29,6 +30,29 @@ class StudyTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """
+        Raises:
+            ValueError: with `dataloader_drop_last` not one batch is left; Trainer would end at step 0 as if all were done.
+        """
+        loader = super().get_train_dataloader()
+        if len(loader) == 0:
+            size, processes, found = self._train_batch_size, self.args.world_size, len(self.train_dataset)  # type: ignore[arg-type]
+            raise ValueError(
+                f"Expected at least {size * processes} training samples (batch size {size}, number of processes {processes}), "
+                f"got {found}: `dataloader_drop_last` would leave nothing to train on. Make `per_device_train_batch_size` "
+                "smaller, use fewer processes, or set `dataloader_drop_last` to false."
+            )
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The loader of all validation samples: `dataloader_drop_last` is for training, whose batches must be equal."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
 
 class ContrastiveTrainer(StudyTrainer):
@@ -112,6 +136,19 @@ class GenerationTrainer(StudyTrainer):
     def __init__(self, *args: Any, num_answers: int = 4, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.num_answers = num_answers
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """
+        Saves as Trainer does, and names the precision of the language model in the configuration. transformers names that of
+        the first weight, here one of the volume encoder's, which is float32, and `dtype="auto"` loads all parts in it: a language
+        model in bfloat16 would take twice its size.
+        """
+        super()._save(output_dir, state_dict)
+        path = Path(output_dir or str(self.args.output_dir)) / CONFIG_NAME
+        if self.args.should_save and path.exists():  # beside adapters there is none
+            config, model = json.loads(path.read_text(encoding="utf-8")), self.accelerator.unwrap_model(self.model)
+            config["dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validates, and writes answers."""

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 
 sys.modules["torchvision"] = None  # type: ignore[assignment]
@@ -23,8 +25,8 @@ from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyD
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.models import choose_trained_parts, made_whole
-from med3dvlm.train.recipe import load_recipe
-from med3dvlm.train.stages import read_deepspeed_config, run_recipe
+from med3dvlm.train.recipe import DataRecipe, load_recipe
+from med3dvlm.train.stages import read_ahead, read_deepspeed_config, run_recipe
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer
 
 
@@ -105,6 +107,28 @@ def train(kind: str, folder: Path, deepspeed: str) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def read_broken_volumes(rank: int, folder: Path) -> None:
+    """What one of two processes does before training where the first one finds a volume that cannot be read."""
+
+    class Broken:
+        def load(self, path: str) -> torch.Tensor:
+            (folder / f"read-by-{rank}").touch()
+            if path == "1":
+                raise ValueError("damaged")
+            return torch.zeros(1)
+
+    arguments: Any = SimpleNamespace(output_dir=str(folder), disable_tqdm=True)
+    samples = {"train": make_samples(3)}
+    results: list[Any] = []
+    try:
+        read_ahead(DataRecipe(cache="cache"), arguments, samples, Broken())
+    except ValueError as error:
+        results.append(str(error))
+    kept = read_ahead(DataRecipe(skip_broken=True), arguments, samples, Broken())
+    results.append(list(kept["train"]["image"]))
+    (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 def main(kind: str, place: Path, deepspeed: str) -> None:

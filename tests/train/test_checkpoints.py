@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from transformers import TrainerCallback
 
 from med3dvlm.train import checkpoints
@@ -250,15 +251,17 @@ def test_arguments_that_leave_nothing_to_resume_from_are_refused(overrides, mess
         ({"distributed": "zero-2"}, "distributed: expected 'zero-2', got 'plain'"),
         ({"settings": {"batch": 4}}, "batch: expected 4, got 8"),
         ({"settings": {}}, "batch: expected None, got 8"),
-        ({"settings": {"batch": 8, "seed": 1}}, "seed: expected 1, got None"),
+        ({"settings": {"batch": 8, "data": {"a": 1, "b": 3}, "seed": 1}}, "seed: expected 1, got None"),
+        ({"settings": {"batch": 8, "data": {"a": 1, "b": 2}}}, "data.b: expected 2, got 3"),
     ],
 )
 def test_resume_with_other_settings_is_refused_and_deletes_nothing(change, message, tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3, complete=False)
-    mark_complete(checkpoint, {"world_size": 1, "distributed": "plain", "settings": {"batch": 8}, **change})
+    settings = {"batch": 8, "data": {"a": 1, "b": 3}}
+    mark_complete(checkpoint, {"world_size": 1, "distributed": "plain", "settings": settings, **change})
     incomplete = make_checkpoint(tmp_path, 4, complete=False)
     with pytest.raises(ValueError, match=rf"checkpoint-3.*{message}.*another `output_dir`"):
-        prepare_resume(training_program.make_arguments(tmp_path), {"batch": 8})
+        prepare_resume(training_program.make_arguments(tmp_path), settings)
     assert incomplete.exists()
 
 
@@ -268,6 +271,14 @@ def test_resume_with_the_same_settings_is_allowed(tmp_path):
     args = training_program.make_arguments(tmp_path)
     check_same_run(checkpoint, args, {"sizes": (1, 2)})
     assert prepare_resume(args, {"sizes": (1, 2)}) == str(checkpoint)
+
+
+def test_the_others_wait_for_the_first_process_longer_than_their_time_limit_and_fail_with_it(tmp_path):
+    run_processes(training_program.wait_for_the_first, 2, tmp_path, tmp_path, 4.0, 2.0)
+    assert [path.name for path in tmp_path.glob("worked-*")] == ["worked-0"]
+    results = [json.loads((tmp_path / f"results-{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == ["done", "FileNotFoundError: scan.nii.gz is missing"]
+    assert results[1] == ["done", "ValueError: The first process failed: FileNotFoundError: scan.nii.gz is missing"]
 
 
 # Signals in this process

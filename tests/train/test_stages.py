@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -16,11 +17,13 @@ from med3dvlm.train import stages
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.models import train_word_piece_tokenizer
-from med3dvlm.train.recipe import load_recipe, save_recipe
-from med3dvlm.train.stages import choose_precision, read_deepspeed_config, read_samples, run_recipe
+from med3dvlm.train.recipe import DataRecipe, load_recipe, save_recipe
+from med3dvlm.train.stages import choose_precision, describe_content, read_deepspeed_config, read_samples, run_recipe
 
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+import stage_program
 
 
 # Small enough for a second; all axes differ.
@@ -231,23 +234,138 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, 
         run_recipe(recipe)
 
 
-def test_broken_volumes_stop_or_are_left_out_and_listed(manifest, contrastive, tmp_path):
-    folder = tmp_path / "study"
-    folder.mkdir()
-    for file in manifest.parent.rglob("*"):
-        if file.is_file():
-            target = folder / file.relative_to(manifest.parent)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_broken_volumes_stop_or_are_left_out_and_listed(split, manifest, tmp_path):
+    folder = shutil.copytree(manifest.parent, tmp_path / "study")
     copy = folder / manifest.name
-    victim = Path(read_samples(recipe_of("contrastive", copy, tmp_path / "x").data, "train")[0]["image"])
+    with copy.open("a") as file:
+        file.write("scan_4.nii.gz,case_6,validation,Clear lungs.,,,,,\n")
+    victim = Path(read_samples(recipe_of("contrastive", copy, tmp_path / "x").data, split)[0]["image"])
     victim.write_bytes(victim.read_bytes()[:200])
-    options = ("model.vision.variant=null", VISION, TEXT)
+    options = ("model.vision.variant=null", VISION, TEXT, "training.eval_strategy=epoch")
     with pytest.raises(ValueError, match="truncated or damaged"):
         run_recipe(recipe_of("contrastive", copy, tmp_path / "stop", *options))
+    cache = f"data.cache={tmp_path / 'cache'}"
+    with pytest.raises(ValueError, match="1 of 5 volumes cannot be read.*truncated or damaged"):
+        run_recipe(recipe_of("contrastive", copy, tmp_path / "read_ahead", *options, cache))
+    assert not list((tmp_path / "read_ahead").glob("checkpoint-*"))
     run_recipe(recipe_of("contrastive", copy, tmp_path / "skip", *options, "data.skip_broken=true"))
     rows = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [str(victim)] and "damaged" in rows[0]["reason"]
+
+
+def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_it_alone(tmp_path):
+    run_processes(stage_program.read_broken_volumes, 2, tmp_path, tmp_path)
+    first, second = (json.loads((tmp_path / f"results-{rank}.json").read_text()) for rank in range(2))
+    assert first[0].startswith("1 of 3 volumes cannot be read, the first is 1: damaged")
+    assert second[0] == f"The first process failed: ValueError: {first[0]}"
+    assert first[1] == second[1] == ["0", "2"]
+    assert [path.name for path in tmp_path.glob("read-by-*")] == ["read-by-0"]
+
+
+def test_a_batch_larger_than_the_data_publishes_nothing(manifest, tmp_path):
+    options = ("model.vision.variant=null", VISION, TEXT, "training.per_device_train_batch_size=32")
+    recipe = recipe_of("contrastive", manifest, tmp_path, *options)
+    assert recipe.training["dataloader_drop_last"]
+    with pytest.raises(ValueError, match=r"at least 32 training samples .*, got 4: `dataloader_drop_last`"):
+        run_recipe(recipe)
+    assert not (tmp_path / "published").exists() and not (tmp_path / "summary.json").exists()
+
+
+def test_a_training_that_ends_early_publishes_nothing(manifest, tmp_path, monkeypatch):
+    def end_early(trainer, checkpoint):
+        trainer.args.max_steps = 1
+        output = trainer.train()
+        trainer.state.max_steps = 2
+        return output
+
+    monkeypatch.setattr(stages, "train_or_finish", end_early)
+    with pytest.raises(RuntimeError, match="training ended at step 1 of 2, so nothing is published"):
+        run_recipe(recipe_of("language", manifest, tmp_path, LANGUAGE))
+    assert not (tmp_path / "published").exists() and not (tmp_path / "summary.json").exists()
+
+
+def test_other_data_or_weights_behind_the_same_paths_are_another_run(manifest, language, tmp_path):
+    study = shutil.copytree(manifest.parent, tmp_path / "study") / manifest.name
+    start = shutil.copytree(language, tmp_path / "start")
+    recipe = recipe_of("language", study, tmp_path / "run", f"model.language_model={start}")
+    published = run_recipe(recipe)
+    assert run_recipe(recipe) == published
+
+    def refused(key):
+        with pytest.raises(ValueError, match=rf"finished run with other settings \({key}\)"):
+            run_recipe(recipe)
+        (tmp_path / "run" / "summary.json").rename(tmp_path / "summary.json")
+        with pytest.raises(
+            ValueError, match=rf"checkpoint-2 was written by a run with other settings \({key}: expected"
+        ):
+            run_recipe(recipe)
+        (tmp_path / "summary.json").rename(tmp_path / "run" / "summary.json")
+
+    text = study.read_text()
+    study.write_text(text.replace("A nodule in the left lung", "A mass in the left lung"))
+    refused(r"content\.data\.root\.train")
+    study.write_text(text)
+    weights = start / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused(r"content\.model\.language_model\.model\.safetensors")
+
+
+def test_a_study_may_be_moved(manifest, tmp_path):
+    def content(place):
+        recipe = recipe_of("contrastive", place, tmp_path)
+        return describe_content(recipe, {"train": read_samples(recipe.data, "train")})
+
+    moved = shutil.copytree(manifest.parent, tmp_path / "elsewhere") / manifest.name
+    assert content(moved) == content(manifest)
+    renamed = moved.read_text().replace("scan_1", "other")
+    (moved.parent / "scan_1.nii.gz").rename(moved.parent / "other.nii.gz")
+    moved.write_text(renamed)
+    assert content(moved) != content(manifest)
+
+
+def test_validation_samples_of_a_manifest_are_limited_for_each_task(manifest, tmp_path):
+    data = DataRecipe(root=str(manifest), tasks=["closed_vqa", "report", "yes_no_vqa"], num_validation=1)
+    assert list(read_samples(data, "validation")["task"]) == ["closed_vqa", "report", "yes_no_vqa"]
+    data.num_validation = 512
+    assert len(read_samples(data, "validation")) == 3 and len(read_samples(data, "train")) == 8
+
+
+@pytest.mark.parametrize("rows", ["", "a.nii.gz,,Where?,Left.,validation\n"])
+def test_data_without_validation_cases_say_how_to_train_without_them(rows, tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    manifest = tmp_path / "own.csv"
+    manifest.write_text(f"image,report,question,answer,split\na.nii.gz,Normal.,,,train\n{rows}")
+    with pytest.raises(ValueError, match=r"split '?validation.* training\.eval_strategy=no\.$"):
+        read_samples(DataRecipe(root=str(manifest), tasks=["report"]), "validation")
+
+
+def test_a_language_model_in_bfloat16_stays_so(manifest, contrastive, tmp_path):
+    """What is published, and what `dtype="auto"` makes of it and of a checkpoint, is in the language model's precision."""
+    tokenizer_and_model = run_recipe(recipe_of("language", manifest, tmp_path / "language", LANGUAGE))
+    model = AutoModelForCausalLM.from_pretrained(tokenizer_and_model, dtype=torch.bfloat16)
+    model.save_pretrained(tokenizer_and_model)
+    overrides = [f"model.language_model={tokenizer_and_model}", "model.dtype=bfloat16", "training.bf16=true"]
+    overrides += ["trained=[multi_modal_projector]", PROJECTOR[-1]]
+    output = tmp_path / "projector"
+    published = run_recipe(recipe_of("projector", manifest, output, *overrides, start_from=contrastive))
+    saved = tensors(output / "checkpoint-2")
+    assert {tensor.dtype for name, tensor in saved.items() if "projector" in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in tensors(published).items() if tensor.is_floating_point()} == {
+        torch.bfloat16
+    }
+    for place in (published, output / "checkpoint-2"):
+        assert json.loads((place / "config.json").read_text())["dtype"] == "bfloat16"
+        loaded = AutoModelForImageTextToText.from_pretrained(place, dtype="auto")
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+    overrides = ["model.dtype=bfloat16", "training.bf16=true"]
+    adapter = run_recipe(recipe_of("finetune", manifest, tmp_path / "finetune", *overrides, start_from=published))
+    assert {tensor.dtype for tensor in tensors(adapter, "adapter_model.safetensors").values()} == {torch.float32}
+    merged = tensors(Path(merge_adapter(adapter, tmp_path / "merged")))
+    assert {tensor.dtype for tensor in merged.values() if tensor.is_floating_point()} == {torch.bfloat16}
 
 
 def test_validation_writes_scores_and_answers(manifest, projector, tmp_path):

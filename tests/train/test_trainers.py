@@ -10,7 +10,7 @@ import pytest
 import tiny
 from transformers import TrainingArguments
 
-from med3dvlm.train.trainers import ContrastiveTrainer
+from med3dvlm.train.trainers import ContrastiveTrainer, StudyTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,42 @@ def test_the_text_encoder_has_its_own_learning_rate(rate, tmp_path):
         assert rates[id(parameter)] == (rate if is_text and rate is not None else 1e-3), name
     decayed = {id(entry) for group in groups if group["weight_decay"] for entry in group["params"]}
     assert id(model.text_projection.weight) in decayed and id(model.text_projection.bias) not in decayed
+
+
+def trainer_of(folder, num_train, num_validation):
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    rows = [{"text": str(row)} for row in range(max(num_train, num_validation))]
+    return StudyTrainer(
+        model=tiny.tiny_siglip(),
+        args=arguments,
+        train_dataset=rows[:num_train],
+        eval_dataset=rows[:num_validation],
+        data_collator=lambda items: {"labels": [item["text"] for item in items]},
+    )
+
+
+@pytest.mark.parametrize("num_validation", [3, 6])
+def test_a_validation_takes_every_sample_where_training_drops_the_last_batch(num_validation, tmp_path):
+    trainer = trainer_of(tmp_path, 6, num_validation)
+    validated = [label for batch in trainer.get_eval_dataloader() for label in batch["labels"]]
+    assert sorted(validated) == [str(row) for row in range(num_validation)]
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [4]
+
+
+def test_training_on_less_than_a_batch_is_refused_where_the_last_one_is_dropped(tmp_path):
+    message = (
+        r"at least 4 training samples \(batch size 4, number of processes 1\), got 3: .*smaller, use fewer processes"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, 3, 3).train()
 
 
 @pytest.mark.slow

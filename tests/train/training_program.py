@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ import tiny
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from med3dvlm.train.checkpoints import CheckpointGuard, StopOnSignal, prepare_resume, train_or_finish
+from med3dvlm.train.checkpoints import (
+    CheckpointGuard,
+    StopOnSignal,
+    done_by_first_process,
+    prepare_resume,
+    train_or_finish,
+)
 
 
 NUM_SAMPLES = 7  # an odd number, so that an epoch ends with a smaller batch
@@ -147,3 +155,26 @@ def train_in_process(
         sys.stderr.flush()
         # Without taking the interpreter down piece by piece: gloo's threads can hang or abort there.
         os._exit(exit_code)
+
+
+def wait_for_the_first(rank: int, folder: Path, seconds: float, limit: float) -> None:
+    """What one of two processes does whose communication has a time limit, shorter than the first one works."""
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2, timeout=timedelta(seconds=limit)
+    )
+
+    def work() -> str:
+        time.sleep(seconds)
+        (folder / f"worked-{rank}").touch()
+        return "done"
+
+    def fail() -> str:
+        raise FileNotFoundError("scan.nii.gz is missing")
+
+    results = [done_by_first_process(work)]
+    try:
+        done_by_first_process(fail)
+    except Exception as error:
+        results.append(f"{type(error).__name__}: {error}")
+    (folder / f"results-{rank}.json").write_text(json.dumps(results))

@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging
 
-from ...processing.volume_io import Volume
 from ..files import write_atomically
-from .slices import DroppedSlice, is_slice_folder, read_slices
+from .slices import open_scan
 
 
 logger = logging.get_logger(__name__)
@@ -121,16 +120,7 @@ class VolumeCache:
             return None
 
     def _make(self, path: str, file: Path, source: dict[str, str]) -> torch.Tensor:
-        scan: Any = path
-        dropped: list[DroppedSlice] = []
-        if is_slice_folder(Path(path)):
-            stack, dropped = read_slices(path)
-            scan = Volume(path, stack, stack.shape, stack.dtype)  # so that messages name the folder
-        if dropped:
-            shown = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3])
-            logger.warning(
-                f"{path}: {len(dropped)} files are not among the slices ({shown}{'; ...' * (len(dropped) > 3)})."
-            )
+        scan, dropped = open_scan(path)
         inputs = self.image_processor(scan, return_report=True, **self.options)
         volume, report = inputs["pixel_values"][0, 0], inputs["preprocessing_report"][0]
         report.pop("source")  # a path may name a patient

@@ -20,6 +20,7 @@ import numpy as np
 
 from ...processing.volume_io import InvalidVolumeError, open_volume, orient, read_voxels, spacing_of
 from ..files import write_json_atomically
+from ..phantoms.study import count_usable_cores
 from .m3d import (
     CAP_INDEX,
     CHOICE_COLUMNS,
@@ -223,7 +224,7 @@ def check_study(
         rows = []  # nothing but files: they have no texts and no splits
     problems += _text_problems(rows)
     images = _existing_images(first_rows, problems)
-    facts = _read_volumes(images, fast, num_workers or min(8, os.cpu_count() or 1), progress)
+    facts = _read_volumes(images, fast, num_workers or min(8, count_usable_cores()), progress)
     is_prepared = volumes == "prepared" or layout == "cache" or image_size is not None
     is_prepared = is_prepared or (volumes == "auto" and _look_prepared(facts))
     shapes = _expected_shapes(facts, expected_shape)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..prompts import build_messages, build_text_messages, describe_case, format_answer, format_question
 from .augmentation import Augmentation
+from .slices import open_scan
 from .text import keep_whole_sentences
 
 
@@ -48,8 +49,9 @@ class ProcessedVolumes:
         self.image_processor, self.options = image_processor, options or {}
 
     def load(self, path: str) -> torch.Tensor:
-        """The volume at `path`: `torch.Tensor` of shape `(depth, height, width)`."""
-        return self.image_processor(path, **self.options)["pixel_values"][0, 0]
+        """The volume at `path`, a NIfTI file or a folder of slices: `torch.Tensor` of shape `(depth, height, width)`."""
+        scan, _ = open_scan(path)
+        return self.image_processor(scan, **self.options)["pixel_values"][0, 0]
 
 
 class StudyDataset(Dataset):
@@ -57,7 +59,8 @@ class StudyDataset(Dataset):
     Training items of samples.
 
     Indices count draws: index `epoch * len(dataset) + i` is sample `i` with the random numbers of that epoch, which
-    [`EpochSampler`] makes use of. A plain index below the length is the sample in epoch 0.
+    [`EpochSampler`] makes use of. A plain index below the length is the sample in epoch 0. Train with
+    [`~train.trainers.StudyTrainer`], which has that sampler: to a plain Trainer every epoch is epoch 0.
 
     Args:
         samples (`datasets.Dataset`):

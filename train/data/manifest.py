@@ -36,6 +36,10 @@ COLUMNS = (
 )
 SPLIT_NAMES: dict[str, Split] = {**{name: name for name in SPLITS}, "val": "validation"}
 YES_AND_NO = ("yes", "no")
+# What to do where a split has no sample.
+SPLIT_HINTS: dict[str, str] = {
+    "validation": " Put some cases into it, or train without it: training.eval_strategy=no."
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def read_manifest(
         found = (
             ", ".join(sorted(splits - {""})) or "no splits: add a column `split`, or read all rows with `split=None`"
         )
-        raise ValueError(f"{path} has no rows of the split {split}. It has {found}.")
+        raise ValueError(f"{path} has no rows of the split {split}. It has {found}.{SPLIT_HINTS.get(split, '')}")
     if check_files:
         _check_scans_exist(path, rows_of_images)
     return table.build(streaming=streaming, check_files=False)

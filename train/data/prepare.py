@@ -44,8 +44,9 @@ from transformers.utils import logging
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ...processing.volume_io import InvalidVolumeError, Volume, open_volume
 from ..files import write_atomically
+from ..phantoms.study import count_usable_cores
 from .cache import describe_source, fingerprint_of
-from .m3d import CAP_INDEX, case_of, name_a_few, read_cap_index
+from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
 from .samples import SPLITS, Split
 from .slices import (
     SLICE_ENDINGS,
@@ -275,7 +276,7 @@ def prepare_m3d_cap(
     )
     settings.image_processor()  # refuses bad options before anything is done
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = count_usable_cores()
     if num_workers < 0:
         raise ValueError(f"`num_workers` must be 0 or more, got {num_workers}.")
     if not source.is_dir():
@@ -296,6 +297,11 @@ def prepare_m3d_cap(
 
     root = destination.parent if destination.name == CAP_FOLDER else destination
     check_index_is_ours(root / CAP_INDEX, destination, splits)
+    if splits is None and (root / VQA_FOLDER).is_dir():
+        logger.warning(
+            f"{root / VQA_FOLDER}: its questions follow the splits of M3D-Cap's own index, and with splits that are drawn here "
+            "volumes will be in two of them. Pass that M3D_Cap.json as `splits` (--splits)."
+        )
     destination.mkdir(parents=True, exist_ok=True)
     index_folder = (root / CAP_INDEX).parent
     index_folder.mkdir(parents=True, exist_ok=True)

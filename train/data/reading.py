@@ -2,17 +2,16 @@
 
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import datasets
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..files import write_atomically
+from ..files import write_json_lines
+from ..phantoms.study import count_usable_cores
 from .dataset import VolumeLoader
 
 
@@ -41,7 +40,7 @@ def read_all(
     Returns:
         `dict` from the path of each volume that cannot be read to the reason.
     """
-    num_workers = num_workers or len(os.sched_getaffinity(0))
+    num_workers = num_workers or count_usable_cores()
     faults: dict[str, str] = {}
     with tqdm(total=len(images), desc="reading volumes", unit="volume", disable=not progress) as bar:
         if num_workers == 1 or len(images) < FEW_VOLUMES:
@@ -61,32 +60,46 @@ def read_all(
     return faults
 
 
-def leave_out_broken(samples: datasets.Dataset, faults: dict[str, str], listing: Path) -> datasets.Dataset:
+def find_broken(
+    volumes: VolumeLoader, images: Sequence[str], listing: Path | None = None, progress: bool = False
+) -> list[str]:
     """
-    The samples whose volume can be read. The others are listed with their reasons, once and for all: a resumed run leaves out
-    the same ones.
+    Reads all volumes, and names those that cannot be read.
 
     Args:
-        samples (`datasets.Dataset`):
-            Rows of `SAMPLE_FEATURES`.
-        faults (`dict[str, str]`):
-            As [`read_all`] returned them; not looked at where the listing exists.
-        listing (`Path`):
-            JSON lines with `image` and `reason`.
+        volumes ([`VolumeLoader`]):
+            As in [`read_all`].
+        images (`Sequence[str]`):
+            Paths of the volumes.
+        listing (`Path`, *optional*):
+            File, JSON lines with `image` and `reason`, for the volumes that cannot be read. Where it exists, nothing is read,
+            and they are those that it lists: a resumed run leaves out the same ones. Without it none may be broken.
+        progress (`bool`, *optional*, defaults to `False`):
+            As in [`read_all`].
+
+    Returns:
+        `list[str]`: their paths.
 
     Raises:
-        ValueError: not one volume can be read.
+        ValueError: a volume cannot be read, and there is no `listing`.
     """
+    if listing is None:
+        faults = read_all(volumes, images, progress=progress)
+        if faults:
+            image, reason = next(iter(faults.items()))
+            raise ValueError(
+                f"{len(faults)} of {len(images)} volumes cannot be read, the first is {image}: {reason} Mend them, or set "
+                "data.skip_broken=true to leave them out and have them listed."
+            )
+        return []
     if not listing.exists():
-        rows = [json.dumps({"image": image, "reason": reason}) + "\n" for image, reason in sorted(faults.items())]
-        write_atomically("".join(rows).encode(), listing)
-    broken = {json.loads(line)["image"] for line in listing.read_text(encoding="utf-8").splitlines()}
+        faults = read_all(volumes, images, progress=progress)
+        write_json_lines([{"image": image, "reason": reason} for image, reason in sorted(faults.items())], listing)
+    with listing.open(encoding="utf-8") as lines:
+        broken = [json.loads(line)["image"] for line in lines]
     if broken:
         logger.warning(f"{len(broken)} volumes cannot be read and are left out; {listing} lists them with reasons.")
-    kept = [row for row, image in enumerate(samples["image"]) if image not in broken]
-    if not kept:
-        raise ValueError(f"Not one volume can be read: {listing} lists the reasons.")
-    return samples.select(kept)
+    return broken
 
 
 def _read_chunk(volumes: VolumeLoader, images: list[str]) -> dict[str, str]:
@@ -99,4 +112,4 @@ def _read_chunk(volumes: VolumeLoader, images: list[str]) -> dict[str, str]:
     return faults
 
 
-__all__ = ["leave_out_broken", "read_all"]
+__all__ = ["find_broken", "read_all"]

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
 
-from ...processing.volume_io import MAX_VOXELS, InvalidVolumeError
+from ...processing.volume_io import MAX_VOXELS, InvalidVolumeError, Volume
 
+
+logger = logging.get_logger(__name__)
 
 # The original takes these endings, in small letters, and leaves out all others, `.jpg` too.
 SLICE_ENDINGS = (".png", ".jpeg")
@@ -132,6 +135,27 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
             f"{f', and {len(dropped)} other files' if dropped else ''}. Collect the slices of the series in one folder."
         )
     return stack.astype(np.float32) / 255, dropped
+
+
+def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
+    """
+    What the image processor takes for the scan at a path: of a folder of slices their stack, else the path itself.
+
+    Returns:
+        `str` or [`Volume`]; and what was left out of a stack, see [`read_slices`], of which a warning tells too.
+
+    Raises:
+        InvalidVolumeError: no stack can be made of the slices.
+    """
+    if not is_slice_folder(Path(path)):
+        return path, []
+    stack, dropped = read_slices(path)
+    if dropped:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3])
+        logger.warning(
+            f"{path}: {len(dropped)} files are not among the slices ({shown}{'; ...' * (len(dropped) > 3)})."
+        )
+    return Volume(path, stack, stack.shape, stack.dtype), dropped  # so that messages name the folder
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -288,6 +312,7 @@ __all__ = [
     "find_series",
     "is_nifti_file",
     "is_slice_folder",
+    "open_scan",
     "read_picture",
     "read_report",
     "read_slices",

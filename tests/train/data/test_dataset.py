@@ -1,13 +1,18 @@
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.train.data.augmentation import augment_laterality_safe
+from med3dvlm.train.data.cache import VolumeCache
 from med3dvlm.train.data.dataset import (
     ConversationBuilder,
     EpochSampler,
     PairBuilder,
+    ProcessedVolumes,
     StudyDataset,
     TextDataset,
     item_generator,
@@ -54,6 +59,20 @@ def take(dataset, sampler, num_workers, batch_size=2):
         for batch in loader
         for item in batch
     ]
+
+
+def test_folders_of_slices_are_read_as_the_cache_reads_them(tmp_path, caplog):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for number in range(4):
+        array = np.random.default_rng(number).integers(0, 256, size=(20, 30), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{number}.png")
+    image_processor = Med3DVLMImageProcessor(image_size=[8, 12, 16])
+    expected = VolumeCache(tmp_path / "cache", image_processor, "float32").load(str(folder))
+    assert torch.equal(ProcessedVolumes(image_processor).load(str(folder)), expected)
+    (folder / "x.db").touch()
+    ProcessedVolumes(image_processor).load(str(folder))
+    assert "series: 1 files are not among the slices (x.db" in caplog.text
 
 
 def test_items_do_not_depend_on_the_number_of_workers():

@@ -24,6 +24,7 @@ import make_slices
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train.data import prepare
+from med3dvlm.train.data.check import check_study
 from med3dvlm.train.data.m3d import read_m3d_cap
 from med3dvlm.train.data.prepare import (
     encode_prepared_volume,
@@ -98,6 +99,32 @@ def original(tmp_path_factory):
     make_slices.make_slices(folder / "M3D_Cap", golden_io.load("prep").meta["salt"])
     report = prepare_m3d_cap(folder / "M3D_Cap", folder / "M3D_Cap_npy", num_workers=0)
     return folder, report
+
+
+def test_splits_are_to_be_given_where_questions_have_them_already(tmp_path, caplog):
+    """As in the example of the command: volumes and questions of one case in one split, by the names that M3D uses."""
+    raw, root = tmp_path / "M3D_Cap_raw", tmp_path / "data"
+    write_cases(raw / "ct_case", count=8)
+    names = [f"M3D_Cap_npy/ct_case/{number:06}/Axial" for number in range(1, 9)]
+    index = tmp_path / "M3D_Cap.json"
+    splits = {"train": names[:6], "validation": names[6:7], "test": names[7:]}
+    entries = {
+        split: [{"image": f"{name}.npy", "text": f"{Path(name).parent}/text.txt"} for name in of_split]
+        for split, of_split in splits.items()
+    }
+    index.write_text(json.dumps(entries))
+    header = "Image Path,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice"
+    for split, short in {"train": "train", "validation": "val", "test": "test"}.items():
+        rows = [f"{name}.npy,1,Which plane?,axial,coronal,sagittal,none,axial,A" for name in splits[split]]
+        (root / "M3D-VQA").mkdir(parents=True, exist_ok=True)
+        (root / f"M3D-VQA/M3D_VQA_{short}.csv").write_text("\n".join([header, *rows]) + "\n")
+
+    prepare_here(raw, root / "M3D_Cap_npy", splits=index)
+    assert "--splits" not in caplog.text
+    assert check_study(root).is_ok
+    prepare_here(raw, root / "M3D_Cap_npy")
+    assert "M3D-VQA: its questions follow the splits of M3D-Cap's own index" in caplog.text
+    assert not check_study(root).is_ok
 
 
 def test_files_and_reports_are_those_of_the_original(original):
