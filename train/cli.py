@@ -509,7 +509,7 @@ def bench(
     section: Annotated[
         list[str] | None,
         typer.Option(
-            help="machine, encoder, training, preparation, generation or questions; may be repeated.",
+            help="machine, encoder, training, preparation, generation, questions or profile; may be repeated.",
             show_default="all",
         ),
     ] = None,
@@ -548,7 +548,7 @@ def bench(
 
     The encoder beside its plain formulation, Vit3D and the machine's roofline; a training step; preparing a scan, beside
     SimpleITK and MONAI where they are installed; an answer beside the bare language model; several questions about one
-    volume. The defaults take some minutes on two cores.
+    volume; the operations that the encoder's time goes to. The defaults take some minutes on two cores.
 
     Example: med3dvlm bench --section encoder --variant nano --variant small --scale 1 --scale 0.5
     """

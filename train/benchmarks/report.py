@@ -17,6 +17,7 @@ TITLES = {
     "preparation": "Preparing a scan",
     "generation": "An answer",
     "questions": "Questions about one volume",
+    "profile": "Where the time of the encoder goes, by operation",
 }
 # Names of columns for readers, and how their values are written. Quartiles stand in the JSON file only.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -34,6 +35,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_ratio": ("share of the peak", "{:.2f}".format),
     "times_roofline": ("times the roofline", "{:.2f}".format),
     "overhead": ("overhead", "{:+.1%}".format),
+    "share": ("share of the time", "{:.1%}".format),
     "file_mb": ("file, MB", "{:.0f}".format),
 }
 

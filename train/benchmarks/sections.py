@@ -14,6 +14,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from ...configuration.configuration_dcformer import DCFormerConfig
@@ -24,11 +25,13 @@ from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGenerat
 from ...modeling_med3dvlm.modeling_vit3d import Vit3DModel
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from .baseline import PlainEncoder, prepare_with_other_libraries
-from .measure import encoder_work, measure_limits, peak_memory, roofline_seconds, time_in_turns
+from .measure import encoder_work, measure_limits, peak_memory, roofline_seconds, synchronise, time_in_turns
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Row = dict[str, Any]
+# Of a profile.
+OPERATIONS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,21 @@ def encoder_cases(settings: Settings) -> Iterator[tuple[str, float, int]]:
             yield case
 
 
+def training_step(model: torch.nn.Module, volumes: torch.Tensor, dtype: str) -> Callable[[], None]:
+    """A function that makes one step of AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        with precision(dtype, volumes.device):
+            outputs = model(volumes)
+        last = outputs[-1] if isinstance(outputs, list) else outputs.last_hidden_state
+        last.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def measure_training(settings: Settings) -> Iterator[Row]:
     """One step of the encoder: forward, backward and AdamW, in the plain formulation and in ours."""
     device, variant = settings.device, settings.variants[0]
@@ -185,21 +203,7 @@ def measure_training(settings: Settings) -> Iterator[Row]:
     for dtype in settings.dtypes:
         ours = encoder_like_trained(config, device).train()
         models = {"plain": PlainEncoder.like(ours), "ours": ours}
-
-        def step_of(model: torch.nn.Module, dtype: str = dtype) -> Callable[[], None]:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-
-            def step() -> None:
-                with precision(dtype, device):
-                    outputs = model(volumes)
-                last = outputs[-1] if isinstance(outputs, list) else outputs.last_hidden_state
-                last.float().square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-            return step
-
-        functions = {name: step_of(model) for name, model in models.items()}
+        functions = {name: training_step(model, volumes, dtype) for name, model in models.items()}
         timings = time_in_turns(functions, device, settings.runs)
         peaks = {name: peak_memory(function, device) for name, function in functions.items()}
         for name, timing in timings.items():
@@ -348,6 +352,44 @@ def measure_questions(settings: Settings) -> Iterator[Row]:
         }
 
 
+def measure_profile(settings: Settings) -> Iterator[Row]:
+    """Where the time of our forward pass and of our training step goes: the operations of PyTorch that take most."""
+    device, dtype, variant = settings.device, settings.dtypes[0], settings.variants[0]
+    config = DCFormerConfig.from_variant(variant, image_size=settings.image_size)
+    encoder = encoder_like_trained(config, device)
+    encoder.fused_inference = True
+    volume = torch.rand(1, 1, *settings.image_size, device=device)
+    volumes = torch.rand(max(2, settings.batch_sizes[0]), 1, *settings.training_size, device=device)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        with precision(dtype, device):
+            encoder(volume)
+
+    step = training_step(encoder_like_trained(config, device).train(), volumes, dtype)
+    for name, function in (("forward pass, fused", forward), ("training step", step)):
+        function()
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        with profile(activities=activities) as profiler:
+            for _ in range(settings.runs):
+                function()
+            synchronise(device)
+        which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, which))
+        total = sum(getattr(event, which) for event in events)
+        for event in events[:OPERATIONS_SHOWN]:
+            microseconds = getattr(event, which)
+            yield {
+                "what": name,
+                "variant": variant,
+                "dtype": dtype,
+                "operation": event.key,
+                "calls": event.count // settings.runs,
+                "seconds": microseconds / 1e6 / settings.runs,
+                "share": microseconds / total,
+            }
+
+
 SECTIONS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "machine": measure_machine,
     "encoder": measure_encoder,
@@ -355,6 +397,7 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "preparation": measure_preparation,
     "generation": measure_generation,
     "questions": measure_questions,
+    "profile": measure_profile,
 }
 
 

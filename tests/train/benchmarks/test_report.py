@@ -55,6 +55,9 @@ def test_every_section_measures_and_is_written(tmp_path):
     whole = [row for row in results["generation"] if row["part"] == "whole answer"]
     assert [row["encoder_calls"] for row in whole] == [1, 1]
     assert results["questions"][0]["questions"] == 2
+    for what in ("forward pass, fused", "training step"):
+        shares = [row["share"] for row in results["profile"] if row["what"] == what]
+        assert shares == sorted(shares, reverse=True) and 0.3 < sum(shares) <= 1
     text = (tmp_path / "benchmark.md").read_text()
     assert all(f"## {title}" in text for title in report.TITLES.values())
 
