@@ -116,9 +116,8 @@ def run_recipe(recipe: Recipe) -> Path:
         logger.warning(f"{output_dir}: this run is finished; its result is {output_dir / PUBLISHED}.")
         return output_dir / PUBLISHED
     set_seed(arguments.seed)
-    resume_from = prepare_resume(
-        arguments, settings
-    )  # before anything is loaded: another run's folder is refused here
+    # Before anything is loaded: another run's folder is refused here.
+    resume_from = prepare_resume(arguments, settings)
     if arguments.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, output_dir / RECIPE)
