@@ -260,15 +260,11 @@ def statistics_of_batch(rows: torch.Tensor, norm: Any, bias: torch.Tensor) -> tu
     `bias`.
     """
     # PyTorch adds up row by row, which loses digits over many rows: parts of them are put together in float64.
-    parts = [
-        torch.batch_norm_update_stats(part.view(*part.shape, 1, 1), None, None, 0.0)
-        for part in rows.split(ROWS_OF_STATISTICS)
-    ]
-    means, variances = (torch.stack(values).double() for values in zip(*parts))
-    shares = torch.tensor([len(part) for part in rows.split(ROWS_OF_STATISTICS)], dtype=torch.float64) / len(rows)
+    parts = rows.split(ROWS_OF_STATISTICS)
+    statistics = [torch.batch_norm_update_stats(part.view(*part.shape, 1, 1), None, None, 0.0) for part in parts]
+    means, variances = (torch.stack(values).double() for values in zip(*statistics))
+    shares = torch.tensor([len(part) for part in parts], dtype=torch.float64) / len(rows)
     mean = shares @ means
     variance = shares @ (variances + (means - mean).square())
-    norm.move_running_statistics(
-        (mean + bias).to(rows.dtype), (variance * (len(rows) / (len(rows) - 1))).to(rows.dtype)
-    )
+    norm.move_running_statistics(mean + bias, variance * (len(rows) / (len(rows) - 1)))
     return mean.to(rows.dtype), variance.to(rows.dtype)

@@ -379,6 +379,8 @@ def read_ahead(
             )
         )
     )
+    if not broken:
+        return samples
     kept = {}
     for split, part in samples.items():
         kept[split] = part.select([row for row, image in enumerate(part["image"]) if image not in broken])

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import math
-import os
 import platform
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ...configuration.configuration_dcformer import DCFormerConfig
+from ..cores import count_usable_cores
 
 
 Function = Callable[[], Any]
@@ -107,11 +107,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
         "processor": processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores,
+        "cores": count_usable_cores(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ...processing.volume_io import InvalidVolumeError, open_volume, orient, read_voxels, spacing_of
+from ..cores import count_usable_cores
 from ..files import write_json_atomically
-from ..phantoms.study import count_usable_cores
 from .m3d import (
     CAP_INDEX,
     CHOICE_COLUMNS,

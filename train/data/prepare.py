@@ -43,8 +43,8 @@ from transformers.utils import logging
 
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ...processing.volume_io import InvalidVolumeError, Volume, open_volume
+from ..cores import count_usable_cores
 from ..files import write_atomically
-from ..phantoms.study import count_usable_cores
 from .cache import describe_source, fingerprint_of
 from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
 from .samples import SPLITS, Split

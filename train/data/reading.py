@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..cores import count_usable_cores
 from ..files import write_json_lines
-from ..phantoms.study import count_usable_cores
 from .dataset import VolumeLoader
 
 

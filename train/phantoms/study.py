@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
+from ..cores import count_usable_cores
 from ..files import write_atomically, write_json_lines
 from .anatomy import (
     FACTORS,
@@ -547,13 +547,6 @@ def write_lists(
         write_atomically(_as_csv(closed[split]), destination / "M3D-VQA" / f"M3D_VQA_{name}.csv")
         write_atomically(_as_csv(yes_no[split]), destination / "M3D-VQA" / f"M3D_VQA_yn_{name}.csv")
     write_json_lines(truth, destination / TRUTH_FILE)
-
-
-def count_usable_cores() -> int:
-    """Cores that this process may use, where the system tells; else those of the machine."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _in_parallel(make: Any, findings: Sequence[PhantomFindings], num_workers: int) -> Iterator[tuple[int, Any]]:
