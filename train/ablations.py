@@ -17,11 +17,14 @@ from .recipe import load_recipe
 from .stages import run_recipe
 
 
-# What each variant replaces in `phantom/contrastive`. The ViT3D has as many parameters as DCFormer-nano, within a factor of 2.
+# What each variant replaces in `phantom/contrastive`. DCFormer is the smallest, and the ViT3D has as many parameters, within a
+# factor of 2.
+RATE = "training.learning_rate=1.5e-3"
 ENCODERS: dict[str, list[str]] = {
-    "DCFormer + SigLIP": [],
-    "DCFormer + CLIP": ["model.dual_encoder.loss_type=softmax"],
+    "DCFormer + SigLIP": [RATE, "model.vision.variant=nano"],
+    "DCFormer + CLIP": [RATE, "model.vision.variant=nano", "model.dual_encoder.loss_type=softmax"],
     "ViT3D + CLIP": [
+        RATE,
         "model.dual_encoder.loss_type=softmax",
         "model.vision.variant=null",
         "model.vision.layer_scale_init_value=null",

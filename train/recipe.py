@@ -86,6 +86,10 @@ class DataRecipe:
         identical_reports (`str`, *optional*, defaults to `"distinct"`):
             In `contrastive`: whether a volume counts the identical report of another volume as a negative
             (`"distinct"`, as in the paper) or as a positive (`"match"`).
+        questions_per_volume (`int`, *optional*, defaults to 1):
+            So many samples of a volume share its encoding in a training step of `projector` and `finetune`, and the
+            description of a case in `language`; a batch counts volumes then. Loss and gradients are those of the samples one
+            by one, in a fraction of the time. It needs a language model with PyTorch's attention ("sdpa").
         num_train (`int`, *optional*):
             So many training samples, drawn once; all by default.
         num_validation (`int`, *optional*, defaults to 512):
@@ -102,6 +106,7 @@ class DataRecipe:
     max_text_length: int = 512
     augmentation: str = "laterality_safe"
     identical_reports: str = "distinct"
+    questions_per_volume: int = 1
     num_train: int | None = None
     num_validation: int = 512
     skip_broken: bool = False
@@ -229,6 +234,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check_choice("data.augmentation", recipe.data.augmentation, AUGMENTATIONS)
     _check_choice("data.identical_reports", recipe.data.identical_reports, ("distinct", "match"))
     _check_choice("data.cache_dtype", recipe.data.cache_dtype, ("float16", "uint8", "float32"))
+    if recipe.data.questions_per_volume < 1:
+        raise ValueError(f"`data.questions_per_volume` must be 1 or more, got {recipe.data.questions_per_volume}.")
     for task in recipe.data.tasks:
         _check_choice("data.tasks", task, TASKS)
     for part in recipe.trained:
@@ -260,6 +267,10 @@ def check_recipe(recipe: Recipe) -> None:
         if recipe.data.tasks != ["report"]:
             raise ValueError(
                 f"The stage 'contrastive' learns from reports: `data.tasks` must be [report], got {recipe.data.tasks}."
+            )
+        if recipe.data.questions_per_volume > 1:
+            raise ValueError(
+                "The stage 'contrastive' asks nothing: leave out `data.questions_per_volume`, or set it to 1."
             )
         if recipe.trained or recipe.lora:
             raise ValueError("The stage 'contrastive' trains the whole dual encoder: leave out `trained` and `lora`.")

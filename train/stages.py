@@ -49,6 +49,7 @@ from .data.manifest import SPLIT_HINTS, read_manifest
 from .data.reading import find_broken
 from .data.samples import Split
 from .files import write_json_atomically
+from .memory import keep_freed_memory
 from .merge import publish_adapter
 from .models import (
     add_lora,
@@ -109,6 +110,8 @@ def run_recipe(recipe: Recipe) -> Path:
     check_places(recipe)
     recipe = choose_precision(recipe)
     arguments = build_training_arguments(recipe)
+    if arguments.device.type == "cpu":
+        keep_freed_memory()
     output_dir = Path(str(arguments.output_dir))
     samples = {split: read_samples(recipe.data, split) for split in splits_of(arguments)}
     settings = done_by_first_process(lambda: {**fixed_settings(recipe), "content": describe_content(recipe, samples)})
@@ -234,11 +237,13 @@ def build_trainer(
     data = recipe.data
     set_seed(arguments.seed)
     model, processor = build_model(recipe, arguments, samples["train"])
+    if data.questions_per_volume > 1:
+        check_attention(model)
     if recipe.stage == "language":  # conversations in words alone, no volumes
         return StudyTrainer(
             model=model,
             args=arguments,
-            train_dataset=TextDataset(samples["train"], seed=arguments.seed),
+            train_dataset=TextDataset(samples["train"], arguments.seed, data.questions_per_volume),
             eval_dataset=TextDataset(samples["validation"], seed=arguments.seed) if "validation" in samples else None,
             data_collator=ConversationCollator(processor, data.max_text_length),
             processing_class=processor,
@@ -266,7 +271,12 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=StudyDataset(
-            samples["train"], volumes, builder, AUGMENTATIONS[data.augmentation], seed=arguments.seed
+            samples["train"],
+            volumes,
+            builder,
+            AUGMENTATIONS[data.augmentation],
+            seed=arguments.seed,
+            questions_per_volume=data.questions_per_volume,
         ),
         eval_dataset=validation,
         data_collator=collator,
@@ -274,6 +284,20 @@ def build_trainer(
         callbacks=callbacks,
         **options,
     )
+
+
+def check_attention(model: Any) -> None:
+    """
+    Raises:
+        ValueError: the language model's attention does not take a mask of its own for every token.
+    """
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if attention != "sdpa":
+        raise ValueError(
+            f"`data.questions_per_volume` above 1 needs a language model with the attention 'sdpa', got {attention!r}, which "
+            "would let questions about one volume see each other. Set it to 1, or choose the attention in the model's "
+            "configuration."
+        )
 
 
 def build_model(
@@ -504,11 +528,14 @@ def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict
     """Speed, memory and versions of a run. Memory is the peak of this process, in GiB; MB are no unit of it."""
     arguments, parameters = trainer.args, list(trainer.accelerator.unwrap_model(trainer.model).parameters())
     unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes there and in KiB elsewhere
+    dataset: Any = trainer.train_dataset
+    num_samples = len(dataset.samples)
     resources: dict[str, Any] = {
-        "samples_per_second": metrics.get("train_samples_per_second", math.nan),
+        # Trainer counts volumes where several questions share one.
+        "samples_per_second": metrics.get("train_samples_per_second", math.nan) * num_samples / len(dataset),
         "num_processes": arguments.world_size,
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "num_train_samples": len(trainer.train_dataset),  # type: ignore[arg-type]
+        "num_train_samples": num_samples,
         "trained_parameters": sum(map(count_weights, (entry for entry in parameters if entry.requires_grad))),
         "all_parameters": sum(map(count_weights, parameters)),
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,

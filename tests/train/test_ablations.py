@@ -11,7 +11,7 @@ from med3dvlm.train.recipe import load_recipe
 
 def test_encoders_differ_in_loss_and_volume_encoder_alone():
     weights = {}
-    plain = load_recipe("phantom/contrastive")
+    plain = load_recipe("phantom/contrastive", ENCODERS["DCFormer + SigLIP"])
     for name, changes in ENCODERS.items():
         recipe = load_recipe("phantom/contrastive", changes)
         assert recipe.training == plain.training and recipe.data == plain.data, name

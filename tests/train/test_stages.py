@@ -15,10 +15,18 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from med3dvlm.train import stages
 from med3dvlm.train.data.manifest import write_example_manifest
+from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.recipe import DataRecipe, load_recipe, save_recipe
-from med3dvlm.train.stages import choose_precision, describe_content, read_deepspeed_config, read_samples, run_recipe
+from med3dvlm.train.stages import (
+    check_attention,
+    choose_precision,
+    describe_content,
+    read_deepspeed_config,
+    read_samples,
+    run_recipe,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -186,6 +194,42 @@ def test_merging_refuses_what_does_not_fit(finetuned, projector, tmp_path):
     (broken / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone/away/base"}))
     with pytest.raises(FileNotFoundError, match="'gone/away/base' is not there"):
         merge_adapter(broken, tmp_path / "merged")
+
+
+def test_questions_that_share_a_volume_give_the_gradients_of_questions_one_by_one(manifest, projector, tmp_path):
+    """All questions of the study in one step, without augmentation: the same loss, and the same step."""
+    runs = {}
+    for number, batch_size in ((1, 50), (8, 50)):
+        overrides = [
+            NO_LANGUAGE_MODEL,
+            f"data.questions_per_volume={number}",
+            f"training.per_device_train_batch_size={batch_size}",
+            "data.augmentation=none",
+            "data.tasks=[closed_vqa, open_vqa]",  # a request for a report is drawn
+            "training.optim=sgd",
+            "training.warmup_steps=0",
+        ]
+        place = tmp_path / str(number)
+        runs[number] = run_recipe(
+            recipe_of("projector", manifest, place, *overrides, start_from=projector, max_steps=1)
+        )
+    summaries = {number: json.loads((place.parent / "summary.json").read_text()) for number, place in runs.items()}
+    assert summaries[1]["num_train_samples"] == summaries[8]["num_train_samples"] > 1
+    assert summaries[8]["train"]["train_loss"] == pytest.approx(summaries[1]["train"]["train_loss"], rel=1e-5)
+    start, one, shared = tensors(projector), tensors(runs[1]), tensors(runs[8])
+    moved = {name: one[name] - start[name] for name in start}
+    largest = max(float(value.abs().max()) for value in moved.values())
+    assert largest > 0
+    for name, value in moved.items():
+        torch.testing.assert_close(shared[name] - start[name], value, rtol=1e-3, atol=1e-3 * largest, msg=name)
+
+
+def test_attention_without_a_mask_for_every_token_is_refused():
+    model = build_tiny_model()[0]
+    check_attention(model)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="needs a language model with the attention 'sdpa', got 'flash_attention_2'"):
+        check_attention(model)
 
 
 def losses(output_dir):

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from .packing import share_beginnings
+
 
 class ConversationCollator:
     """
@@ -37,19 +39,23 @@ class ConversationCollator:
         """
         Args:
             items (`list`):
-                Dictionaries with `messages`, and `volume`: a prepared volume of shape `(depth, height, width)`, or all
-                without one, for conversations in words alone.
+                Dictionaries with `messages`, or `conversations`, a list of such messages that begin with the same volume;
+                and `volume`: a prepared volume of shape `(depth, height, width)`, or all without one, for conversations
+                in words alone.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, and, if there are
-            volumes, `pixel_values` of shape `(batch_size, 1, depth, height, width)`.
+            volumes, `pixel_values` of shape `(batch_size, 1, depth, height, width)`. Items with `conversations` come as
+            [`~train.data.packing.share_beginnings`] puts them together.
 
         Raises:
-            ValueError: the whole answer of an item was cut off by `max_length`, so there is nothing to learn from it.
+            ValueError: the whole answer of a conversation was cut off by `max_length`, so there is nothing to learn from it;
+                or conversations that are to share a volume do not begin with it.
         """
+        groups = [item.get("conversations") or [item["messages"]] for item in items]
         truncation = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
         batch = self.processor.apply_chat_template(
-            [item["messages"] for item in items],
+            [messages for group in groups for messages in group],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -62,13 +68,22 @@ class ConversationCollator:
                 f"A conversation has no token to learn within {self.max_length} tokens: its question fills them, or its "
                 "answer is empty. Raise `max_text_length`, and check the data with `med3dvlm prepare check`."
             )
-        volumes = {"pixel_values": stack_volumes(items)} if any("volume" in item for item in items) else {}
-        return {
+        tokens = {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "labels": batch["input_ids"].masked_fill(~is_answer, -100),
-            **volumes,
         }
+        volumes = {"pixel_values": stack_volumes(items)} if any("volume" in item for item in items) else {}
+        if any("conversations" in item for item in items):
+            tokens = share_beginnings(tokens, [len(group) for group in groups], self.processor.tokenizer.pad_token_id)
+            num_placeholders = (tokens["input_ids"] == self.processor.image_token_id).sum(dim=1)
+            if volumes and not bool((num_placeholders == self.processor.image_seq_length).all()):
+                raise ValueError(
+                    f"Expected {self.processor.image_seq_length} placeholders of one volume in each group of conversations, got "
+                    f"{num_placeholders.tolist()}: the chat template writes something that differs, such as the question, "
+                    "before the volume. Use one that begins with the volume, or `data.questions_per_volume: 1`."
+                )
+        return {**tokens, **volumes}
 
 
 class PairCollator:

@@ -5,7 +5,8 @@ and a resumed run goes on with the items that an uninterrupted one would have se
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import datasets
@@ -54,6 +55,43 @@ class ProcessedVolumes:
         return self.image_processor(scan, **self.options)["pixel_values"][0, 0]
 
 
+class QuestionGroups:
+    """
+    Which samples are asked together, because they are about the same volume.
+
+    Args:
+        owners (`Sequence[str]`):
+            For each sample what it is about.
+        size (`int`):
+            Most samples in a group. Those of an owner are shared out evenly, at random in every epoch.
+
+    Raises:
+        ValueError: `size` is below 1.
+    """
+
+    def __init__(self, owners: Sequence[str], size: int):
+        if size < 1:
+            raise ValueError(f"Expected at least 1 question per volume, got {size}.")
+        members: dict[str, list[int]] = {}
+        for row, owner in enumerate(owners):
+            members.setdefault(owner, []).append(row)
+        self.members = list(members.values())
+        counts = [math.ceil(len(rows) / size) for rows in self.members]
+        # Of each group: which owner's, which of the owner's groups, and how many these are.
+        self.places = [(number, part, count) for number, count in enumerate(counts) for part in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows_of(self, index: int, seed: int, epoch: int) -> list[int]:
+        """The samples of a group in an epoch. In each epoch every sample is in one group."""
+        number, part, count = self.places[index]
+        rows = self.members[number]
+        # Beyond the numbers of the items and of their order.
+        order = torch.randperm(len(rows), generator=item_generator(seed, epoch, len(self) + 1 + number))
+        return [rows[place] for place in order[part::count].tolist()]
+
+
 class StudyDataset(Dataset):
     """
     Training items of samples.
@@ -73,6 +111,9 @@ class StudyDataset(Dataset):
             Changes a volume at random.
         seed (`int`, *optional*, defaults to 0):
             Of the random numbers.
+        questions_per_volume (`int`, *optional*, defaults to 1):
+            With 2 or more, an item has up to so many conversations about one volume, which then is loaded, changed and
+            encoded once for all of them. `build_item` is a [`ConversationBuilder`] then.
     """
 
     def __init__(
@@ -82,15 +123,20 @@ class StudyDataset(Dataset):
         build_item: ItemBuilder,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        questions_per_volume: int = 1,
     ):
         self.samples, self.volumes, self.build_item = samples, volumes, build_item
         self.augmentation, self.seed = augmentation, seed
+        is_grouped = questions_per_volume > 1
+        self.groups = QuestionGroups(samples["image"][:], questions_per_volume) if is_grouped else None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.samples if self.groups is None else self.groups)
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """
+        What `build_item` makes; of a group `{"conversations": [messages, ...], "volume": ...}`.
+
         Raises:
             IndexError: a negative index.
             InvalidVolumeError: the volume cannot be used. It is not replaced by another.
@@ -98,12 +144,16 @@ class StudyDataset(Dataset):
         if draw < 0:
             raise IndexError(f"Expected an index from 0, got {draw}.")
         epoch, index = divmod(draw, len(self))
-        sample = self.samples[index]
+        rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
+        samples = [self.samples[row] for row in rows]
         generator = item_generator(self.seed, epoch, index)
-        volume = self.volumes.load(sample["image"])
+        volume = self.volumes.load(samples[0]["image"])
         if self.augmentation is not None:
             volume = self.augmentation(volume, generator)
-        return self.build_item(sample, volume, generator)
+        items = [self.build_item(sample, volume, generator) for sample in samples]
+        if self.groups is None:
+            return items[0]
+        return {"conversations": [item["messages"] for item in items], "volume": volume}
 
 
 class TextDataset(Dataset):
@@ -119,21 +169,25 @@ class TextDataset(Dataset):
             [`~train.prompts.describe_case`].
         seed (`int`, *optional*, defaults to 0):
             Of the requests for a report.
+        questions_per_volume (`int`, *optional*, defaults to 1):
+            With 2 or more, an item has up to so many conversations about one case, whose description is then read once.
     """
 
-    def __init__(self, samples: datasets.Dataset, seed: int = 0):
+    def __init__(self, samples: datasets.Dataset, seed: int = 0, questions_per_volume: int = 1):
         self.samples, self.seed = samples.remove_columns("image"), seed
+        is_grouped = questions_per_volume > 1
+        self.groups = QuestionGroups(samples["case"][:], questions_per_volume) if is_grouped else None
         cases: dict[str, list[dict[str, Any]]] = {}
         for sample in self.samples:
             cases.setdefault(sample["case"], []).append(sample)
         self.descriptions = {case: describe_case(members) for case, members in cases.items()}
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.samples if self.groups is None else self.groups)
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """
-        `{"messages": ...}`.
+        `{"messages": ...}`, of a group `{"conversations": [messages, ...]}`.
 
         Raises:
             IndexError: a negative index.
@@ -141,9 +195,13 @@ class TextDataset(Dataset):
         if draw < 0:
             raise IndexError(f"Expected an index from 0, got {draw}.")
         epoch, index = divmod(draw, len(self))
-        sample = self.samples[index]
-        question = format_question(sample, item_generator(self.seed, epoch, index))
-        return {"messages": build_text_messages(self.descriptions[sample["case"]], question, format_answer(sample))}
+        rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
+        generator = item_generator(self.seed, epoch, index)
+        conversations = []
+        for sample in map(self.samples.__getitem__, rows):
+            description, question = self.descriptions[sample["case"]], format_question(sample, generator)
+            conversations.append(build_text_messages(description, question, format_answer(sample)))
+        return {"messages": conversations[0]} if self.groups is None else {"conversations": conversations}
 
 
 def item_generator(seed: int, epoch: int, index: int) -> torch.Generator:

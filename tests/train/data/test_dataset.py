@@ -13,6 +13,7 @@ from med3dvlm.train.data.dataset import (
     EpochSampler,
     PairBuilder,
     ProcessedVolumes,
+    QuestionGroups,
     StudyDataset,
     TextDataset,
     item_generator,
@@ -115,6 +116,42 @@ def test_generators_of_samples_and_epochs_differ():
         for index in range(3)
     }
     assert len(firsts) == 27
+
+
+def test_groups_take_every_sample_once_an_epoch_and_stay_with_their_volume():
+    owners = ["a", "b", "a", "a", "b", "c", "a", "a"]
+    groups = QuestionGroups(owners, 2)
+    assert len(groups) == 3 + 1 + 1  # five of a, two of b, one of c
+    drawn = [[groups.rows_of(index, seed=0, epoch=epoch) for index in range(len(groups))] for epoch in range(4)]
+    for of_epoch in drawn:
+        assert sorted(row for rows in of_epoch for row in rows) == list(range(8))
+        assert all(len({owners[row] for row in rows}) == 1 for rows in of_epoch)
+        assert sorted(map(len, of_epoch)) == [1, 1, 2, 2, 2]
+    assert len({str(of_epoch) for of_epoch in drawn}) > 1
+    assert drawn[1] == [groups.rows_of(index, seed=0, epoch=1) for index in range(len(groups))]
+    with pytest.raises(ValueError, match="at least 1 question per volume, got 0"):
+        QuestionGroups(owners, 0)
+
+
+def test_questions_of_a_group_come_with_one_volume():
+    rows = list(samples(2, ["1", "2"]))
+    asked = [{**rows[0], "task": "open_vqa", "question": f"Question {number}?"} for number in range(3)]
+    grouped = datasets.Dataset.from_list([*rows, *asked], features=SAMPLE_FEATURES)
+    dataset = StudyDataset(
+        grouped, Constant(), ConversationBuilder(), augment_laterality_safe, 3, questions_per_volume=4
+    )
+    alone = StudyDataset(grouped, Constant(), ConversationBuilder(), augment_laterality_safe, 3)
+    assert (len(dataset), len(alone)) == (2, 5)
+    item = dataset[0]
+    texts = {messages[0]["content"][1]["text"] for messages in item["conversations"]}
+    assert len(item["conversations"]) == 4 and {"Question 0?", "Question 1?", "Question 2?"} < texts
+    assert item["volume"].shape == (4, 6, 8) and set(item) == {"conversations", "volume"}
+    assert len(dataset[1]["conversations"]) == 1
+
+    words = TextDataset(grouped, 3, questions_per_volume=4)
+    assert len(words) == 2 and len(words[0]["conversations"]) == 4
+    told = {messages[0]["content"][0]["text"] for messages in words[0]["conversations"]}
+    assert told == {words.descriptions["case0"] + "\n"}
 
 
 def test_a_broken_case_stops_and_is_not_replaced():
