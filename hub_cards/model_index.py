@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from .remote_code import write_atomically
+from .files import write_atomically
 
 
 CARD_NAME, MODEL_INDEX = "README.md", "model-index"
@@ -124,7 +124,7 @@ def add_results_to_card(
         table = _format_results(task, scores, notes, dataset_name, split)
         new_body = _replace_section(new_body, table, _markers(task, dataset_type, split), path)
     new_text = f"---\n{new_metadata}{text[match.end(1) : match.end()]}{new_body}"
-    write_atomically(path, new_text.replace("\n", "\r\n") if has_crlf else new_text)
+    write_atomically((new_text.replace("\n", "\r\n") if has_crlf else new_text).encode(), path)
     return path
 
 

@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import re
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+from .files import write_atomically
 
 
 PACKAGE = __name__.partition(".")[0]
@@ -213,23 +214,13 @@ def write_code(folder: str | os.PathLike, entries: Iterable[str]) -> list[Path]:
     paths = []
     for file_name, source in _flatten_once(tuple(entries)).items():
         paths.append(Path(folder) / file_name)
-        write_atomically(paths[-1], source)
+        write_atomically(source.encode(), paths[-1])
     return paths
 
 
 @functools.cache
 def _flatten_once(entries: tuple[str, ...]) -> dict[str, str]:
     return flatten(entries)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file beside its place and moves it there, so that no one ever reads half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.write_bytes(text.encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def scrub_tokenizer_config(folder: str | os.PathLike) -> None:
@@ -244,7 +235,8 @@ def scrub_tokenizer_config(folder: str | os.PathLike) -> None:
     if any(key in config for key in LEAKED_TOKENIZER_KEYS):
         kept = {key: value for key, value in config.items() if key not in LEAKED_TOKENIZER_KEYS}
         # The format in which transformers writes this file.
-        write_atomically(path, json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_atomically(text.encode(), path)
 
 
 def is_repository(name: str) -> bool:
@@ -339,6 +331,5 @@ __all__ = [
     "hub_modules",
     "is_repository",
     "scrub_tokenizer_config",
-    "write_atomically",
     "write_code",
 ]

@@ -25,9 +25,9 @@ from typing_extensions import Unpack
 
 from ..configuration.configuration_dcformer import DCFORMER_VARIANTS, DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
+from ..hub_cards.files import write_json_atomically
 from ..hub_cards.model_card import CardFields, create_model_card
 from ..hub_cards.publish import check_destination, check_fit, load_model, put_in_place, write_companions
-from ..hub_cards.remote_code import write_atomically
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 from .modeling_dcformer import DCFormerModel
 from .modeling_dcformer_siglip import DCFormerSiglipModel
@@ -143,7 +143,7 @@ def convert(
         if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
             card_fields.setdefault("base_model", base_model)
         write_companion_files(folder, plan, record, card_fields)
-        write_atomically(folder / CONVERSION_NAME, json.dumps(record, indent=1))
+        write_json_atomically(record, folder / CONVERSION_NAME)
         put_in_place(folder, destination, folder.parent / "old")
     return record
 
@@ -184,9 +184,7 @@ class Progress:
                 self.shards, self.sources = state["shards"], state["sources"]
 
     def write(self) -> None:
-        write_atomically(
-            self.path, json.dumps({"task": self.task, "shards": self.shards, "sources": self.sources}, indent=1)
-        )
+        write_json_atomically({"task": self.task, "shards": self.shards, "sources": self.sources}, self.path)
 
     def is_done(self, shard: Path) -> bool:
         """Whether a shard was finished, and is to the bit what it was then."""
@@ -318,7 +316,7 @@ def write_companion_files(folder: Path, plan: Plan, record: Mapping[str, Any], c
                 for name in ("projector_type", "projector_depth", "low_level_tokens", "high_level_tokens")
             },
         }
-        write_atomically(folder / CONFIG_NAME, json.dumps(fields, indent=1))
+        write_json_atomically(fields, folder / CONFIG_NAME)
         card = PROJECTOR_CARD.format(kind=record["kind"], provenance=provenance, weights=PROJECTOR_WEIGHTS)
         (folder / "README.md").write_text(card, encoding="utf-8")
         return
@@ -447,13 +445,13 @@ def convert_to_original(
     with workplace(destination, {}) as (folder, _):
         if isinstance(model, DCFormerSiglipModel):
             save_file(state, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-            write_atomically(folder / CONFIG_NAME, json.dumps(original_config(model, state), indent=1))
+            write_json_atomically(original_config(model, state), folder / CONFIG_NAME)
             (folder / SAFE_WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
             Med3DVLMProcessor.from_pretrained(os.fspath(source)).tokenizer.save_pretrained(folder)
             prefix = "vision_encoder."
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         torch.save(state, folder / PRETRAINED_VIT)
-        write_atomically(folder / CONVERSION_NAME, json.dumps(record, indent=1))
+        write_json_atomically(record, folder / CONVERSION_NAME)
         put_in_place(folder, destination, folder.parent / "old")
     return record
 

@@ -17,8 +17,7 @@ def keep_freed_memory() -> bool:
 
     By itself the GNU C library soon returns freed memory to the system. The next tensor's pages are then made anew, one by one
     and filled with zeros, as they are first written, which can take as long as what is computed. A process that keeps its
-    memory does not become smaller when it has less to do; at most about 200 MB lie idle between tensors. From outside, for any
-    program: `MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_MMAP_THRESHOLD_=33554432` in its environment. See `mallopt(3)`.
+    memory does not become smaller when it has less to do. From outside, for any program: `MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_MMAP_THRESHOLD_=33554432` in its environment. See `mallopt(3)`.
 
     Returns:
         `bool`: whether it is so now. The settings are those of the GNU C library; others have none.

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..hub_cards.publish import check_destination, publish, replaced_when_complete
@@ -99,10 +100,9 @@ def merge_adapter(
     Raises:
         FileExistsError: the destination holds files that are not to be replaced.
         FileNotFoundError: there is no adapter, or its base model is not where its configuration says.
-        ValueError: the adapter does not fit the base model, or holds numbers that are not finite.
+        ValueError: the adapter does not fit the base model, is damaged, or holds numbers that are not finite.
     """
     from peft import PeftConfig, PeftModel
-    from peft.utils import load_peft_weights
 
     check_destination(Path(destination), overwrite)
     adapter = os.fspath(adapter)
@@ -117,12 +117,26 @@ def merge_adapter(
             f"{adapter}: its base model {base!r} is not there. Put it back, or write where it is into "
             f"`base_model_name_or_path` of {ADAPTER_CONFIG}."
         )
+    weights = read_adapter_weights(adapter)
     model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
     processor = Med3DVLMProcessor.from_pretrained(adapter)
     peft_model = PeftModel.from_pretrained(model, adapter)
-    check_adapter_fits(peft_model, load_peft_weights(adapter, device="cpu"), adapter)
+    check_adapter_fits(peft_model, weights, adapter)
     merged = peft_model.merge_and_unload(safe_merge=True)
     return publish(merged, destination, processor=processor, overwrite=overwrite, **card_fields)
+
+
+def read_adapter_weights(adapter: str) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file of weights is damaged.
+    """
+    from peft.utils import load_peft_weights
+
+    try:
+        return load_peft_weights(adapter, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{adapter}: its weights are damaged or cut short ({error}). Copy them again.") from error
 
 
 def check_adapter_fits(peft_model: Any, weights: dict[str, Any], name: str) -> None:
@@ -144,4 +158,4 @@ def check_adapter_fits(peft_model: Any, weights: dict[str, Any], name: str) -> N
         raise ValueError(f"The adapter {name!r} does not fit its base model: {'; '.join(faults)}.")
 
 
-__all__ = ["check_adapter_fits", "merge_adapter", "publish_adapter"]
+__all__ = ["check_adapter_fits", "merge_adapter", "publish_adapter", "read_adapter_weights"]

@@ -89,7 +89,8 @@ class DataRecipe:
         questions_per_volume (`int`, *optional*, defaults to 1):
             So many samples of a volume share its encoding in a training step of `projector` and `finetune`, and the
             description of a case in `language`; a batch counts volumes then. Loss and gradients are those of the samples one
-            by one, in a fraction of the time. It needs a language model with PyTorch's attention ("sdpa").
+            by one with the same augmentation, but for dropout and a volume encoder in training. It needs a language model
+            with PyTorch's attention ("sdpa") in all layers.
         num_train (`int`, *optional*):
             So many training samples, drawn once; all by default.
         num_validation (`int`, *optional*, defaults to 512):

@@ -238,7 +238,7 @@ def build_trainer(
     set_seed(arguments.seed)
     model, processor = build_model(recipe, arguments, samples["train"])
     if data.questions_per_volume > 1:
-        check_attention(model)
+        check_attention(model, data.max_text_length)
     if recipe.stage == "language":  # conversations in words alone, no volumes
         return StudyTrainer(
             model=model,
@@ -286,17 +286,27 @@ def build_trainer(
     )
 
 
-def check_attention(model: Any) -> None:
+def check_attention(model: Any, max_text_length: int) -> None:
     """
     Raises:
-        ValueError: the language model's attention does not take a mask of its own for every token.
+        ValueError: not all layers of the language model keep to a mask that says of each token what it sees, so questions
+            about one volume would see each other.
     """
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
-    if attention != "sdpa":
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    is_stateful = any(getattr(module, "_is_stateful", False) for module in model.modules())
+    fault = None
+    if config._attn_implementation != "sdpa":
+        fault = f"the attention {config._attn_implementation!r}, not 'sdpa'"
+    elif is_stateful or kinds - {"full_attention", "sliding_attention"}:
+        fault = f"layers that carry a state from token to token ({', '.join(sorted(kinds))})"
+    elif window is not None and kinds != {"full_attention"} and window < max_text_length:
+        fault = f"a window of {window} tokens, less than `data.max_text_length` {max_text_length}"
+    if fault is not None:
         raise ValueError(
-            f"`data.questions_per_volume` above 1 needs a language model with the attention 'sdpa', got {attention!r}, which "
-            "would let questions about one volume see each other. Set it to 1, or choose the attention in the model's "
-            "configuration."
+            f"`data.questions_per_volume` above 1 needs a language model all of whose layers take a mask for every token; "
+            f"{config.model_type!r} has {fault}. Set it to 1."
         )
 
 
@@ -531,7 +541,7 @@ def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict
     dataset: Any = trainer.train_dataset
     num_samples = len(dataset.samples)
     resources: dict[str, Any] = {
-        # Trainer counts volumes where several questions share one.
+        # Questions and reports. Trainer's own figure, and the batch, count volumes where several questions share one.
         "samples_per_second": metrics.get("train_samples_per_second", math.nan) * num_samples / len(dataset),
         "num_processes": arguments.world_size,
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,

@@ -40,7 +40,8 @@ class StudyTrainer(Trainer):
         if len(loader) == 0:
             size, processes, found = self._train_batch_size, self.args.world_size, len(self.train_dataset)  # type: ignore[arg-type]
             raise ValueError(
-                f"Expected at least {size * processes} training samples (batch size {size}, number of processes {processes}), "
+                f"Expected at least {size * processes} training samples, or volumes where questions share them (batch size "
+                f"{size}, number of processes {processes}), "
                 f"got {found}: `dataloader_drop_last` would leave nothing to train on. Make `per_device_train_batch_size` "
                 "smaller, use fewer processes, or set `dataloader_drop_last` to false."
             )

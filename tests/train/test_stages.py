@@ -11,7 +11,14 @@ import pytest
 import torch
 from processes import run_processes
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from med3dvlm.train import stages
 from med3dvlm.train.data.manifest import write_example_manifest
@@ -190,6 +197,9 @@ def test_merging_refuses_what_does_not_fit(finetuned, projector, tmp_path):
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, broken / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="1 missing: .*lora_A"):
         merge_adapter(broken, tmp_path / "merged")
+    (broken / "adapter_model.safetensors").write_bytes((finetuned / "adapter_model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="weights are damaged or cut short"):
+        merge_adapter(broken, tmp_path / "merged")
     settings = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone/away/base"}))
     with pytest.raises(FileNotFoundError, match="'gone/away/base' is not there"):
@@ -197,7 +207,7 @@ def test_merging_refuses_what_does_not_fit(finetuned, projector, tmp_path):
 
 
 def test_questions_that_share_a_volume_give_the_gradients_of_questions_one_by_one(manifest, projector, tmp_path):
-    """All questions of the study in one step, without augmentation: the same loss, and the same step."""
+    """All questions of the study in one step, without augmentation: the same loss, and the same step. Two share a scan."""
     runs = {}
     for number, batch_size in ((1, 50), (8, 50)):
         overrides = [
@@ -205,7 +215,7 @@ def test_questions_that_share_a_volume_give_the_gradients_of_questions_one_by_on
             f"data.questions_per_volume={number}",
             f"training.per_device_train_batch_size={batch_size}",
             "data.augmentation=none",
-            "data.tasks=[closed_vqa, open_vqa]",  # a request for a report is drawn
+            "data.tasks=[closed_vqa, open_vqa, yes_no_vqa]",  # a request for a report is drawn
             "training.optim=sgd",
             "training.warmup_steps=0",
         ]
@@ -215,6 +225,8 @@ def test_questions_that_share_a_volume_give_the_gradients_of_questions_one_by_on
         )
     summaries = {number: json.loads((place.parent / "summary.json").read_text()) for number, place in runs.items()}
     assert summaries[1]["num_train_samples"] == summaries[8]["num_train_samples"] > 1
+    speeds = summaries[8]["samples_per_second"] / summaries[8]["train"]["train_samples_per_second"]
+    assert speeds == pytest.approx(5 / 4)  # questions and volumes
     assert summaries[8]["train"]["train_loss"] == pytest.approx(summaries[1]["train"]["train_loss"], rel=1e-5)
     start, one, shared = tensors(projector), tensors(runs[1]), tensors(runs[8])
     moved = {name: one[name] - start[name] for name in start}
@@ -226,10 +238,35 @@ def test_questions_that_share_a_volume_give_the_gradients_of_questions_one_by_on
 
 def test_attention_without_a_mask_for_every_token_is_refused():
     model = build_tiny_model()[0]
-    check_attention(model)
+    check_attention(model, 100)
     model.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="needs a language model with the attention 'sdpa', got 'flash_attention_2'"):
-        check_attention(model)
+    with pytest.raises(ValueError, match="'qwen2' has the attention 'flash_attention_2', not 'sdpa'"):
+        check_attention(model, 100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        (
+            {"model_type": "gemma3_text", "sliding_window": 64},
+            "a window of 64 tokens, less than `data.max_text_length` 100",
+        ),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "carry a state from token to token"),
+        ({"model_type": "gemma3_text", "sliding_window": 128}, None),
+        ({"model_type": "llama"}, None),
+    ],
+)
+def test_layers_that_do_not_keep_to_the_mask_are_refused(fields, fault):
+    sizes = {
+        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**sizes, **fields}))
+    if fault is None:
+        check_attention(model, 100)
+        return
+    with pytest.raises(ValueError, match=fault):
+        check_attention(model, 100)
 
 
 def losses(output_dir):
@@ -311,7 +348,7 @@ def test_a_batch_larger_than_the_data_publishes_nothing(manifest, tmp_path):
     options = ("model.vision.variant=null", VISION, TEXT, "training.per_device_train_batch_size=32")
     recipe = recipe_of("contrastive", manifest, tmp_path, *options)
     assert recipe.training["dataloader_drop_last"]
-    with pytest.raises(ValueError, match=r"at least 32 training samples .*, got 4: `dataloader_drop_last`"):
+    with pytest.raises(ValueError, match=r"at least 32 training samples.*, got 4: `dataloader_drop_last`"):
         run_recipe(recipe)
     assert not (tmp_path / "published").exists() and not (tmp_path / "summary.json").exists()
 

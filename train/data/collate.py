@@ -81,7 +81,8 @@ class ConversationCollator:
                 raise ValueError(
                     f"Expected {self.processor.image_seq_length} placeholders of one volume in each group of conversations, got "
                     f"{num_placeholders.tolist()}: the chat template writes something that differs, such as the question, "
-                    "before the volume. Use one that begins with the volume, or `data.questions_per_volume: 1`."
+                    "before the volume, or nothing at all between volume and answer. Use one that begins with the volume, "
+                    "or `data.questions_per_volume: 1`."
                 )
         return {**tokens, **volumes}
 

@@ -96,7 +96,7 @@ class StudyDataset(Dataset):
     """
     Training items of samples.
 
-    Indices count draws: index `epoch * len(dataset) + i` is sample `i` with the random numbers of that epoch, which
+    Indices count draws: index `epoch * len(dataset) + i` is sample, or group, `i` with the random numbers of that epoch, which
     [`EpochSampler`] makes use of. A plain index below the length is the sample in epoch 0. Train with
     [`~train.trainers.StudyTrainer`], which has that sampler: to a plain Trainer every epoch is epoch 0.
 
@@ -216,7 +216,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         length (`int`):
-            Number of samples.
+            Number of samples, or of groups of them.
         seed (`int`):
             Of the order. Different in every epoch, the same in every process.
         shuffle (`bool`, *optional*, defaults to `True`):
@@ -291,6 +291,7 @@ __all__ = [
     "ItemBuilder",
     "PairBuilder",
     "ProcessedVolumes",
+    "QuestionGroups",
     "StudyDataset",
     "TextDataset",
     "VolumeLoader",

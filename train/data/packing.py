@@ -17,7 +17,8 @@ def share_beginnings(
     Puts the conversations of each group one after the other behind the tokens that all of them begin with.
 
     Every token keeps its position, and sees what it saw in its own conversation: the beginning, and its own part up to
-    itself. So logits, loss and gradients are those of the conversations one by one, up to rounding.
+    itself. So logits, loss and gradients are those of the conversations one by one, up to rounding, as long as nothing is
+    drawn per conversation, such as dropout, and no batch statistics are taken, as a volume encoder in training does.
 
     Args:
         batch (`Mapping`):

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging
 
 from .scores import TextMetric
+from .tables import percent
 from .text_metrics import SampleMetric
 
 
@@ -491,10 +492,6 @@ def read_report_labels(path: str | Path, ids: Sequence[str]) -> list[dict[str, i
 
 def format_labels(scores: Sequence[LabelScore]) -> str:
     """The scores as a Markdown table in percent, with what they leave out."""
-
-    def percent(value: float) -> str:
-        return "-" if math.isnan(value) else f"{100 * value:.1f}"
-
     lines = [
         "| label | precision | recall | F1 | in true reports | in predicted ones | unknown |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..data.dataset import VolumeLoader
 from ..files import write_atomically
 from .predictions import Reference
 from .scores import SampleScores, Score
+from .tables import percent
 
 
 # Metrics that say right or wrong; others are matters of degree and get no mark.
@@ -296,7 +298,7 @@ def _score_tables(scores: Sequence[Score]) -> str:
             (
                 score.metric,
                 score.group,
-                *map(_percent, (score.value, score.low, score.high, score.blind, score.chance)),
+                *(percent(value, 2) for value in (score.value, score.low, score.high, score.blind, score.chance)),
                 f"{score.count:,}",
             )
             for score in scores
@@ -315,15 +317,15 @@ def _score_tables(scores: Sequence[Score]) -> str:
     return "\n".join(parts)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None or value != value else f"{100 * value:.2f}"
+def _score(value: float | None) -> str:
+    return "undefined" if value is None or math.isnan(value) else f"{percent(value, 2)} %"
 
 
 def _case(label: str, questions: Sequence[Question], volumes: VolumeLoader | None, slice_size: int) -> str:
     ids = [question.reference.id for question in questions]
     more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
     parts = [
-        f'<section class="case">\n<h3>{escape(label)} ({escape(ids[0])}{more}): {_percent(case_score(questions))} %</h3>'
+        f'<section class="case">\n<h3>{escape(label)} ({escape(ids[0])}{more}): {_score(case_score(questions))}</h3>'
     ]
     by_image: dict[str, list[Question]] = {}
     for question in questions:
@@ -344,9 +346,7 @@ def _question_table(questions: Sequence[Question]) -> str:
     for question in questions:
         right = is_right(question)
         mark, style = {True: ("right", " right"), False: ("wrong", " wrong"), None: ("", "")}[right]
-        figures = "\n".join(
-            f"{name.replace('_', ' ')}: {_percent(value) or 'undefined'} %" for name, value in question.scores.items()
-        )
+        figures = "\n".join(f"{name.replace('_', ' ')}: {_score(value)}" for name, value in question.scores.items())
         texts = [question.reference.question, question.reference.expected, question.prediction]
         cells = [
             f'<td class="text{style if place == 2 else ""}">{escape(text)}</td>' for place, text in enumerate(texts)

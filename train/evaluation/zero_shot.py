@@ -28,6 +28,7 @@ from ..files import write_atomically
 from ..phantoms.anatomy import ORGANS
 from ..phantoms.study import TRUTH_FILE
 from .scores import Score
+from .tables import percent
 
 
 Rule = Literal["sigmoid", "against negatives", "among classes"]
@@ -722,20 +723,16 @@ def format_zero_shot(result: ZeroShotResult) -> str:
     lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
     for score in result.scores:
         interval = "" if math.isnan(score.low) else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
-        cells = [score.name, _percent(score.auroc), interval, _percent(score.blind_auroc)]
-        cells += [_percent(score.f1), _percent(score.accuracy)]
+        cells = [score.name, percent(score.auroc), interval, percent(score.blind_auroc)]
+        cells += [percent(score.f1), percent(score.accuracy)]
         if has_threshold:
             cells += ["" if score.threshold is None else f"{score.threshold:.3g}"]
-            cells += [_percent(score.f1_at_threshold), _percent(score.accuracy_at_threshold)]
+            cells += [percent(score.f1_at_threshold), percent(score.accuracy_at_threshold)]
         cells += [str(score.num_positive), str(score.num_negative), str(score.num_unknown)]
         lines.append(f"| {' | '.join(cells)} |")
     remarks = [*result.notes, "F1 and accuracy are at the threshold 0.5 unless it is given. Chance of AUROC is 50."]
     remarks += [score.reason for score in result.scores if score.reason]
     return "\n".join([*lines, "", *[f"- {remark}" for remark in remarks]])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 __all__ = [
