@@ -598,7 +598,7 @@ def demo(
     cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 1200,
     seed: Annotated[int, typer.Option(min=0, help="Of phantoms and training.")] = 0,
     full: Annotated[
-        bool, typer.Option("--full", help="Train as long as the recipes phantom/* say, within an hour on two cores.")
+        bool, typer.Option("--full", help="Train as long as the recipes phantom/* say, about an hour on two cores.")
     ] = False,
 ) -> None:
     """

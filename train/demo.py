@@ -123,7 +123,7 @@ print(json.dumps(answers))
 # What the demonstration replaces in the recipes to be done in minutes.
 QUICK: dict[str, list[str]] = {
     stage: ["training.max_steps=-1", f"training.num_train_epochs={epochs}", "training.eval_strategy=no"]
-    for stage, epochs in {"language": 1, "contrastive": 11, "projector": 0.6, "finetune": 0.4}.items()
+    for stage, epochs in {"language": 1, "contrastive": 7, "projector": 0.6, "finetune": 0.4}.items()
 }
 # What each stage takes from earlier ones: fields of the recipe's `model`.
 STARTS_FROM: dict[str, dict[str, str]] = {

@@ -257,6 +257,7 @@ def build_trainer(
         options: dict[str, Any] = {
             "identical_reports_match": data.identical_reports == "match",
             "text_learning_rate": recipe.text_learning_rate,
+            "similar_reports": data.similar_reports,
         }
     else:
         builder = validation_builder = ConversationBuilder()

@@ -88,7 +88,7 @@ def train(kind: str, folder: Path, deepspeed: str) -> None:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         builder, collator = PairBuilder(processor.tokenizer, 60), PairCollator(processor, 60)
-        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": True}
+        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": True, "similar_reports": 2}
     else:
         choose_trained_parts(model, ["multi_modal_projector", "language_model"])
         builder, collator = ConversationBuilder(), ConversationCollator(processor)
