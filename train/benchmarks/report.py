@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically, write_json_atomically
-from ..memory import keep_freed_memory
 from .measure import describe_machine
 from .sections import SECTIONS, Row, Settings
 
@@ -66,9 +65,7 @@ def run_benchmark(
     for name in sections:
         if name not in SECTIONS:
             raise ValueError(f"Expected sections out of {', '.join(SECTIONS)}, got {name!r}.")
-    is_kept = settings.device.type == "cpu" and keep_freed_memory()  # as in training, for all that is compared
-    machine = {**describe_machine(settings.device), "freed memory kept": is_kept}
-    results: dict[str, Any] = {"machine_description": machine, "runs": settings.runs}
+    results: dict[str, Any] = {"machine_description": describe_machine(settings.device), "runs": settings.runs}
     for name in sections:
         tell(TITLES[name])
         results[name] = list(SECTIONS[name](settings))
