@@ -294,15 +294,16 @@ def check_attention(model: Any, max_text_length: int) -> None:
             about one volume would see each other.
     """
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    # Without a list, a window is one of all layers; with one, of those that it says.
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     window = getattr(config, "sliding_window", None)
     is_stateful = any(getattr(module, "_is_stateful", False) for module in model.modules())
     fault = None
     if config._attn_implementation != "sdpa":
         fault = f"the attention {config._attn_implementation!r}, not 'sdpa'"
     elif is_stateful or kinds - {"full_attention", "sliding_attention"}:
-        fault = f"layers that carry a state from token to token ({', '.join(sorted(kinds))})"
-    elif window is not None and kinds != {"full_attention"} and window < max_text_length:
+        fault = "layers that carry a state from token to token"
+    elif window is not None and "sliding_attention" in kinds and window < max_text_length:
         fault = f"a window of {window} tokens, less than `data.max_text_length` {max_text_length}"
     if fault is not None:
         raise ValueError(

@@ -251,6 +251,8 @@ def test_attention_without_a_mask_for_every_token_is_refused():
             {"model_type": "gemma3_text", "sliding_window": 64},
             "a window of 64 tokens, less than `data.max_text_length` 100",
         ),
+        ({"model_type": "mistral", "sliding_window": 64}, "a window of 64 tokens"),
+        ({"model_type": "mistral", "sliding_window": None}, None),
         ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "carry a state from token to token"),
         ({"model_type": "gemma3_text", "sliding_window": 128}, None),
         ({"model_type": "llama"}, None),
