@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch.nn.functional import normalize
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -317,6 +318,52 @@ def embed_samples(
     return torch.cat(image_embeds), torch.cat(text_embeds)
 
 
+@torch.inference_mode()
+def embed_texts(
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    max_text_length: int = 512,
+    batch_size: int = 16,
+    kind: str = "text",
+) -> torch.Tensor:
+    """
+    Vectors of texts.
+
+    Args:
+        model ([`DCFormerSiglipModel`]):
+            In evaluation mode.
+        processor ([`Med3DVLMProcessor`]):
+            The model's processor.
+        texts (`Sequence[str]`):
+            At least one; none is cut.
+        max_text_length (`int`, *optional*, defaults to 512):
+            Tokens that a text may have.
+        batch_size (`int`, *optional*, defaults to 16):
+            Texts at a time.
+        kind (`str`, *optional*, defaults to `"text"`):
+            What the error calls them.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, projection_dim)`, of unit length, in float32 on the CPU.
+
+    Raises:
+        ValueError: a text has more than `max_text_length` tokens.
+    """
+    vectors = []
+    for start in range(0, len(texts), batch_size):
+        batch = list(texts[start : start + batch_size])
+        inputs = processor.tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
+        for text, length in zip(batch, inputs["attention_mask"].sum(dim=1).tolist()):
+            if length > max_text_length:
+                raise ValueError(f"A {kind} has {length} tokens, more than {max_text_length}: shorten {text[:60]!r}.")
+        features = model.get_text_features(
+            inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device), return_dict=True
+        )
+        vectors.append(normalize(features.pooler_output.float(), dim=-1).cpu())
+    return torch.cat(vectors)
+
+
 def batched(
     samples: datasets.Dataset | Sequence[dict[str, Any]], batch_size: int, show_progress: bool, description: str
 ) -> Iterator[list[dict[str, Any]]]:
@@ -326,4 +373,12 @@ def batched(
         yield [samples[index] for index in range(start, min(start + batch_size, len(samples)))]
 
 
-__all__ = ["Answer", "answer_batch", "answer_samples", "embed_samples", "end_token_ids", "iterate_answers"]
+__all__ = [
+    "Answer",
+    "answer_batch",
+    "answer_samples",
+    "embed_samples",
+    "embed_texts",
+    "end_token_ids",
+    "iterate_answers",
+]

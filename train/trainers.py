@@ -30,6 +30,10 @@ class StudyTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self.order_of(dataset, seed)
+
+    def order_of(self, dataset: Any, seed: int) -> EpochSampler:
+        """The order in which training sees a data set."""
         return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
 
     def get_train_dataloader(self) -> DataLoader:
@@ -41,10 +45,10 @@ class StudyTrainer(Trainer):
         if len(loader) == 0:
             size, processes, found = self._train_batch_size, self.args.world_size, len(self.train_dataset)  # type: ignore[arg-type]
             raise ValueError(
-                f"Expected at least {size * processes} training samples, or volumes where questions share them (batch size "
-                f"{size}, number of processes {processes}), "
+                f"Expected at least {size * processes} training samples (batch size {size}, number of processes {processes}), "
                 f"got {found}: `dataloader_drop_last` would leave nothing to train on. Make `per_device_train_batch_size` "
-                "smaller, use fewer processes, or set `dataloader_drop_last` to false."
+                "smaller, use fewer processes, or set `dataloader_drop_last` to false. Questions that share a volume count as "
+                "one sample."
             )
         return loader
 
@@ -87,11 +91,10 @@ class ContrastiveTrainer(StudyTrainer):
         # Gathered beside the vectors, to know which reports are identical.
         self.label_names = ["text_group_ids"]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+    def order_of(self, dataset: Any, seed: int) -> EpochSampler:
+        """The order in which training sees a data set; with `similar_reports`, similar ones follow each other."""
         if self.similar_reports == 1:
-            return super()._get_train_sampler(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return super().order_of(dataset, seed)
         return SimilarReportSampler(dataset.samples["answer"][:], seed, self.similar_reports)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

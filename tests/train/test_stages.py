@@ -350,7 +350,7 @@ def test_a_batch_larger_than_the_data_publishes_nothing(manifest, tmp_path):
     options = ("model.vision.variant=null", VISION, TEXT, "training.per_device_train_batch_size=32")
     recipe = recipe_of("contrastive", manifest, tmp_path, *options)
     assert recipe.training["dataloader_drop_last"]
-    with pytest.raises(ValueError, match=r"at least 32 training samples.*, got 4: `dataloader_drop_last`"):
+    with pytest.raises(ValueError, match=r"at least 32 training samples .*, got 4: `dataloader_drop_last`"):
         run_recipe(recipe)
     assert not (tmp_path / "published").exists() and not (tmp_path / "summary.json").exists()
 

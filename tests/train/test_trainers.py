@@ -95,7 +95,7 @@ def test_a_validation_takes_every_sample_where_training_drops_the_last_batch(num
 
 def test_training_on_less_than_a_batch_is_refused_where_the_last_one_is_dropped(tmp_path):
     message = (
-        r"at least 4 training samples.* \(batch size 4, number of processes 1\), got 3: .*smaller, use fewer processes"
+        r"at least 4 training samples \(batch size 4, number of processes 1\), got 3: .*smaller, use fewer processes"
     )
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, 3, 3).train()

@@ -92,7 +92,42 @@ class QuestionGroups:
         return [rows[place] for place in order[part::count].tolist()]
 
 
-class StudyDataset(Dataset):
+class DrawnDataset(Dataset):
+    """
+    What data sets of samples have in common: an index counts draws, and a draw is one sample, or a group of them, with the
+    random numbers of an epoch.
+
+    Args:
+        samples (`datasets.Dataset`):
+            Rows of `SAMPLE_FEATURES`.
+        seed (`int`):
+            Of the random numbers.
+        owners (`Sequence[str]`), questions_per_owner (`int`):
+            What each sample is about, and how many samples of an owner make a group; 1 for none.
+    """
+
+    def __init__(self, samples: datasets.Dataset, seed: int, owners: Sequence[str], questions_per_owner: int):
+        self.samples, self.seed = samples, seed
+        self.groups = QuestionGroups(owners, questions_per_owner) if questions_per_owner > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.samples if self.groups is None else self.groups)
+
+    def draw(self, draw: int) -> tuple[list[dict[str, Any]], torch.Generator]:
+        """
+        The samples of a draw, and its random numbers.
+
+        Raises:
+            IndexError: a negative index.
+        """
+        if draw < 0:
+            raise IndexError(f"Expected an index from 0, got {draw}.")
+        epoch, index = divmod(draw, len(self))
+        rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
+        return [self.samples[row] for row in rows], item_generator(self.seed, epoch, index)
+
+
+class StudyDataset(DrawnDataset):
     """
     Training items of samples.
 
@@ -125,13 +160,8 @@ class StudyDataset(Dataset):
         seed: int = 0,
         questions_per_volume: int = 1,
     ):
-        self.samples, self.volumes, self.build_item = samples, volumes, build_item
-        self.augmentation, self.seed = augmentation, seed
-        is_grouped = questions_per_volume > 1
-        self.groups = QuestionGroups(samples["image"][:], questions_per_volume) if is_grouped else None
-
-    def __len__(self) -> int:
-        return len(self.samples if self.groups is None else self.groups)
+        super().__init__(samples, seed, samples["image"], questions_per_volume)
+        self.volumes, self.build_item, self.augmentation = volumes, build_item, augmentation
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """
@@ -141,12 +171,7 @@ class StudyDataset(Dataset):
             IndexError: a negative index.
             InvalidVolumeError: the volume cannot be used. It is not replaced by another.
         """
-        if draw < 0:
-            raise IndexError(f"Expected an index from 0, got {draw}.")
-        epoch, index = divmod(draw, len(self))
-        rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
-        samples = [self.samples[row] for row in rows]
-        generator = item_generator(self.seed, epoch, index)
+        samples, generator = self.draw(draw)
         volume = self.volumes.load(samples[0]["image"])
         if self.augmentation is not None:
             volume = self.augmentation(volume, generator)
@@ -156,7 +181,7 @@ class StudyDataset(Dataset):
         return {"conversations": [item["messages"] for item in items], "volume": volume}
 
 
-class TextDataset(Dataset):
+class TextDataset(DrawnDataset):
     """
     The conversations of samples with a text in the place of the volume, for a language model that is to learn to answer
     before it sees volumes. No volume is read.
@@ -174,16 +199,11 @@ class TextDataset(Dataset):
     """
 
     def __init__(self, samples: datasets.Dataset, seed: int = 0, questions_per_volume: int = 1):
-        self.samples, self.seed = samples.remove_columns("image"), seed
-        is_grouped = questions_per_volume > 1
-        self.groups = QuestionGroups(samples["case"][:], questions_per_volume) if is_grouped else None
+        super().__init__(samples.remove_columns("image"), seed, samples["case"], questions_per_volume)
         cases: dict[str, list[dict[str, Any]]] = {}
         for sample in self.samples:
             cases.setdefault(sample["case"], []).append(sample)
         self.descriptions = {case: describe_case(members) for case, members in cases.items()}
-
-    def __len__(self) -> int:
-        return len(self.samples if self.groups is None else self.groups)
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """
@@ -192,13 +212,9 @@ class TextDataset(Dataset):
         Raises:
             IndexError: a negative index.
         """
-        if draw < 0:
-            raise IndexError(f"Expected an index from 0, got {draw}.")
-        epoch, index = divmod(draw, len(self))
-        rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
-        generator = item_generator(self.seed, epoch, index)
+        samples, generator = self.draw(draw)
         conversations = []
-        for sample in map(self.samples.__getitem__, rows):
+        for sample in samples:
             description, question = self.descriptions[sample["case"]], format_question(sample, generator)
             conversations.append(build_text_messages(description, question, format_answer(sample)))
         return {"messages": conversations[0]} if self.groups is None else {"conversations": conversations}
@@ -287,6 +303,7 @@ def text_group_id(text: str) -> int:
 
 __all__ = [
     "ConversationBuilder",
+    "DrawnDataset",
     "EpochSampler",
     "ItemBuilder",
     "PairBuilder",

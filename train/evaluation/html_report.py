@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -298,7 +297,7 @@ def _score_tables(scores: Sequence[Score]) -> str:
             (
                 score.metric,
                 score.group,
-                *(percent(value, 2) for value in (score.value, score.low, score.high, score.blind, score.chance)),
+                *(percent(value, 2, "") for value in (score.value, score.low, score.high, score.blind, score.chance)),
                 f"{score.count:,}",
             )
             for score in scores
@@ -318,7 +317,8 @@ def _score_tables(scores: Sequence[Score]) -> str:
 
 
 def _score(value: float | None) -> str:
-    return "undefined" if value is None or math.isnan(value) else f"{percent(value, 2)} %"
+    text = percent(value, 2, undefined="")
+    return f"{text} %" if text else "undefined"
 
 
 def _case(label: str, questions: Sequence[Question], volumes: VolumeLoader | None, slice_size: int) -> str:

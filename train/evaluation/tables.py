@@ -173,9 +173,9 @@ def format_score(score: Score | None) -> str:
     return percent(score.value) + interval
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """Such as "84.0"; nothing for no value, "-" for one that is undefined."""
-    return "" if value is None else "-" if math.isnan(value) else f"{100 * value:.{digits}f}"
+def percent(value: float | None, digits: int = 1, undefined: str = "-") -> str:
+    """Such as "84.0"; nothing for no value, `undefined` for NaN."""
+    return "" if value is None else undefined if math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def write_tables(tables: Sequence[Table], scores: Sequence[Score], folder: Path) -> None:

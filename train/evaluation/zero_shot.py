@@ -21,6 +21,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from ..answering import embed_texts
 from ..data.collate import stack_volumes
 from ..data.dataset import VolumeLoader
 from ..data.samples import Split
@@ -470,17 +471,7 @@ def embed_prompts(
         ValueError: a prompt has more than `max_text_length` tokens.
     """
     texts = list(dict.fromkeys(text for entry in prompts for text in (*entry.positive, *entry.negative)))
-    vectors: dict[str, torch.Tensor] = {}
-    for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
-        inputs = processor.tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
-        for text, length in zip(batch, inputs["attention_mask"].sum(dim=1).tolist()):
-            if length > max_text_length:
-                raise ValueError(f"A prompt has {length} tokens, more than {max_text_length}: shorten {text[:60]!r}.")
-        features = model.get_text_features(
-            inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device), return_dict=True
-        )
-        vectors.update(zip(batch, normalize(features.pooler_output.float(), dim=-1).cpu()))
+    vectors = dict(zip(texts, embed_texts(model, processor, texts, max_text_length, batch_size, kind="prompt")))
 
     def mean(chosen: tuple[str, ...]) -> torch.Tensor:
         return normalize(torch.stack([vectors[text] for text in chosen]).mean(dim=0), dim=-1)

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
-from ..answering import answer_samples, embed_samples
+from ..answering import answer_samples, embed_samples, embed_texts
 from ..data.dataset import VolumeLoader, text_group_id
 from ..data.samples import Task
 from ..data.study import first_cases, read_task
@@ -89,11 +88,11 @@ def score_retrieval(
                 }
             )
     for name, pair in EXCHANGED.items():
-        exchanged = [exchange(text, *pair) for text in samples["answer"]]
-        own = [row for row, text in enumerate(exchanged) if text is not None]
-        if not own:
+        texts = (exchange(text, *pair) for text in samples["answer"])
+        exchanged = {row: text for row, text in enumerate(texts) if text is not None}
+        if not exchanged:
             continue
-        other_texts = embed_texts(model, processor, [exchanged[row] or "" for row in own])
+        own, other_texts = list(exchanged), embed_texts(model, processor, list(exchanged.values()))
         values = {}
         for key, images in {"value": image_embeds[own], "blind": other[own]}.items():
             differences = (images * (text_embeds[own] - other_texts)).sum(dim=1)
@@ -107,14 +106,6 @@ def exchange(text: str, one: str, other: str) -> str | None:
     if one not in text and other not in text:
         return None
     return other.join(part.replace(other, one) for part in text.split(one))
-
-
-@torch.inference_mode()
-def embed_texts(model: Any, processor: Med3DVLMProcessor, texts: list[str]) -> torch.Tensor:
-    """Vectors of texts by a dual encoder in evaluation mode, `(num_texts, projection_dim)`, of unit length."""
-    inputs = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)
-    features = model.get_text_features(inputs["input_ids"], inputs["attention_mask"], return_dict=True)
-    return normalize(features.pooler_output.float(), dim=-1).cpu()
 
 
 def score_answers(
@@ -200,4 +191,4 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["embed_texts", "exchange", "format_table", "score_answers", "score_retrieval"]
+__all__ = ["exchange", "format_table", "score_answers", "score_retrieval"]

@@ -69,7 +69,7 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
     assert "&lt;b&gt;blind&lt;/b&gt;" in page and "<p>&lt;i&gt;settings&lt;/i&gt;</p>" in page
     assert "default-src 'none'" in page and not re.search(r"(src|href)=\"(?!data:)", page)
     assert (
-        '<td>&lt;organ&gt;</td><td class="number">50.00</td><td class="number">40.00</td><td class="number">-</td>'
+        '<td>&lt;organ&gt;</td><td class="number">50.00</td><td class="number">40.00</td><td class="number"></td>'
         in page
     )
     assert '<td class="number">20.00</td><td class="number">25.00</td><td class="number">1,200</td>' in page

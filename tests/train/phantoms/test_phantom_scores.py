@@ -3,10 +3,11 @@ import pytest
 import torch
 from tiny import tiny_siglip
 
+from med3dvlm.train.answering import embed_texts
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.phantoms import scores
-from med3dvlm.train.phantoms.scores import embed_texts, exchange, score_retrieval
+from med3dvlm.train.phantoms.scores import exchange, score_retrieval
 
 
 REPORTS = [
