@@ -21,6 +21,7 @@ def contrastive_loss(
     exchange: str = "gather",
     chunk_size: int | None = None,
     text_group_ids: torch.Tensor | None = None,
+    num_unpaired_texts: int = 0,
 ) -> torch.Tensor:
     r"""
     Contrastive loss of matching pairs, over the batches of all processes where `torch.distributed` is initialised.
@@ -33,6 +34,10 @@ def contrastive_loss(
     With `text_group_ids`, the texts of a group are one and the same report, and `y_ij` is 1 for all of them: a volume is
     not pushed away from a text that is also its own. In the softmax loss the target is spread evenly over them.
 
+    Texts may be more than volumes: `num_unpaired_texts` of them belong to none, and every volume is pushed away from them
+    (Yuksekgonul et al., "When and why vision-language models behave like bags-of-words" (2023), NegCLIP). They are further
+    columns `j` of the sum above, and further classes of the rows' cross-entropy; they have no row of their own.
+
     Each process compares its own rows with everybody's columns, so none holds the `B x B` matrix. It returns its share
     times the number of processes: the mean over processes, which is what data parallelism logs and applies to
     gradients, is the loss of the global batch. Processes may hold different numbers of pairs.
@@ -40,8 +45,8 @@ def contrastive_loss(
     Args:
         image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
             This process's volumes, of unit length.
-        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-            Their reports in the same order, of unit length.
+        text_embeds (`torch.Tensor` of shape `(batch_size + num_unpaired_texts, projection_dim)`):
+            Their reports in the same order, then the texts that belong to no volume, of unit length.
         logit_scale (`torch.Tensor` of shape `(1,)`):
             Logarithm of the temperature.
         logit_bias (`torch.Tensor` of shape `(1,)`, *optional*):
@@ -52,9 +57,11 @@ def contrastive_loss(
             `"gather"` brings all processes' columns here at once; `"ring"` passes one process's columns on at a time.
         chunk_size (`int`, *optional*):
             Columns compared at a time; their logits are computed again in the backward pass instead of kept.
-        text_group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Equal for pairs with the identical report, whichever process holds them; given on all processes or on none.
-            By default every pair is a group of its own.
+        text_group_ids (`torch.LongTensor` of shape `(batch_size + num_unpaired_texts,)`, *optional*):
+            Equal for identical reports, whichever process holds them; given on all processes or on none. By default every
+            text is a group of its own.
+        num_unpaired_texts (`int`, *optional*, defaults to 0):
+            How many of the texts belong to no volume; processes may differ in it.
 
     Returns:
         `torch.Tensor` of shape `()`, in float32.
@@ -62,10 +69,11 @@ def contrastive_loss(
     Raises:
         ValueError: the numbers of volumes, reports and group ids differ.
     """
-    if len(image_embeds) != len(text_embeds):
+    if len(image_embeds) + num_unpaired_texts != len(text_embeds):
+        unpaired = f", {num_unpaired_texts} of them unpaired" if num_unpaired_texts else ""
         raise ValueError(
-            f"The contrastive loss needs pairs, got {len(image_embeds)} volumes and {len(text_embeds)} texts: pass one "
-            "text for each volume, or leave out `return_loss`."
+            f"The contrastive loss needs pairs, got {len(image_embeds)} volumes and {len(text_embeds)} texts{unpaired}: pass "
+            "one text for each volume, say with `num_unpaired_texts` how many more there are, or leave out `return_loss`."
         )
     if text_group_ids is not None and text_group_ids.shape != (len(text_embeds),):
         raise ValueError(
@@ -75,26 +83,33 @@ def contrastive_loss(
     # float32, and no autocast: the logits of a large batch lose the negatives' small terms in half precision.
     with torch.autocast(image_embeds.device.type, enabled=False):
         images, texts = image_embeds.float(), text_embeds.float()
+        paired_texts = texts[: len(images)]
         scale = logit_scale.float().exp()
         bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.float()
-        batch_sizes = gather_batch_sizes(images)
+        batch_sizes, text_sizes = gather_batch_sizes(images, texts)
 
-        def blocks_of_all(columns: torch.Tensor) -> Iterator[torch.Tensor]:
+        def blocks_of_texts(columns: torch.Tensor) -> Iterator[torch.Tensor]:
+            return iterate_column_blocks(columns, text_sizes, exchange, chunk_size)
+
+        def blocks_of_images(columns: torch.Tensor) -> Iterator[torch.Tensor]:
             return iterate_column_blocks(columns, batch_sizes, exchange, chunk_size)
 
-        matching_texts = matching_images = (scale * (images * texts).sum(dim=1) + bias).sum()
-        text_blocks: Iterable[torch.Tensor] = blocks_of_all(texts)
-        image_blocks: Iterable[torch.Tensor] = blocks_of_all(images) if loss_type == "softmax" else []
+        matching_texts = matching_images = (scale * (images * paired_texts).sum(dim=1) + bias).sum()
+        text_blocks: Iterable[torch.Tensor] = blocks_of_texts(texts)
+        image_blocks: Iterable[torch.Tensor] = blocks_of_images(images) if loss_type == "softmax" else []
         if text_group_ids is not None:
             ids = text_group_ids.to(images.device)
+            paired_ids = ids[: len(images)]
             # Ids travel as the columns do, and so come in the same order. They stay integers: hashes need all their bits.
-            all_ids = torch.cat(list(blocks_of_all(ids[:, None]))).flatten()
-            text_blocks, image_blocks = list(text_blocks), list(image_blocks)
-            sums, sizes = sum_by_group(ids, all_ids, torch.cat(text_blocks))
+            text_ids = torch.cat(list(blocks_of_texts(ids[:, None]))).flatten()
+            text_blocks = list(text_blocks)
+            sums, sizes = sum_by_group(paired_ids, text_ids, torch.cat(text_blocks))
             if loss_type == "softmax":
                 matching_texts = (scale * (images * sums).sum(dim=1) / sizes + bias).sum()
-                sums, _ = sum_by_group(ids, all_ids, torch.cat(image_blocks))
-                matching_images = (scale * (texts * sums).sum(dim=1) / sizes + bias).sum()
+                image_ids = torch.cat(list(blocks_of_images(paired_ids[:, None]))).flatten()
+                image_blocks = list(image_blocks)
+                sums, sizes = sum_by_group(paired_ids, image_ids, torch.cat(image_blocks))
+                matching_images = (scale * (paired_texts * sums).sum(dim=1) / sizes + bias).sum()
             else:
                 matching_texts = (scale * (images * sums).sum(dim=1) + bias * sizes).sum()
 
@@ -103,7 +118,9 @@ def contrastive_loss(
             share = sum_of_softplus(images, text_blocks, scale, bias, chunk_size) - matching_texts
         else:
             share = sum_of_logsumexp(images, text_blocks, scale, bias, chunk_size) - matching_texts
-            share = (share + sum_of_logsumexp(texts, image_blocks, scale, bias, chunk_size) - matching_images) / 2
+            share = (
+                share + sum_of_logsumexp(paired_texts, image_blocks, scale, bias, chunk_size) - matching_images
+            ) / 2
         return share * len(batch_sizes) / sum(batch_sizes)
 
 
@@ -167,14 +184,15 @@ def iterate_column_blocks(
         yield from [block] if chunk_size is None else block.split(chunk_size)
 
 
-def gather_batch_sizes(embeds: torch.Tensor) -> list[int]:
-    """Number of rows of `embeds` on every process; one entry without `torch.distributed`."""
+def gather_batch_sizes(images: torch.Tensor, texts: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Number of rows of `images`, and of `texts`, on every process; one entry each without `torch.distributed`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [len(embeds)]
-    own = torch.tensor([len(embeds)], device=embeds.device)
+        return [len(images)], [len(texts)]
+    own = torch.tensor([len(images), len(texts)], device=images.device)
     everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everybodys, own)
-    return [int(size) for size in everybodys]
+    sizes = torch.stack(everybodys).tolist()
+    return [images for images, _ in sizes], [texts for _, texts in sizes]
 
 
 def pad_rows(columns: torch.Tensor, size: int) -> torch.Tensor:

@@ -190,6 +190,7 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         return_loss: bool | None = None,
         text_group_ids: torch.LongTensor | None = None,
+        num_unpaired_texts: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DCFormerSiglipOutput:
         r"""
@@ -206,12 +207,14 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
             text_group_ids (`torch.LongTensor` of shape `(text_batch_size,)`, *optional*):
                 Equal for texts that are the identical report, whichever process holds them: in the loss a volume matches
                 all texts of its own text's group, by default its own alone. Without `return_loss` they have no effect.
+            num_unpaired_texts (`int`, *optional*, defaults to 0):
+                With `return_loss`: so many texts, the last ones, belong to no volume, and are negatives of all.
 
         Returns:
             [`DCFormerSiglipOutput`]
 
         Raises:
-            ValueError: a loss was asked for, and the numbers of volumes, texts and group ids differ.
+            ValueError: a loss was asked for, and the numbers of volumes, texts and group ids do not fit together.
         """
         vision_outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
@@ -233,6 +236,7 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
                 exchange=self.config.loss_exchange,
                 chunk_size=self.config.loss_chunk_size,
                 text_group_ids=text_group_ids,
+                num_unpaired_texts=num_unpaired_texts,
             )
         return DCFormerSiglipOutput(
             loss=loss,

@@ -86,9 +86,10 @@ class DataRecipe:
         identical_reports (`str`, *optional*, defaults to `"distinct"`):
             In `contrastive`: whether a volume counts the identical report of another volume as a negative
             (`"distinct"`, as in the paper) or as a positive (`"match"`).
-        similar_reports (`int`, *optional*, defaults to 1):
-            In `contrastive`: so many similar reports come into a batch together, drawn anew in every epoch, so that what
-            tells them apart is learnt too. The batch size is best a multiple of it.
+        similar_reports (`int`, *optional*, defaults to 0):
+            In `contrastive`: so many similar reports of other cases come as texts without a volume into the batch with each
+            volume, drawn anew every time, and are negatives in the loss (hard negatives), so that what tells them apart is
+            learnt too. Not in the paper.
         questions_per_volume (`int`, *optional*, defaults to 1):
             So many samples of a volume share its encoding in a training step of `projector` and `finetune`, and the
             description of a case in `language`; a batch counts volumes then. Loss and gradients are those of the samples one
@@ -110,7 +111,7 @@ class DataRecipe:
     max_text_length: int = 512
     augmentation: str = "laterality_safe"
     identical_reports: str = "distinct"
-    similar_reports: int = 1
+    similar_reports: int = 0
     questions_per_volume: int = 1
     num_train: int | None = None
     num_validation: int = 512
@@ -239,11 +240,11 @@ def check_recipe(recipe: Recipe) -> None:
     _check_choice("data.augmentation", recipe.data.augmentation, AUGMENTATIONS)
     _check_choice("data.identical_reports", recipe.data.identical_reports, ("distinct", "match"))
     _check_choice("data.cache_dtype", recipe.data.cache_dtype, ("float16", "uint8", "float32"))
-    if recipe.data.similar_reports < 1:
-        raise ValueError(f"`data.similar_reports` must be 1 or more, got {recipe.data.similar_reports}.")
-    if recipe.data.similar_reports > 1 and recipe.stage != "contrastive":
+    if recipe.data.similar_reports < 0:
+        raise ValueError(f"`data.similar_reports` must be 0 or more, got {recipe.data.similar_reports}.")
+    if recipe.data.similar_reports and recipe.stage != "contrastive":
         raise ValueError(
-            f"`data.similar_reports` is for the stage 'contrastive': leave it out in {recipe.stage!r}, or set it to 1."
+            f"`data.similar_reports` is for the stage 'contrastive': leave it out in {recipe.stage!r}, or set it to 0."
         )
     if recipe.data.questions_per_volume < 1:
         raise ValueError(f"`data.questions_per_volume` must be 1 or more, got {recipe.data.questions_per_volume}.")

@@ -48,6 +48,7 @@ from .data.m3d import read_m3d_cap, read_m3d_vqa
 from .data.manifest import SPLIT_HINTS, read_manifest
 from .data.reading import find_broken
 from .data.samples import Split
+from .data.similarity import SimilarReports
 from .files import write_json_atomically
 from .memory import keep_freed_memory
 from .merge import publish_adapter
@@ -250,14 +251,16 @@ def build_trainer(
             callbacks=callbacks,
         )
     if recipe.stage == "contrastive":
-        builder: Any = PairBuilder(processor.tokenizer, data.max_text_length)
+        draw_similar = None
+        if data.similar_reports:
+            draw_similar = SimilarReports(samples["train"]["answer"][:], data.similar_reports)
+        builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, draw_similar=draw_similar)
         validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
         collator: Any = PairCollator(processor, data.max_text_length)
         trainer_class: type[StudyTrainer] = ContrastiveTrainer
         options: dict[str, Any] = {
             "identical_reports_match": data.identical_reports == "match",
             "text_learning_rate": recipe.text_learning_rate,
-            "similar_reports": data.similar_reports,
         }
     else:
         builder = validation_builder = ConversationBuilder()

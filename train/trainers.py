@@ -12,7 +12,6 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .answering import answer_samples
 from .data.dataset import EpochSampler, StudyDataset
-from .data.similarity import SimilarReportSampler
 from .files import write_json_lines
 from .prompts import format_answer, format_question
 from .scoring import chance_recall, retrieval_recall
@@ -30,10 +29,6 @@ class StudyTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return self.order_of(dataset, seed)
-
-    def order_of(self, dataset: Any, seed: int) -> EpochSampler:
-        """The order in which training sees a data set."""
         return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
 
     def get_train_dataloader(self) -> DataLoader:
@@ -72,8 +67,6 @@ class ContrastiveTrainer(StudyTrainer):
             Sizes at which retrieval is validated, where there are as many pairs; all pairs are always one gallery more.
         text_learning_rate (`float`, *optional*):
             Highest learning rate of the text encoder and its projection, instead of `args.learning_rate`.
-        similar_reports (`int`, *optional*, defaults to 1):
-            So many similar reports follow each other in training, see [`~train.data.similarity.SimilarReportSampler`].
     """
 
     def __init__(
@@ -82,20 +75,13 @@ class ContrastiveTrainer(StudyTrainer):
         identical_reports_match: bool = False,
         gallery_sizes: tuple[int, ...] = (100,),
         text_learning_rate: float | None = None,
-        similar_reports: int = 1,
         **kwargs: Any,
     ):
         super().__init__(*args, **{"compute_metrics": self._retrieval, **kwargs})
         self.identical_reports_match, self.gallery_sizes = identical_reports_match, gallery_sizes
-        self.text_learning_rate, self.similar_reports = text_learning_rate, similar_reports
+        self.text_learning_rate = text_learning_rate
         # Gathered beside the vectors, to know which reports are identical.
         self.label_names = ["text_group_ids"]
-
-    def order_of(self, dataset: Any, seed: int) -> EpochSampler:
-        """The order in which training sees a data set; with `similar_reports`, similar ones follow each other."""
-        if self.similar_reports == 1:
-            return super().order_of(dataset, seed)
-        return SimilarReportSampler(dataset.samples["answer"][:], seed, self.similar_reports)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer; parameters of the text encoder get groups of their own where their rate differs."""

@@ -19,8 +19,8 @@ def unit_vectors(count, seed):
 
 
 def plain_sigmoid_loss(images, texts, logit_scale, logit_bias, ids=None):
-    """SigLIP, Algorithm 1, word for word: loops over pairs. Texts with the same id are one report."""
-    ids = range(len(images)) if ids is None else ids
+    """SigLIP, Algorithm 1, word for word: loops over pairs. Texts with the same id are one report; the last may be unpaired."""
+    ids = range(len(texts)) if ids is None else ids
     total = 0.0
     for i, image in enumerate(images):
         for j, text in enumerate(texts):
@@ -30,13 +30,14 @@ def plain_sigmoid_loss(images, texts, logit_scale, logit_bias, ids=None):
 
 
 def plain_softmax_loss(images, texts, logit_scale, logit_bias, ids=None):
-    """CLIP, Figure 3; with ids the target is spread evenly over the texts of a group."""
-    logits = logit_scale.exp() * images @ texts.T
-    labels = torch.arange(len(images))
-    if ids is not None:
-        labels = torch.tensor([[float(one == other) for other in ids] for one in ids])
-        labels = labels / labels.sum(dim=1, keepdim=True)
-    return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+    """CLIP, Figure 3; with ids the target is spread evenly over the texts of a group. The last texts may be unpaired."""
+    ids = range(len(texts)) if ids is None else ids
+    labels = torch.tensor([[float(one == other) for other in ids] for one in ids[: len(images)]])
+    logits, paired = logit_scale.exp() * images @ texts.T, slice(len(images))
+    of_images = nn.functional.cross_entropy(logits, labels / labels.sum(dim=1, keepdim=True))
+    labels = labels[:, paired]
+    of_texts = nn.functional.cross_entropy(logits[:, paired].T, labels / labels.sum(dim=1, keepdim=True))
+    return (of_images + of_texts) / 2
 
 
 PLAIN = {"sigmoid": plain_sigmoid_loss, "softmax": plain_softmax_loss}
@@ -44,14 +45,14 @@ PLAIN = {"sigmoid": plain_sigmoid_loss, "softmax": plain_softmax_loss}
 GROUPS = [7, -3, 7, 0, -3, 7, 11, 0]
 
 
-def leaves(batch_size, seed=0):
-    images, texts = unit_vectors(batch_size, seed), unit_vectors(batch_size, seed + 1)
+def leaves(batch_size, seed=0, unpaired=0):
+    images, texts = unit_vectors(batch_size, seed), unit_vectors(batch_size + unpaired, seed + 1)
     scalars = torch.tensor([1.5]), torch.tensor([-2.0])
     return [tensor.requires_grad_() for tensor in (images, texts, *scalars)]
 
 
-def loss_and_gradients(loss_function, batch_size, loss_type):
-    tensors = leaves(batch_size)
+def loss_and_gradients(loss_function, batch_size, loss_type, unpaired=0):
+    tensors = leaves(batch_size, unpaired=unpaired)
     bias = tensors[3] if loss_type == "sigmoid" else None
     loss = loss_function(*tensors[:3], bias)
     loss.backward()
@@ -74,6 +75,19 @@ def test_loss_equals_the_published_formula(loss_type, chunk_size, grouped):
     ours = partial(contrastive_loss, loss_type=loss_type, chunk_size=chunk_size, text_group_ids=ids)
     plain = partial(PLAIN[loss_type], ids=groups)
     assert_same_loss_and_gradients(loss_and_gradients(ours, 5, loss_type), loss_and_gradients(plain, 5, loss_type))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_texts_without_a_volume_are_negatives_of_all(loss_type, chunk_size, grouped):
+    groups = GROUPS if grouped else None  # two of the unpaired ones are the reports of volumes
+    ids = torch.tensor(groups) if grouped else None
+    options = {"loss_type": loss_type, "chunk_size": chunk_size, "text_group_ids": ids}
+    ours = loss_and_gradients(partial(contrastive_loss, **options, num_unpaired_texts=3), 5, loss_type, unpaired=3)
+    plain = loss_and_gradients(partial(PLAIN[loss_type], ids=groups), 5, loss_type, unpaired=3)
+    assert_same_loss_and_gradients(ours, plain)
+    assert ours[1][1][5:].abs().amin(dim=1).all()  # and learn from it
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
@@ -110,6 +124,8 @@ def test_groups_keep_no_matrix_of_who_matches_whom_for_the_backward_pass():
 def test_unequal_numbers_of_volumes_and_texts_are_refused():
     with pytest.raises(ValueError, match="got 2 volumes and 3 texts"):
         contrastive_loss(unit_vectors(2, 0), unit_vectors(3, 1), torch.zeros(1))
+    with pytest.raises(ValueError, match="got 2 volumes and 3 texts, 2 of them unpaired"):
+        contrastive_loss(unit_vectors(2, 0), unit_vectors(3, 1), torch.zeros(1), num_unpaired_texts=2)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
@@ -132,20 +148,24 @@ def test_other_numbers_of_group_ids_are_refused(shape):
         contrastive_loss(unit_vectors(2, 0), unit_vectors(2, 1), torch.zeros(1), text_group_ids=ids)
 
 
-def compute_on_a_share(rank, batch_sizes, settings, result):
-    start, stop = sum(batch_sizes[:rank]), sum(batch_sizes[: rank + 1])
+def compute_on_a_share(rank, batch_sizes, unpaired_sizes, settings, result):
+    total, unpaired = sum(batch_sizes), sum(unpaired_sizes)
+    rows = list(range(sum(batch_sizes[:rank]), sum(batch_sizes[: rank + 1])))
+    first = total + sum(unpaired_sizes[:rank])
+    text_rows = [*rows, *range(first, first + unpaired_sizes[rank])]
     outcomes = []
     for loss_type, exchange, chunk_size, grouped in settings:
-        images, texts, scale, bias = leaves(sum(batch_sizes))
+        images, texts, scale, bias = leaves(total, unpaired=unpaired)
         loss = contrastive_loss(
-            images[start:stop],
-            texts[start:stop],
+            images[rows],
+            texts[text_rows],
             scale,
             bias if loss_type == "sigmoid" else None,
             loss_type,
             exchange,
             chunk_size,
-            torch.tensor(GROUPS[start:stop]) if grouped else None,
+            torch.tensor(GROUPS)[text_rows] if grouped else None,
+            unpaired_sizes[rank],
         )
         loss.backward()
         gradients = [tensor.grad for tensor in (images, texts, scale, bias) if tensor.grad is not None]
@@ -157,8 +177,12 @@ def compute_on_a_share(rank, batch_sizes, settings, result):
         torch.save(outcomes, result)
 
 
-@pytest.mark.parametrize("batch_sizes", [(5,), (4, 4), (5, 2), (2, 3, 1)], ids=str)
-def test_many_processes_give_the_loss_and_gradients_of_one(batch_sizes, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_sizes", "unpaired_sizes"),
+    [((5,), (0,)), ((4, 4), (0, 0)), ((5, 2), (0, 0)), ((2, 3, 1), (0, 0, 0)), ((2, 2), (1, 3))],
+    ids=str,
+)
+def test_many_processes_give_the_loss_and_gradients_of_one(batch_sizes, unpaired_sizes, tmp_path):
     settings = [
         (loss_type, exchange, chunk_size, grouped)
         for loss_type in ("sigmoid", "softmax")
@@ -167,10 +191,11 @@ def test_many_processes_give_the_loss_and_gradients_of_one(batch_sizes, tmp_path
         for grouped in (False, True)
     ]
     result = tmp_path / "result.pt"
-    run_processes(compute_on_a_share, len(batch_sizes), tmp_path, batch_sizes, settings, result)
+    run_processes(compute_on_a_share, len(batch_sizes), tmp_path, batch_sizes, unpaired_sizes, settings, result)
+    total, unpaired = sum(batch_sizes), sum(unpaired_sizes)
     for (loss_type, exchange, chunk_size, grouped), outcome in zip(settings, torch.load(result), strict=True):
-        plain = partial(PLAIN[loss_type], ids=GROUPS[: sum(batch_sizes)] if grouped else None)
-        expected = loss_and_gradients(plain, sum(batch_sizes), loss_type)
+        plain = partial(PLAIN[loss_type], ids=GROUPS[: total + unpaired] if grouped else None)
+        expected = loss_and_gradients(plain, total, loss_type, unpaired)
         name = f"{loss_type}, {exchange}, chunks of {chunk_size}, {'with' if grouped else 'without'} groups"
         assert_same_loss_and_gradients(outcome, expected, name)
 
@@ -209,6 +234,13 @@ def test_model_uses_the_loss_of_its_configuration(groups):
         embeds = outputs.image_embeds, outputs.text_embeds
         expected = PLAIN[loss_type](*embeds, model.logit_scale, model.logit_bias, groups)
         torch.testing.assert_close(outputs.loss, expected)
+        batch["input_ids"] = torch.cat([batch["input_ids"], torch.randint(8, 99, (2, 5))])
+        ids = None if groups is None else torch.tensor([*groups, 2, 4])
+        outputs = model(**batch, text_group_ids=ids, num_unpaired_texts=2, return_loss=True)
+        embeds = outputs.image_embeds, outputs.text_embeds
+        expected = PLAIN[loss_type](*embeds, model.logit_scale, model.logit_bias, groups and [*groups, 2, 4])
+        torch.testing.assert_close(outputs.loss, expected)
+        ids = None if groups is None else torch.tensor(groups)
 
 
 def test_groups_have_no_effect_without_a_loss():

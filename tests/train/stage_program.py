@@ -23,6 +23,7 @@ from med3dvlm.train.data.augmentation import augment_laterality_safe
 from med3dvlm.train.data.collate import ConversationCollator, PairCollator
 from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyDataset
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.data.similarity import SimilarReports
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.models import choose_trained_parts, made_whole
 from med3dvlm.train.recipe import DataRecipe, load_recipe
@@ -77,6 +78,7 @@ def train(kind: str, folder: Path, deepspeed: str) -> None:
         deepspeed=config,
     )
     set_seed(0)
+    samples = make_samples(10)
     with made_whole(arguments):
         model, processor = build_tiny_model(tiny.IMAGE_SIZE)
         if kind == "contrastive":
@@ -87,13 +89,15 @@ def train(kind: str, folder: Path, deepspeed: str) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        builder, collator = PairBuilder(processor.tokenizer, 60), PairCollator(processor, 60)
-        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": True, "similar_reports": 2}
+        draw_similar = SimilarReports(samples["answer"][:], 2)
+        builder = PairBuilder(processor.tokenizer, 60, draw_similar=draw_similar)
+        collator = PairCollator(processor, 60)
+        trainer_class, options = ContrastiveTrainer, {"identical_reports_match": True}
     else:
         choose_trained_parts(model, ["multi_modal_projector", "language_model"])
         builder, collator = ConversationBuilder(), ConversationCollator(processor)
         trainer_class, options = GenerationTrainer, {}
-    dataset = StudyDataset(make_samples(10), RandomVolumes(), builder, augment_laterality_safe, seed=0)
+    dataset = StudyDataset(samples, RandomVolumes(), builder, augment_laterality_safe, seed=0)
     trainer = trainer_class(
         model=model,
         args=arguments,

@@ -125,7 +125,7 @@ def test_base_is_found_beside_the_recipe(tmp_path):
         ("phantom/language", "model.language_model=null", "needs `model.language_model`"),
         ("phantom/language", "trained=[language_model]", "trains all of `model.language_model`"),
         ("phantom/language", "model.start_from=runs", "trains all of `model.language_model`"),
-        ("paper/contrastive", "data.similar_reports=0", "`data.similar_reports` must be 1 or more, got 0"),
+        ("paper/contrastive", "data.similar_reports=-1", "`data.similar_reports` must be 0 or more, got -1"),
         ("paper/projector", "data.similar_reports=4", "for the stage 'contrastive'"),
         ("paper/projector", "data.questions_per_volume=0", "`data.questions_per_volume` must be 1 or more, got 0"),
         ("paper/contrastive", "data.questions_per_volume=2", "'contrastive' asks nothing"),

@@ -5,13 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
 from transformers import TrainingArguments
 
-from med3dvlm.train.data.similarity import SimilarReportSampler
 from med3dvlm.train.trainers import ContrastiveTrainer, StudyTrainer
 
 
@@ -52,17 +50,6 @@ def test_the_text_encoder_has_its_own_learning_rate(rate, tmp_path):
         assert rates[id(parameter)] == (rate if is_text and rate is not None else 1e-3), name
     decayed = {id(entry) for group in groups if group["weight_decay"] for entry in group["params"]}
     assert id(model.text_projection.weight) in decayed and id(model.text_projection.bias) not in decayed
-
-
-def test_similar_reports_come_into_a_batch_together(tmp_path):
-    arguments = TrainingArguments(output_dir=tmp_path, seed=5, max_steps=1, use_cpu=True, report_to="none")
-    reports = [f"{size} cyst of the {organ}." for organ in ("liver", "spleen", "lung") for size in ("Large", "Small")]
-    dataset = SimpleNamespace(samples={"answer": reports})
-    options = {"model": tiny.tiny_siglip(), "args": arguments, "train_dataset": dataset}
-    draws = list(ContrastiveTrainer(**options, similar_reports=2)._get_train_sampler())
-    assert draws == list(SimilarReportSampler(reports, seed=5, group_size=2)) and sorted(draws) == list(range(6))
-    organs = [reports[row].split()[-1] for row in draws]
-    assert organs[::2] == organs[1::2]
 
 
 def trainer_of(folder, num_train, num_validation):

@@ -105,15 +105,20 @@ class PairCollator:
         """
         Args:
             items (`list`):
-                Dictionaries with `text`, `volume`, a prepared volume of shape `(depth, height, width)`, and
-                `text_group_id`, as [`PairBuilder`] makes them.
+                Dictionaries with `text`, `volume`, a prepared volume of shape `(depth, height, width)`, `text_group_id`, and
+                maybe `similar_texts` and `similar_group_ids`, as [`PairBuilder`] makes them.
 
         Returns:
-            `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`, `pixel_values` of shape
-            `(batch_size, 1, depth, height, width)`, `text_group_ids` of shape `(batch_size,)`, and `return_loss`.
+            `input_ids` and `attention_mask` of shape `(num_texts, sequence_length)`, `pixel_values` of shape
+            `(batch_size, 1, depth, height, width)`, `text_group_ids` of shape `(num_texts,)`, `num_unpaired_texts` where
+            there are similar ones, which come last, and `return_loss`.
         """
+        texts, ids = [item["text"] for item in items], [item["text_group_id"] for item in items]
+        for item in items:
+            texts += item.get("similar_texts", [])
+            ids += item.get("similar_group_ids", [])
         batch = self.processor.tokenizer(
-            [item["text"] for item in items],
+            texts,
             padding=True,
             padding_side="right",
             truncation=True,
@@ -124,7 +129,8 @@ class PairCollator:
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "pixel_values": stack_volumes(items),
-            "text_group_ids": torch.tensor([item["text_group_id"] for item in items]),
+            "text_group_ids": torch.tensor(ids),
+            **({"num_unpaired_texts": len(texts) - len(items)} if len(texts) > len(items) else {}),
             "return_loss": True,
         }
 

@@ -279,20 +279,35 @@ class PairBuilder:
             Tokens a text may have, special ones included.
         is_drawn (`bool`, *optional*, defaults to `True`):
             Whether the sentences kept of a text that is too long are drawn, for variety in training, or the first ones.
+        draw_similar (`Callable`, *optional*):
+            Given a report and a `torch.Generator`, further reports that are negatives in the loss, such as similar ones.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, is_drawn: bool = True):
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        is_drawn: bool = True,
+        draw_similar: Callable[[str, torch.Generator], list[str]] | None = None,
+    ):
         self.tokenizer, self.max_length, self.is_drawn = tokenizer, max_length, is_drawn
+        self.draw_similar = draw_similar
 
     def __call__(self, sample: Mapping[str, Any], volume: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
         """
         `{"text": ..., "volume": tensor of shape (depth, height, width), "text_group_id": ...}`, where the last is the same
-        for identical reports.
+        for identical reports; and with `draw_similar` the lists `similar_texts` and `similar_group_ids`.
         """
-        text = keep_whole_sentences(
-            sample["answer"], self.tokenizer, self.max_length, generator if self.is_drawn else None
-        )
-        return {"text": text, "volume": volume, "text_group_id": text_group_id(sample["answer"])}
+        report = sample["answer"]
+        pair = {"text": self._cut(report, generator), "volume": volume, "text_group_id": text_group_id(report)}
+        if self.draw_similar is not None:
+            similar = self.draw_similar(report, generator)
+            pair["similar_texts"] = [self._cut(other, generator) for other in similar]
+            pair["similar_group_ids"] = [text_group_id(other) for other in similar]
+        return pair
+
+    def _cut(self, report: str, generator: torch.Generator) -> str:
+        return keep_whole_sentences(report, self.tokenizer, self.max_length, generator if self.is_drawn else None)
 
 
 def text_group_id(text: str) -> int:

@@ -1,21 +1,19 @@
-"""Batches in which reports resemble each other, so that a contrastive loss has to tell them apart by what differs."""
+"""Which reports resemble each other, so that a contrastive loss can be shown what differs in them."""
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from .dataset import EpochSampler, item_generator, text_group_id
+from .dataset import text_group_id
 
 
-# Similar reports are looked for among so many at a time, drawn anew in each epoch.
-POOL_SIZE = 4096
-# And first among the nearest so many of these.
-NUM_NEAREST = 64
 # Of the vectors of reports. With more different words than this they are random projections, which keep angles roughly.
 NUM_FEATURES = 512
+# Similar reports are drawn from so many times as many nearest ones, for variety.
+POOL_RATIO = 2
 WORD = re.compile(r"\w+")
 
 
@@ -47,64 +45,51 @@ def vectors_of_reports(reports: Sequence[str]) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors, dim=1)
 
 
-class SimilarReportSampler(EpochSampler):
+class SimilarReports:
     """
-    An order in which similar reports follow each other in small groups, of texts that differ, drawn anew in each epoch.
+    Draws reports that resemble a given one, of other words.
 
-    In a batch of reports drawn at random nearly all differ in many things, and a contrastive loss needs only the most
-    conspicuous of them to tell them apart. Neighbours here differ in little: hard negatives (see Kalantidis et al. 2020,
-    "Hard Negative Mixing for Contrastive Learning", for why they matter).
+    Nearly all reports drawn at random differ from a given one in many things, and a contrastive loss needs only the most
+    conspicuous of them. Those drawn here differ in little: hard negatives, as in Yuksekgonul et al., "When and why
+    vision-language models behave like bags-of-words" (2023), but real reports instead of altered ones.
 
     Args:
-        reports (`Sequence[str]`):
-            Of the samples.
-        seed (`int`):
-            Of the order. Different in every epoch, the same in every process.
-        group_size (`int`):
-            Reports in a group. A batch holds several groups, so that it has other reports as well.
+        reports (`Iterable[str]`):
+            To draw from; repetitions count once.
+        count (`int`):
+            Reports to draw at a time, from the `2 * count` most similar ones.
+
+    Raises:
+        ValueError: there are not so many different reports.
     """
 
-    def __init__(self, reports: Sequence[str], seed: int, group_size: int):
-        super().__init__(len(reports), seed)
-        self.group_size = group_size
-        self.texts = [text_group_id(report) for report in reports]
-        self.vectors = vectors_of_reports(reports)
+    def __init__(self, reports: Iterable[str], count: int):
+        self.reports, self.count = list({text_group_id(report): report for report in reports}.values()), count
+        if count >= len(self.reports):
+            raise ValueError(
+                f"Expected more than {count} different reports, to draw {count} similar ones, got {len(self.reports)}: make "
+                "`data.similar_reports` smaller."
+            )
+        self.rows = {text_group_id(report): row for row, report in enumerate(self.reports)}
+        self.vectors = vectors_of_reports(self.reports)
 
-    def __iter__(self) -> Iterator[int]:
-        first, generator = self.epoch * self.length, item_generator(self.seed, self.epoch, self.length)
-        groups: list[list[int]] = []
-        for pool in torch.randperm(self.length, generator=generator).split(POOL_SIZE):
-            groups += self._group(pool)
-        for place in torch.randperm(len(groups), generator=generator).tolist():
-            yield from (first + row for row in groups[place])
+    def __call__(self, report: str, generator: torch.Generator) -> list[str]:
+        """
+        Args:
+            report (`str`):
+                One of the reports.
+            generator (`torch.Generator`):
+                Source of the draws.
 
-    def _group(self, pool: torch.Tensor) -> list[list[int]]:
-        """Each report that is left, in turn, with those left that are most like it, each text once where there are others."""
-        similarities = self.vectors[pool] @ self.vectors[pool].T
-        nearest = similarities.topk(min(len(pool), NUM_NEAREST), dim=1).indices.tolist()
-        texts = [self.texts[row] for row in pool.tolist()]
-        is_left = [True] * len(pool)
-        groups = []
-        for place, near in enumerate(nearest):
-            if not is_left[place]:
-                continue
-            members = self._choose(place, near, texts, is_left)
-            if len(members) < self.group_size:  # all near ones are taken
-                members = self._choose(place, similarities[place].argsort(descending=True).tolist(), texts, is_left)
-            for member in members:
-                is_left[member] = False
-            groups.append(pool[members].tolist())
-        return groups
-
-    def _choose(self, place: int, order: list[int], texts: list[int], is_left: list[bool]) -> list[int]:
-        members, same = [place], list[int]()
-        for other in order:
-            if len(members) == self.group_size:
-                break
-            if is_left[other] and other != place:
-                is_new = all(texts[other] != texts[member] for member in members)
-                (members if is_new else same).append(other)
-        return members + same[: self.group_size - len(members)]
+        Returns:
+            `list[str]`: different reports, none of them the given one.
+        """
+        own = self.rows[text_group_id(report)]
+        similarities = self.vectors @ self.vectors[own]
+        similarities[own] = -math.inf
+        nearest = similarities.topk(min(POOL_RATIO * self.count, len(self.reports) - 1)).indices
+        drawn = torch.randperm(len(nearest), generator=generator)[: self.count]
+        return [self.reports[row] for row in nearest[drawn].tolist()]
 
 
-__all__ = ["SimilarReportSampler", "vectors_of_reports"]
+__all__ = ["SimilarReports", "vectors_of_reports"]

@@ -100,3 +100,25 @@ def test_pairs_have_texts_volumes_and_groups(processor):
     assert batch["return_loss"] is True and batch["pixel_values"].shape == (3, 1, *SHAPE)
     assert batch["text_group_ids"][0] == batch["text_group_ids"][2] != batch["text_group_ids"][1]
     assert batch["attention_mask"].sum(dim=1).tolist() == [4, 10, 4]  # one token a byte
+
+
+def test_similar_reports_come_after_all_pairs(processor):
+    others = {"One.": ["Two words.", "Three."], "Four.": ["One.", "Five."]}
+    builder = PairBuilder(processor.tokenizer, max_length=40, draw_similar=lambda report, generator: others[report])
+    items = [builder({"answer": text}, torch.rand(SHAPE), torch.Generator()) for text in others]
+    batch = PairCollator(processor, max_length=40)(items)
+    ids = batch["text_group_ids"].tolist()
+    assert batch["num_unpaired_texts"] == 4 and len(batch["pixel_values"]) == 2
+    assert len(ids) == 6 and ids[4] == ids[0] and len(set(ids)) == 5
+    assert processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == [
+        *others,
+        *others["One."],
+        *others["Four."],
+    ]
+
+
+def test_similar_reports_are_cut_to_whole_sentences_too(processor):
+    long = "One short sentence. " * 5
+    builder = PairBuilder(processor.tokenizer, max_length=40, draw_similar=lambda report, generator: [long])
+    item = builder({"answer": "One."}, torch.rand(SHAPE), torch.Generator())
+    assert item["similar_texts"] == ["One short sentence. One short sentence."] and len(item["similar_group_ids"]) == 1

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from med3dvlm.train.data import similarity
-from med3dvlm.train.data.dataset import EpochSampler
-from med3dvlm.train.data.similarity import SimilarReportSampler, vectors_of_reports
+from med3dvlm.train.data.similarity import SimilarReports, vectors_of_reports
 
 
 ORGANS = ("liver", "spleen", "kidney", "lung")
@@ -15,11 +14,6 @@ REPORTS = [
         ("Large", "Small"), ("cyst", "mass", "nodule"), ("upper", "lower"), ORGANS
     )
 ] * 2
-
-
-def order(sampler, epoch=0):
-    sampler.set_epoch(epoch)
-    return list(sampler)
 
 
 def test_vectors_are_words_weighted_by_their_rarity():
@@ -39,35 +33,30 @@ def test_many_words_are_projected_and_keep_their_angles(monkeypatch):
     assert vectors_of_reports(REPORTS).shape == (len(REPORTS), exact.shape[1] - 1)
 
 
-@pytest.mark.parametrize(("pool_size", "num_nearest"), [(4096, 64), (40, 64), (4096, 4)])
-def test_every_sample_comes_once_an_epoch_in_an_order_of_its_own(monkeypatch, pool_size, num_nearest):
-    monkeypatch.setattr(similarity, "POOL_SIZE", pool_size)
-    monkeypatch.setattr(similarity, "NUM_NEAREST", num_nearest)
-    sampler = SimilarReportSampler(REPORTS, seed=3, group_size=4)
-    first, second = order(sampler), order(sampler, epoch=1)
-    assert sorted(first) == list(range(len(REPORTS))) and len(sampler) == len(REPORTS)
-    assert sorted(second) == list(range(len(REPORTS), 2 * len(REPORTS)))
-    assert first != [draw - len(REPORTS) for draw in second]
-    assert order(SimilarReportSampler(REPORTS, seed=3, group_size=4)) == first
-    assert order(SimilarReportSampler(REPORTS, seed=4, group_size=4)) != first
+def words_in_which_they_differ(one, other):
+    return len(set(one.lower().split()) ^ set(other.lower().split())) / 2
 
 
-def words_in_which_neighbours_differ(draws, group_size):
-    differences = []
-    for start in range(0, len(draws), group_size):
-        texts = [set(REPORTS[row].lower().split()) for row in draws[start : start + group_size]]
-        differences += [len(one ^ other) / 2 for one, other in itertools.combinations(texts, 2)]
-    return sum(differences) / len(differences), differences
+def test_the_most_similar_other_reports_are_drawn():
+    draw, generator = SimilarReports(REPORTS, count=3), torch.Generator().manual_seed(0)
+    drawn = [draw(report, generator) for report in REPORTS]
+    for report, others in zip(REPORTS, drawn):
+        assert len(set(others)) == 3 and report not in others
+        assert all(words_in_which_they_differ(report, other) == 1 for other in others)
 
 
-def test_groups_are_of_reports_that_differ_in_little():
-    mean, differences = words_in_which_neighbours_differ(order(SimilarReportSampler(REPORTS, 0, 4)), 4)
-    by_chance, _ = words_in_which_neighbours_differ(order(EpochSampler(len(REPORTS), 0)), 4)
-    assert mean < 0.7 * by_chance
-    assert differences.count(0) <= 2  # identical reports meet only where nothing else is left
+def test_draws_depend_on_the_generator_alone():
+    draw = SimilarReports(REPORTS, count=3)
+    first, again, other = (draw(REPORTS[5], torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first == again != other
 
 
-def test_what_is_left_makes_a_smaller_group():
-    draws = order(SimilarReportSampler(REPORTS[:10], 0, 4))
-    assert sorted(draws) == list(range(10))
-    assert order(SimilarReportSampler(["one"], 0, 4)) == [0]
+def test_what_differs_in_white_space_alone_is_one_report():
+    draw = SimilarReports(["One cyst.", "One  cyst.\n", "One mass."], count=1)
+    assert draw("One\ncyst.", torch.Generator()) == ["One mass."]
+
+
+def test_as_many_as_there_are_can_be_drawn_and_more_are_refused():
+    assert sorted(SimilarReports(["a", "b", "c"], 2)("b", torch.Generator())) == ["a", "c"]
+    with pytest.raises(ValueError, match="more than 3 different reports, to draw 3 similar ones, got 3"):
+        SimilarReports(["a", "b", "c", "a"], 3)
