@@ -34,9 +34,10 @@ def contrastive_loss(
     With `text_group_ids`, the texts of a group are one and the same report, and `y_ij` is 1 for all of them: a volume is
     not pushed away from a text that is also its own. In the softmax loss the target is spread evenly over them.
 
-    Texts may be more than volumes: `num_unpaired_texts` of them belong to none, and every volume is pushed away from them
-    (Yuksekgonul et al., "When and why vision-language models behave like bags-of-words" (2023), NegCLIP). They are further
-    columns `j` of the sum above, and further classes of the rows' cross-entropy; they have no row of their own.
+    Texts may be more than volumes: `num_unpaired_texts` of them belong to none, and every volume is pushed away from them,
+    unless they are of its own text's group (Yuksekgonul et al., "When and why vision-language models behave like bags-of-words"
+    (2023), NegCLIP). They are further columns `j` of the sum above, and further classes of the rows' cross-entropy; they have
+    no row of their own.
 
     Each process compares its own rows with everybody's columns, so none holds the `B x B` matrix. It returns its share
     times the number of processes: the mean over processes, which is what data parallelism logs and applies to
@@ -67,9 +68,9 @@ def contrastive_loss(
         `torch.Tensor` of shape `()`, in float32.
 
     Raises:
-        ValueError: the numbers of volumes, reports and group ids differ.
+        ValueError: the numbers of volumes, texts, unpaired texts and group ids do not fit together.
     """
-    if len(image_embeds) + num_unpaired_texts != len(text_embeds):
+    if num_unpaired_texts < 0 or len(image_embeds) + num_unpaired_texts != len(text_embeds):
         unpaired = f", {num_unpaired_texts} of them unpaired" if num_unpaired_texts else ""
         raise ValueError(
             f"The contrastive loss needs pairs, got {len(image_embeds)} volumes and {len(text_embeds)} texts{unpaired}: pass "

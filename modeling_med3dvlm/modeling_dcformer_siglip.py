@@ -208,7 +208,8 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
                 Equal for texts that are the identical report, whichever process holds them: in the loss a volume matches
                 all texts of its own text's group, by default its own alone. Without `return_loss` they have no effect.
             num_unpaired_texts (`int`, *optional*, defaults to 0):
-                With `return_loss`: so many texts, the last ones, belong to no volume, and are negatives of all.
+                With `return_loss`: so many texts, the last ones, belong to no volume, and are negatives of all volumes but
+                those of their group.
 
         Returns:
             [`DCFormerSiglipOutput`]

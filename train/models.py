@@ -16,7 +16,7 @@ from ..configuration.configuration_dcformer import DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
 from ..configuration.configuration_med3dvlm import Med3DVLMConfig
 from ..hub_cards.remote_code import forget_local_folders
-from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+from ..modeling_med3dvlm.modeling_dcformer_siglip import VISION_MODELS, DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_projector import PROJECTORS
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
@@ -92,17 +92,48 @@ def build_dual_encoder(
         fields = {**recipe.text_encoder, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         text_model, text_config = None, build_text_config(fields)
 
-    config = DCFormerSiglipConfig(
-        vision_config=vision_config_fields(recipe.vision), text_config=text_config, **recipe.dual_encoder
-    )
+    vision_model = load_volume_encoder(recipe.vision) if isinstance(recipe.vision, str) else None
+    vision_config = vision_config_fields(recipe.vision) if vision_model is None else vision_model.config
+    config = DCFormerSiglipConfig(vision_config=vision_config, text_config=text_config, **recipe.dual_encoder)
     model = DCFormerSiglipModel(config)
+    if vision_model is not None:
+        model.vision_model.load_state_dict(vision_model.state_dict())
     if text_model is not None:
         text_model.pooler = None  # the dual encoder has none: it takes the vector itself
         model.text_model.load_state_dict(text_model.state_dict())
     if recipe.whiten_text:
         whiten_text_projection(model, tokenizer, reports, max_text_length)
-    image_processor = Med3DVLMImageProcessor(image_size=list(config.image_size), **recipe.image_processor)
+    if vision_model is not None:  # what the encoder was trained with, where the recipe does not say otherwise
+        image_processor = Med3DVLMImageProcessor.from_pretrained(recipe.vision, **recipe.image_processor)
+    else:
+        image_processor = Med3DVLMImageProcessor(image_size=list(config.image_size), **recipe.image_processor)
     return model, Med3DVLMProcessor(image_processor, tokenizer)
+
+
+def load_volume_encoder(source: str) -> Any:
+    """
+    A published volume encoder, or that of a published dual encoder.
+
+    Args:
+        source (`str`):
+            Folder, or name of a repository on the Hub.
+
+    Returns:
+        [`DCFormerModel`] or [`Vit3DModel`], in float32 whatever the precision of the files.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is another kind of model, or the weights do not fit, see `from_pretrained`.
+    """
+    model_type = AutoConfig.from_pretrained(source).model_type
+    if model_type == DCFormerSiglipConfig.model_type:
+        return DCFormerSiglipModel.from_pretrained(source, dtype=torch.float32).vision_model
+    if model_type not in VISION_MODELS:
+        raise ValueError(
+            f"`model.vision` {source!r}: expected a dual encoder or one of the volume encoders {sorted(VISION_MODELS)}, got "
+            f"`model_type` {model_type!r}."
+        )
+    return VISION_MODELS[model_type].from_pretrained(source, dtype=torch.float32)
 
 
 def build_vision_language_model(

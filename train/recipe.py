@@ -27,9 +27,10 @@ class ModelRecipe:
         start_from (`str`, *optional*):
             Result of the stage before: for `projector` the dual encoder whose volume encoder is taken, for `finetune` the
             vision-language model. For `contrastive`, a dual encoder to go on with.
-        vision (`dict`):
-            Volume encoder of a new dual encoder: fields of its configuration with `model_type`, or `variant` for one of
-            the published sizes of DCFormer.
+        vision (`str` or `dict`):
+            Volume encoder of a new dual encoder: a published one, or that of a published dual encoder, by name, which brings
+            its image processor; or fields of its configuration with `model_type`, or `variant` for one of the published
+            sizes of DCFormer, to start from random weights.
         text_encoder (`str` or `dict`):
             Text encoder of a new dual encoder: a pretrained one by name, or the fields of a configuration to start one from
             random weights.
@@ -45,13 +46,14 @@ class ModelRecipe:
         tokenizer_size (`int`, *optional*):
             Where the text model starts from random weights: size of the tokenizer that is trained on the training texts.
         image_processor (`dict`):
-            Options of `Med3DVLMImageProcessor` where a new dual encoder decides them.
+            Options of `Med3DVLMImageProcessor` where a new dual encoder decides them; beside a published volume encoder,
+            those that differ from its own.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which a pretrained language model is loaded.
     """
 
     start_from: str | None = None
-    vision: dict[str, Any] = field(default_factory=dict)
+    vision: Any = field(default_factory=dict)
     text_encoder: Any = None
     dual_encoder: dict[str, Any] = field(default_factory=dict)
     whiten_text: bool = False
@@ -89,7 +91,10 @@ class DataRecipe:
         similar_reports (`int`, *optional*, defaults to 0):
             In `contrastive`: so many similar reports of other cases come as texts without a volume into the batch with each
             volume, drawn anew every time, and are negatives in the loss (hard negatives), so that what tells them apart is
-            learnt too. Not in the paper.
+            learnt too. Not in the paper. The text encoder has `1 + similar_reports` times the work, and
+            `model.dual_encoder.logit_bias_init_value` is best near -log of the texts in a batch. Validation does without
+            them, so its loss is smaller than that of training. Reports that say the same in other words become negatives
+            as well.
         questions_per_volume (`int`, *optional*, defaults to 1):
             So many samples of a volume share its encoding in a training step of `projector` and `finetune`, and the
             description of a case in `language`; a batch counts volumes then. Loss and gradients are those of the samples one
@@ -182,6 +187,13 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
             key, equals, _ = override.partition("=")
             if not equals or not key.strip():
                 raise ValueError(f"Expected an override `key=value`, such as training.seed=1, got {override!r}.")
+            parent = key.strip().rpartition(".")[0]
+            name = OmegaConf.select(merged, parent) if parent else None
+            if isinstance(name, str):
+                raise ValueError(
+                    f"`{key.strip()}`: `{parent}` is the name {name!r}, which has no fields; to replace it, give all fields, "
+                    f"{parent}={{...}}."
+                )
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         _check_keys(OmegaConf.to_container(merged), Recipe, "")
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
@@ -245,6 +257,21 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.data.similar_reports and recipe.stage != "contrastive":
         raise ValueError(
             f"`data.similar_reports` is for the stage 'contrastive': leave it out in {recipe.stage!r}, or set it to 0."
+        )
+    if recipe.data.similar_reports and recipe.data.identical_reports != "match":
+        raise ValueError(
+            "`data.similar_reports` needs `data.identical_reports: match`: what is similar to one volume's report may be the "
+            "very report of another volume in the batch."
+        )
+    if not isinstance(recipe.model.vision, (str, dict)):
+        raise ValueError(
+            f"`model.vision` must be the name of a published volume encoder or the fields of a configuration, got "
+            f"{recipe.model.vision!r}."
+        )
+    if isinstance(recipe.model.vision, str) and (recipe.model.start_from or recipe.stage != "contrastive"):
+        raise ValueError(
+            f"`model.vision` {recipe.model.vision!r} is for a new dual encoder, in the stage 'contrastive' without "
+            "`model.start_from`: leave one of them out, `model.vision={}` or `model.start_from=null`."
         )
     if recipe.data.questions_per_volume < 1:
         raise ValueError(f"`data.questions_per_volume` must be 1 or more, got {recipe.data.questions_per_volume}.")
@@ -315,7 +342,7 @@ def check_places(recipe: Recipe) -> None:
         raise FileNotFoundError(
             f"`data.root` {recipe.data.root}: there is no such folder or manifest; a relative path starts at {Path.cwd()}."
         )
-    for name in ("start_from", "text_encoder", "language_model"):
+    for name in ("start_from", "vision", "text_encoder", "language_model"):
         place = getattr(recipe.model, name)
         # The name of a repository has one slash at most; all else can only be a folder.
         if (

@@ -236,6 +236,9 @@ def build_trainer(
 ) -> StudyTrainer:
     """The stage's trainer with model, data and collator; `samples` are those of each split, as [`read_samples`] gives them."""
     data = recipe.data
+    draw_similar = None
+    if data.similar_reports:
+        draw_similar = SimilarReports(samples["train"]["answer"][:], samples["train"]["case"][:], data.similar_reports)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, arguments, samples["train"])
     if data.questions_per_volume > 1:
@@ -251,9 +254,6 @@ def build_trainer(
             callbacks=callbacks,
         )
     if recipe.stage == "contrastive":
-        draw_similar = None
-        if data.similar_reports:
-            draw_similar = SimilarReports(samples["train"]["answer"][:], data.similar_reports)
         builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, draw_similar=draw_similar)
         validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
         collator: Any = PairCollator(processor, data.max_text_length)
@@ -495,7 +495,7 @@ def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) 
     root = Path(recipe.data.root).expanduser().absolute()
     base = root if root.is_dir() else root.parent
     content: dict[str, Any] = {"data.root": {split: digest_samples(part, base) for split, part in samples.items()}}
-    for name in ("start_from", "text_encoder", "language_model"):
+    for name in ("start_from", "vision", "text_encoder", "language_model"):
         place = getattr(recipe.model, name)
         if isinstance(place, str) and Path(place).expanduser().is_dir():
             files = sorted(Path(place).expanduser().iterdir())

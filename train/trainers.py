@@ -97,7 +97,18 @@ class ContrastiveTrainer(StudyTrainer):
         return optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss; the groups of identical reports reach it only where they are to match."""
+        """
+        The model's own loss; the groups of identical reports reach it only where they are to match.
+
+        Raises:
+            ValueError: the batch has texts without a volume, and is shared out by rows to several devices of this process, or
+                by the first process.
+        """
+        if "num_unpaired_texts" in inputs and (self.args.n_gpu > 1 or self.accelerator.dispatch_batches):
+            raise ValueError(
+                "Texts without a volume (`data.similar_reports`) cannot be shared out by rows: start one process for each "
+                "device, with torchrun or accelerate, and leave out `dispatch_batches`."
+            )
         if not self.identical_reports_match:
             inputs = {name: value for name, value in inputs.items() if name != "text_group_ids"}
         return super().compute_loss(model, inputs, *args, **kwargs)

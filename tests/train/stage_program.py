@@ -89,7 +89,7 @@ def train(kind: str, folder: Path, deepspeed: str) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        draw_similar = SimilarReports(samples["answer"][:], 2)
+        draw_similar = SimilarReports(samples["answer"][:], samples["case"][:], 2)
         builder = PairBuilder(processor.tokenizer, 60, draw_similar=draw_similar)
         collator = PairCollator(processor, 60)
         trainer_class, options = ContrastiveTrainer, {"identical_reports_match": True}

@@ -1,10 +1,17 @@
 import pytest
-from tiny import tiny_vlm_config
+import torch
+from tiny import tiny_siglip, tiny_vlm_config
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig
 
+from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.hub_cards.model_card import find_base_model
 from med3dvlm.train.demo import build_tiny_tokenizer
-from med3dvlm.train.models import build_dual_encoder, build_language_model, train_word_piece_tokenizer
+from med3dvlm.train.models import (
+    build_dual_encoder,
+    build_language_model,
+    load_volume_encoder,
+    train_word_piece_tokenizer,
+)
 from med3dvlm.train.recipe import ModelRecipe
 
 
@@ -31,3 +38,37 @@ def test_text_models_forget_the_folder_they_were_loaded_from(is_relative, tmp_pa
         saved.save_pretrained(tmp_path / "saved")
         assert "models" not in (tmp_path / "saved" / "config.json").read_text()
         assert find_base_model(saved) is None
+
+
+@pytest.mark.parametrize("kind", ["dual encoder", "volume encoder"])
+def test_a_published_volume_encoder_gets_a_new_text_encoder(kind, tmp_path):
+    published = tiny_siglip()
+    part = published if kind == "dual encoder" else published.vision_model
+    part.to(torch.bfloat16).save_pretrained(tmp_path / "published")
+    image_processor = Med3DVLMImageProcessor(
+        image_size=[32, 64, 96], hu_range=[-100.0, 300.0], do_crop_foreground=False
+    )
+    image_processor.save_pretrained(tmp_path / "published")
+    recipe = ModelRecipe(
+        vision=str(tmp_path / "published"),
+        text_encoder={"model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2},
+        tokenizer_size=40,
+        dual_encoder={"projection_dim": 7},
+        image_processor={"hu_range": [-200.0, 400.0]},
+    )
+    model, processor = build_dual_encoder(recipe, TEXTS)
+    expected, found = published.float().vision_model.state_dict(), model.vision_model.state_dict()
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert model.config.vision_config.hidden_sizes == published.config.vision_config.hidden_sizes
+    assert model.text_model.config.hidden_size == 12 and model.config.projection_dim == 7
+    assert processor.image_processor.do_crop_foreground is False
+    assert list(processor.image_processor.hu_range) == [-200.0, 400.0]
+
+
+def test_other_models_are_no_volume_encoder(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"expected a dual encoder or one of the volume encoders .*'dcformer'.*got .*'bert'"
+    ):
+        load_volume_encoder(str(tmp_path))

@@ -127,6 +127,15 @@ def test_base_is_found_beside_the_recipe(tmp_path):
         ("phantom/language", "model.start_from=runs", "trains all of `model.language_model`"),
         ("paper/contrastive", "data.similar_reports=-1", "`data.similar_reports` must be 0 or more, got -1"),
         ("paper/projector", "data.similar_reports=4", "for the stage 'contrastive'"),
+        ("paper/contrastive", "data.similar_reports=4", "needs `data.identical_reports: match`"),
+        ("paper/contrastive", "model.vision=null", "`model.vision` must be the name .* got None"),
+        ("paper/projector", "model.vision=folder", "for a new dual encoder, in the stage 'contrastive'"),
+        ("pretrained/contrastive", "model.start_from=folder", "without `model.start_from`: leave one of them out"),
+        (
+            "pretrained/contrastive",
+            "model.vision.variant=nano",
+            "`model.vision` is the name .*phantom.*, which has no fields",
+        ),
         ("paper/projector", "data.questions_per_volume=0", "`data.questions_per_volume` must be 1 or more, got 0"),
         ("paper/contrastive", "data.questions_per_volume=2", "'contrastive' asks nothing"),
         ("paper/contrastive", "learning_rate", "Expected an override `key=value`"),
@@ -160,3 +169,7 @@ def test_places_that_are_not_there_are_named(tmp_path, monkeypatch):
         check_places(load_recipe("paper/projector"))
     check_places(load_recipe("paper/projector", ["model.start_from=org/encoder"]))
     check_places(load_recipe("paper/contrastive"))
+    with pytest.raises(
+        FileNotFoundError, match="`model.vision` runs/phantom/contrastive/published.*stage before finished"
+    ):
+        check_places(load_recipe("pretrained/contrastive", ["data.root=data"]))

@@ -57,6 +57,8 @@ QUICK = [
 ]
 VISION = "model.vision={image_size: [32, 64, 96], hidden_sizes: [4, 6, 8, 10, 12], depths: [1, 1, 1, 1, 1]}"
 TEXT = "model.text_encoder={model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24}"
+# The example has four reports to train on.
+CONTRASTIVE = ("model.vision.variant=null", VISION, TEXT, "data.similar_reports=2")
 LANGUAGE = (
     "model.language_model={model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
     "num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: true}"
@@ -96,7 +98,7 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, is_mu
 @pytest.fixture(scope="module")
 def contrastive(manifest, tmp_path_factory):
     folder = tmp_path_factory.mktemp("contrastive")
-    recipe = recipe_of("contrastive", manifest, folder, "model.vision.variant=null", VISION, TEXT)
+    recipe = recipe_of("contrastive", manifest, folder, *CONTRASTIVE)
     return run_recipe(recipe)
 
 
@@ -325,7 +327,7 @@ def test_broken_volumes_stop_or_are_left_out_and_listed(split, manifest, tmp_pat
         file.write("scan_4.nii.gz,case_6,validation,Clear lungs.,,,,,\n")
     victim = Path(read_samples(recipe_of("contrastive", copy, tmp_path / "x").data, split)[0]["image"])
     victim.write_bytes(victim.read_bytes()[:200])
-    options = ("model.vision.variant=null", VISION, TEXT, "training.eval_strategy=epoch")
+    options = (*CONTRASTIVE, "training.eval_strategy=epoch")
     with pytest.raises(ValueError, match="truncated or damaged"):
         run_recipe(recipe_of("contrastive", copy, tmp_path / "stop", *options))
     cache = f"data.cache={tmp_path / 'cache'}"
@@ -347,7 +349,7 @@ def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_i
 
 
 def test_a_batch_larger_than_the_data_publishes_nothing(manifest, tmp_path):
-    options = ("model.vision.variant=null", VISION, TEXT, "training.per_device_train_batch_size=32")
+    options = (*CONTRASTIVE, "training.per_device_train_batch_size=32")
     recipe = recipe_of("contrastive", manifest, tmp_path, *options)
     assert recipe.training["dataloader_drop_last"]
     with pytest.raises(ValueError, match=r"at least 32 training samples .*, got 4: `dataloader_drop_last`"):
@@ -503,7 +505,7 @@ def test_zero_3_trains_publishes_and_resumes_every_stage(manifest, tmp_path):
     options = ("training.per_device_train_batch_size=1", "num_answers=1")
     vision = VISION.replace("depths", "sync_batch_norm: true, depths")
     stages = {
-        "contrastive": ("model.vision.variant=null", vision, TEXT),
+        "contrastive": (*CONTRASTIVE, vision),
         "projector": PROJECTOR,
         "finetune": ("training.eval_strategy=steps", "training.eval_steps=2"),
     }

@@ -280,7 +280,8 @@ class PairBuilder:
         is_drawn (`bool`, *optional*, defaults to `True`):
             Whether the sentences kept of a text that is too long are drawn, for variety in training, or the first ones.
         draw_similar (`Callable`, *optional*):
-            Given a report and a `torch.Generator`, further reports that are negatives in the loss, such as similar ones.
+            Given a report and a `torch.Generator`, further reports that are negatives in the loss, such as those of
+            [`~train.data.similarity.SimilarReports`].
     """
 
     def __init__(
@@ -296,14 +297,15 @@ class PairBuilder:
     def __call__(self, sample: Mapping[str, Any], volume: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
         """
         `{"text": ..., "volume": tensor of shape (depth, height, width), "text_group_id": ...}`, where the last is the same
-        for identical reports; and with `draw_similar` the lists `similar_texts` and `similar_group_ids`.
+        for identical reports; and with `draw_similar` the lists `similar_texts` and `similar_group_ids`, without what is cut
+        to the pair's own text.
         """
         report = sample["answer"]
         pair = {"text": self._cut(report, generator), "volume": volume, "text_group_id": text_group_id(report)}
         if self.draw_similar is not None:
-            similar = self.draw_similar(report, generator)
-            pair["similar_texts"] = [self._cut(other, generator) for other in similar]
-            pair["similar_group_ids"] = [text_group_id(other) for other in similar]
+            cut = {self._cut(other, generator): text_group_id(other) for other in self.draw_similar(report, generator)}
+            cut.pop(pair["text"], None)
+            pair["similar_texts"], pair["similar_group_ids"] = list(cut), list(cut.values())
         return pair
 
     def _cut(self, report: str, generator: torch.Generator) -> str:

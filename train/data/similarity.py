@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -14,6 +14,10 @@ from .dataset import text_group_id
 NUM_FEATURES = 512
 # Similar reports are drawn from so many times as many nearest ones, for variety.
 POOL_RATIO = 2
+# From here on the words are the same, but for their order, case and number.
+SAME_WORDS = 1 - 1e-5
+# Reports compared with all others at a time.
+CHUNK_SIZE = 1024
 WORD = re.compile(r"\w+")
 
 
@@ -47,31 +51,67 @@ def vectors_of_reports(reports: Sequence[str]) -> torch.Tensor:
 
 class SimilarReports:
     """
-    Draws reports that resemble a given one, of other words.
+    Draws reports of other cases that resemble a given one, and are of other words.
 
     Nearly all reports drawn at random differ from a given one in many things, and a contrastive loss needs only the most
     conspicuous of them. Those drawn here differ in little: hard negatives, as in Yuksekgonul et al., "When and why
     vision-language models behave like bags-of-words" (2023), but real reports instead of altered ones.
 
     Args:
-        reports (`Iterable[str]`):
+        reports (`Sequence[str]`):
             To draw from; repetitions count once.
+        cases (`Sequence[str]`):
+            Their cases. Reports of one case may all be true of it, and none is drawn for another.
         count (`int`):
             Reports to draw at a time, from the `2 * count` most similar ones.
 
     Raises:
-        ValueError: there are not so many different reports.
+        ValueError: a report has not so many others.
     """
 
-    def __init__(self, reports: Iterable[str], count: int):
-        self.reports, self.count = list({text_group_id(report): report for report in reports}.values()), count
-        if count >= len(self.reports):
+    def __init__(self, reports: Sequence[str], cases: Sequence[str], count: int):
+        self.count = count
+        different: dict[int, str] = {}
+        of_case: dict[str, set[int]] = {}
+        for report, case in zip(reports, cases, strict=True):
+            group_id = text_group_id(report)
+            different.setdefault(group_id, report)
+            of_case.setdefault(case, set()).add(group_id)
+        self.reports = list(different.values())
+        self.rows = {group_id: row for row, group_id in enumerate(different)}
+        excluded: list[set[int]] = [set() for _ in different]
+        for members in of_case.values():
+            rows = {self.rows[group_id] for group_id in members}
+            for row in rows:
+                excluded[row] |= rows
+        self.neighbours = self._find_neighbours(excluded)
+
+    def _find_neighbours(self, excluded: list[set[int]]) -> torch.Tensor:
+        """
+        The rows of the reports most similar to each, `(num_reports, at most 2 * count)`, -1 where there are no more. Found once, and
+        as whole numbers with ties by row, so that neither workers nor the number of threads decide what is drawn.
+        """
+        vectors, total = vectors_of_reports(self.reports), len(self.reports)
+        width = min(POOL_RATIO * self.count, total)
+        found = []
+        for rows in torch.arange(total).split(CHUNK_SIZE):
+            similarities = vectors[rows] @ vectors.T
+            steps = ((1 + similarities) * 10_000).round().long()
+            scores = steps * total + (total - 1 - torch.arange(total))
+            scores[similarities > SAME_WORDS] = -1
+            for place, row in enumerate(rows.tolist()):
+                scores[place, list(excluded[row])] = -1
+            highest, nearest = scores.topk(width, dim=1)
+            found.append(nearest.masked_fill(highest < 0, -1))
+        neighbours = torch.cat(found).int()
+        numbers = (neighbours >= 0).sum(dim=1)
+        if numbers.min() < self.count:
             raise ValueError(
-                f"Expected more than {count} different reports, to draw {count} similar ones, got {len(self.reports)}: make "
+                f"Expected at least {self.count} reports of other cases and of other words for each report, to draw "
+                f"{self.count} similar ones, got {int(numbers.min())} for one of {total} different reports: make "
                 "`data.similar_reports` smaller."
             )
-        self.rows = {text_group_id(report): row for row, report in enumerate(self.reports)}
-        self.vectors = vectors_of_reports(self.reports)
+        return neighbours
 
     def __call__(self, report: str, generator: torch.Generator) -> list[str]:
         """
@@ -82,12 +122,13 @@ class SimilarReports:
                 Source of the draws.
 
         Returns:
-            `list[str]`: different reports, none of them the given one.
+            `list[str]`: `count` different reports.
+
+        Raises:
+            KeyError: `report` is none of them.
         """
-        own = self.rows[text_group_id(report)]
-        similarities = self.vectors @ self.vectors[own]
-        similarities[own] = -math.inf
-        nearest = similarities.topk(min(POOL_RATIO * self.count, len(self.reports) - 1)).indices
+        nearest = self.neighbours[self.rows[text_group_id(report)]]
+        nearest = nearest[nearest >= 0]
         drawn = torch.randperm(len(nearest), generator=generator)[: self.count]
         return [self.reports[row] for row in nearest[drawn].tolist()]
 

@@ -122,3 +122,12 @@ def test_similar_reports_are_cut_to_whole_sentences_too(processor):
     builder = PairBuilder(processor.tokenizer, max_length=40, draw_similar=lambda report, generator: [long])
     item = builder({"answer": "One."}, torch.rand(SHAPE), torch.Generator())
     assert item["similar_texts"] == ["One short sentence. One short sentence."] and len(item["similar_group_ids"]) == 1
+
+
+def test_a_similar_report_that_is_cut_to_the_own_text_is_left_out(processor):
+    long = ["One short sentence. " + "Then one so long that it is cut off. " * 2, "Another."]
+    builder = PairBuilder(
+        processor.tokenizer, max_length=24, is_drawn=False, draw_similar=lambda report, generator: long
+    )
+    item = builder({"answer": "One short sentence."}, torch.rand(SHAPE), torch.Generator())
+    assert item["similar_texts"] == ["Another."] and len(item["similar_group_ids"]) == 1

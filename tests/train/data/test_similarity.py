@@ -1,4 +1,5 @@
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -33,30 +34,61 @@ def test_many_words_are_projected_and_keep_their_angles(monkeypatch):
     assert vectors_of_reports(REPORTS).shape == (len(REPORTS), exact.shape[1] - 1)
 
 
+CASES = [str(row % (len(REPORTS) // 2)) for row in range(len(REPORTS))]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def words_in_which_they_differ(one, other):
     return len(set(one.lower().split()) ^ set(other.lower().split())) / 2
 
 
 def test_the_most_similar_other_reports_are_drawn():
-    draw, generator = SimilarReports(REPORTS, count=3), torch.Generator().manual_seed(0)
-    drawn = [draw(report, generator) for report in REPORTS]
-    for report, others in zip(REPORTS, drawn):
-        assert len(set(others)) == 3 and report not in others
-        assert all(words_in_which_they_differ(report, other) == 1 for other in others)
+    draw = SimilarReports(REPORTS, CASES, count=2)
+    for report in REPORTS:
+        drawn = {other for seed in range(30) for other in draw(report, generator(seed))}
+        assert len(drawn) == 4 and report not in drawn
+        assert all(words_in_which_they_differ(report, other) == 1 for other in drawn)
+        # Size and part are in half of all reports, so their words say the least.
+        swapped = {"Large": "Small", "Small": "Large"}
+        size = " ".join(swapped.get(word, word) for word in report.split())
+        assert size in drawn
+    assert len(set(draw(REPORTS[0], generator()))) == 2
 
 
-def test_draws_depend_on_the_generator_alone():
-    draw = SimilarReports(REPORTS, count=3)
-    first, again, other = (draw(REPORTS[5], torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert first == again != other
+def test_draws_depend_on_the_generator_alone(monkeypatch):
+    drawn = [SimilarReports(REPORTS, CASES, count=3)(REPORTS[5], generator(seed)) for seed in range(9)]
+    assert len(set(map(tuple, drawn))) > 4
+    num_threads = torch.get_num_threads()
+    monkeypatch.setattr(similarity, "CHUNK_SIZE", 7)
+    torch.set_num_threads(3 - min(num_threads, 2))
+    try:
+        draw = pickle.loads(pickle.dumps(SimilarReports(REPORTS, CASES, count=3)))
+        assert [draw(REPORTS[5], generator(seed)) for seed in range(9)] == drawn
+    finally:
+        torch.set_num_threads(num_threads)
 
 
-def test_what_differs_in_white_space_alone_is_one_report():
-    draw = SimilarReports(["One cyst.", "One  cyst.\n", "One mass."], count=1)
-    assert draw("One\ncyst.", torch.Generator()) == ["One mass."]
+def test_reports_of_the_same_case_are_not_drawn():
+    reports = ["One cyst.", "One mass.", "One nodule.", "Clear."]
+    assert SimilarReports(reports, ["a", "a", "b", "c"], 1).neighbours.tolist() == [[2, 3], [2, 3], [0, 1], [0, 1]]
+    # A report of two cases may be true beside all that is said of either.
+    cases = ["a", "a", "b", "b", "c"]
+    draw = SimilarReports([*reports[:2], reports[1], reports[2], "Clear."], cases, 1)
+    assert draw.neighbours.tolist() == [[2, 3], [3, -1], [0, 3], [0, 1]]
+    assert [draw("One mass.", generator(seed)) for seed in range(3)] == [["Clear."]] * 3
+
+
+def test_what_has_the_same_words_is_not_drawn():
+    reports = ["One cyst. No mass.", "No  mass.\nOne cyst", "One cyst. No  mass.", "One cyst."]
+    draw = SimilarReports(reports, "abcd", 1)
+    assert draw("One cyst.\nNo mass.", generator()) == ["One cyst."]
+    assert draw("No mass. One cyst", generator()) == ["One cyst."]
 
 
 def test_as_many_as_there_are_can_be_drawn_and_more_are_refused():
-    assert sorted(SimilarReports(["a", "b", "c"], 2)("b", torch.Generator())) == ["a", "c"]
-    with pytest.raises(ValueError, match="more than 3 different reports, to draw 3 similar ones, got 3"):
-        SimilarReports(["a", "b", "c", "a"], 3)
+    assert sorted(SimilarReports(["a", "b", "c"], "123", 2)("b", generator())) == ["a", "c"]
+    with pytest.raises(ValueError, match="at least 3 reports .* got 2 for one of 3 different reports"):
+        SimilarReports(["a", "b", "c", "a"], "1234", 3)
