@@ -103,10 +103,15 @@ def build_dual_encoder(
         model.text_model.load_state_dict(text_model.state_dict())
     if recipe.whiten_text:
         whiten_text_projection(model, tokenizer, reports, max_text_length)
+    options: dict[str, Any] = {"image_size": list(config.image_size)}
     if vision_model is not None:  # what the encoder was trained with, where the recipe does not say otherwise
-        image_processor = Med3DVLMImageProcessor.from_pretrained(recipe.vision, **recipe.image_processor)
-    else:
-        image_processor = Med3DVLMImageProcessor(image_size=list(config.image_size), **recipe.image_processor)
+        options = Med3DVLMImageProcessor.from_pretrained(recipe.vision).to_dict()
+    image_processor = Med3DVLMImageProcessor(**{**options, **recipe.image_processor})
+    if list(image_processor.image_size) != list(config.image_size):
+        raise ValueError(
+            f"The image processor makes volumes of {tuple(image_processor.image_size)}, and the volume encoder takes "
+            f"{tuple(config.image_size)}: leave `image_size` out of `model.image_processor`."
+        )
     return model, Med3DVLMProcessor(image_processor, tokenizer)
 
 
@@ -349,6 +354,7 @@ __all__ = [
     "build_vision_language_model",
     "choose_trained_parts",
     "load_vision_language_model",
+    "load_volume_encoder",
     "made_whole",
     "train_word_piece_tokenizer",
     "vision_config_fields",

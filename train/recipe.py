@@ -263,7 +263,7 @@ def check_recipe(recipe: Recipe) -> None:
             "`data.similar_reports` needs `data.identical_reports: match`: what is similar to one volume's report may be the "
             "very report of another volume in the batch."
         )
-    if not isinstance(recipe.model.vision, (str, dict)):
+    if not isinstance(recipe.model.vision, (str, dict)) or recipe.model.vision == "":
         raise ValueError(
             f"`model.vision` must be the name of a published volume encoder or the fields of a configuration, got "
             f"{recipe.model.vision!r}."

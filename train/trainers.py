@@ -101,13 +101,12 @@ class ContrastiveTrainer(StudyTrainer):
         The model's own loss; the groups of identical reports reach it only where they are to match.
 
         Raises:
-            ValueError: the batch has texts without a volume, and is shared out by rows to several devices of this process, or
-                by the first process.
+            ValueError: the batch has texts without a volume, and would be shared out by rows to several devices.
         """
-        if "num_unpaired_texts" in inputs and (self.args.n_gpu > 1 or self.accelerator.dispatch_batches):
+        if "num_unpaired_texts" in inputs and self.args.n_gpu > 1:
             raise ValueError(
-                "Texts without a volume (`data.similar_reports`) cannot be shared out by rows: start one process for each "
-                "device, with torchrun or accelerate, and leave out `dispatch_batches`."
+                "Texts without a volume (`data.similar_reports`) cannot be shared out by rows to several devices: start one "
+                "process for each, with torchrun or accelerate."
             )
         if not self.identical_reports_match:
             inputs = {name: value for name, value in inputs.items() if name != "text_group_ids"}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_siglip, tiny_vlm_config
@@ -60,10 +62,15 @@ def test_a_published_volume_encoder_gets_a_new_text_encoder(kind, tmp_path):
     expected, found = published.float().vision_model.state_dict(), model.vision_model.state_dict()
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-    assert model.config.vision_config.hidden_sizes == published.config.vision_config.hidden_sizes
+    hidden_sizes = published.config.vision_config.hidden_sizes
+    assert list(model.config.vision_config.hidden_sizes) == list(hidden_sizes)
     assert model.text_model.config.hidden_size == 12 and model.config.projection_dim == 7
     assert processor.image_processor.do_crop_foreground is False
     assert list(processor.image_processor.hu_range) == [-200.0, 400.0]
+    with pytest.raises(ValueError, match="There is no option `window`"):
+        build_dual_encoder(replace(recipe, image_processor={"window": "lung"}), TEXTS)
+    with pytest.raises(ValueError, match=r"makes volumes of \(64, 64, 64\), .* takes \(32, 64, 96\)"):
+        build_dual_encoder(replace(recipe, image_processor={"image_size": [64, 64, 64]}), TEXTS)
 
 
 def test_other_models_are_no_volume_encoder(tmp_path):

@@ -16,8 +16,8 @@ NUM_FEATURES = 512
 POOL_RATIO = 2
 # From here on the words are the same, but for their order, case and number.
 SAME_WORDS = 1 - 1e-5
-# Reports compared with all others at a time.
-CHUNK_SIZE = 1024
+# Pairs of reports compared at a time: a few hundred megabytes.
+PAIRS_AT_ONCE = 10_000_000
 WORD = re.compile(r"\w+")
 
 
@@ -61,7 +61,8 @@ class SimilarReports:
         reports (`Sequence[str]`):
             To draw from; repetitions count once.
         cases (`Sequence[str]`):
-            Their cases. Reports of one case may all be true of it, and none is drawn for another.
+            Their cases. Reports of one case may all be true of it, and none is drawn for another. (Where a case has several,
+            one that is drawn for another case may still meet its own in a batch.)
         count (`int`):
             Reports to draw at a time, from the `2 * count` most similar ones.
 
@@ -94,7 +95,7 @@ class SimilarReports:
         vectors, total = vectors_of_reports(self.reports), len(self.reports)
         width = min(POOL_RATIO * self.count, total)
         found = []
-        for rows in torch.arange(total).split(CHUNK_SIZE):
+        for rows in torch.arange(total).split(max(1, PAIRS_AT_ONCE // total)):
             similarities = vectors[rows] @ vectors.T
             steps = ((1 + similarities) * 10_000).round().long()
             scores = steps * total + (total - 1 - torch.arange(total))

@@ -62,7 +62,7 @@ def test_draws_depend_on_the_generator_alone(monkeypatch):
     drawn = [SimilarReports(REPORTS, CASES, count=3)(REPORTS[5], generator(seed)) for seed in range(9)]
     assert len(set(map(tuple, drawn))) > 4
     num_threads = torch.get_num_threads()
-    monkeypatch.setattr(similarity, "CHUNK_SIZE", 7)
+    monkeypatch.setattr(similarity, "PAIRS_AT_ONCE", 7 * len(REPORTS) // 2)
     torch.set_num_threads(3 - min(num_threads, 2))
     try:
         draw = pickle.loads(pickle.dumps(SimilarReports(REPORTS, CASES, count=3)))
