@@ -50,7 +50,7 @@ PROJECTORS: dict[str, list[str]] = {
     "1xMixer-H": ["model.projector={projector_type: mixer, low_level_tokens: [8], high_level_tokens: [4]}"],
     "2xMixer-H": ["model.projector={projector_type: mixer, low_level_tokens: [8, 8], high_level_tokens: [4, 4]}"],
 }
-# Steps of each stage, mostly fewer than the recipes say: what is compared is how far each variant gets with the same work.
+# Steps of each stage, no more than the recipes say: what is compared is how far each variant gets with the same work.
 STEPS = {"language": 1600, "contrastive": 600, "projector": 500}
 RETRIEVAL_SCORES = ("R@1 of 100, volume to report, identical", "R@1 of 100, report to volume, identical")
 BLIND = ", blind"

@@ -110,7 +110,7 @@ def build_messages(
 def describe_case(samples: Sequence[Mapping[str, Any]]) -> str:
     """
     What is known of a case, as a text that can stand where its volume would: the report, and the open questions whose answer
-    the report does not have word for word, each with its answer.
+    the report does not have the words of, each with its answer.
 
     Args:
         samples (`Sequence[Mapping]`):
@@ -129,11 +129,11 @@ def describe_case(samples: Sequence[Mapping[str, Any]]) -> str:
     'Cyst of the liver. Which plane is shown? axial.'
     ```"""
     reports = [sample["answer"] for sample in samples if sample["task"] == "report"]
-    told = f" {' '.join(_words(' '.join(reports)))} "
+    told = set(_words(" ".join(reports)))
     facts = dict.fromkeys(
         f"{sample['question']} {sample['answer'].rstrip('.')}."
         for sample in samples
-        if sample["task"] == "open_vqa" and f" {' '.join(_words(sample['answer']))} " not in told
+        if sample["task"] == "open_vqa" and not told.issuperset(_words(sample["answer"]))
     )
     return " ".join([*dict.fromkeys(reports), *facts])
 
