@@ -301,7 +301,11 @@ class PairBuilder:
         to the pair's own text.
         """
         report = sample["answer"]
-        pair = {"text": self._cut(report, generator), "volume": volume, "text_group_id": text_group_id(report)}
+        pair: dict[str, Any] = {
+            "text": self._cut(report, generator),
+            "volume": volume,
+            "text_group_id": text_group_id(report),
+        }
         if self.draw_similar is not None:
             cut = {self._cut(other, generator): text_group_id(other) for other in self.draw_similar(report, generator)}
             cut.pop(pair["text"], None)
