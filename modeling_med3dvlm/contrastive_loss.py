@@ -5,6 +5,8 @@ Sigmoid: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), Alg
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,12 +91,9 @@ def contrastive_loss(
         bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.float()
         batch_sizes, text_sizes = gather_batch_sizes(images, texts)
 
-        def blocks_of_texts(columns: torch.Tensor) -> Iterator[torch.Tensor]:
-            return iterate_column_blocks(columns, text_sizes, exchange, chunk_size)
-
-        def blocks_of_images(columns: torch.Tensor) -> Iterator[torch.Tensor]:
-            return iterate_column_blocks(columns, batch_sizes, exchange, chunk_size)
-
+        way: dict[str, Any] = {"exchange": exchange, "chunk_size": chunk_size}
+        blocks_of_texts = partial(iterate_column_blocks, batch_sizes=text_sizes, **way)
+        blocks_of_images = partial(iterate_column_blocks, batch_sizes=batch_sizes, **way)
         matching_texts = matching_images = (scale * (images * paired_texts).sum(dim=1) + bias).sum()
         text_blocks: Iterable[torch.Tensor] = blocks_of_texts(texts)
         image_blocks: Iterable[torch.Tensor] = blocks_of_images(images) if loss_type == "softmax" else []

@@ -129,11 +129,11 @@ def describe_case(samples: Sequence[Mapping[str, Any]]) -> str:
     'Cyst of the liver. Which plane is shown? axial.'
     ```"""
     reports = [sample["answer"] for sample in samples if sample["task"] == "report"]
-    told = set(_words(" ".join(reports)))
+    told = set(words_of(" ".join(reports)))
     facts = dict.fromkeys(
         f"{sample['question']} {sample['answer'].rstrip('.')}."
         for sample in samples
-        if sample["task"] == "open_vqa" and not told.issuperset(_words(sample["answer"]))
+        if sample["task"] == "open_vqa" and not told.issuperset(words_of(sample["answer"]))
     )
     return " ".join([*dict.fromkeys(reports), *facts])
 
@@ -156,7 +156,8 @@ def build_text_messages(description: str, question: str, answer: str) -> list[di
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without what stands between them."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -179,4 +180,5 @@ __all__ = [
     "format_answer",
     "format_question",
     "parse_choice",
+    "words_of",
 ]

@@ -18,6 +18,10 @@ STAGES = ("language", "contrastive", "projector", "finetune")
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
+# Fields of `model` that may be a folder or a repository on the Hub.
+PLACES = ("start_from", "vision", "text_encoder", "language_model")
+
+
 @dataclass
 class ModelRecipe:
     """
@@ -342,7 +346,7 @@ def check_places(recipe: Recipe) -> None:
         raise FileNotFoundError(
             f"`data.root` {recipe.data.root}: there is no such folder or manifest; a relative path starts at {Path.cwd()}."
         )
-    for name in ("start_from", "vision", "text_encoder", "language_model"):
+    for name in PLACES:
         place = getattr(recipe.model, name)
         # The name of a repository has one slash at most; all else can only be a folder.
         if (
@@ -405,6 +409,7 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 __all__ = [
     "PARTS",
+    "PLACES",
     "STAGES",
     "DataRecipe",
     "ModelRecipe",

@@ -61,7 +61,7 @@ from .models import (
     made_whole,
 )
 from .prompts import REPORT_PROMPTS, format_answer, format_question
-from .recipe import DataRecipe, Recipe, check_places, save_recipe
+from .recipe import PLACES, DataRecipe, Recipe, check_places, save_recipe
 from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -495,7 +495,7 @@ def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) 
     root = Path(recipe.data.root).expanduser().absolute()
     base = root if root.is_dir() else root.parent
     content: dict[str, Any] = {"data.root": {split: digest_samples(part, base) for split, part in samples.items()}}
-    for name in ("start_from", "vision", "text_encoder", "language_model"):
+    for name in PLACES:
         place = getattr(recipe.model, name)
         if isinstance(place, str) and Path(place).expanduser().is_dir():
             files = sorted(Path(place).expanduser().iterdir())

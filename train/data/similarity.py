@@ -1,12 +1,12 @@
 """Which reports resemble each other, so that a contrastive loss can be shown what differs in them."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
+from ..prompts import words_of
 from .dataset import text_group_id
 
 
@@ -18,7 +18,6 @@ POOL_RATIO = 2
 SAME_WORDS = 1 - 1e-5
 # Pairs of reports compared at a time: a few hundred megabytes.
 PAIRS_AT_ONCE = 10_000_000
-WORD = re.compile(r"\w+")
 
 
 def vectors_of_reports(reports: Sequence[str]) -> torch.Tensor:
@@ -32,7 +31,7 @@ def vectors_of_reports(reports: Sequence[str]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(len(reports), features)`, of length 1 each.
     """
-    words = [sorted(set(WORD.findall(report.lower()))) for report in reports]
+    words = [sorted(set(words_of(report))) for report in reports]
     counts = Counter(word for own in words for word in own)
     places = {word: place for place, word in enumerate(counts)}
     rows = [row for row, own in enumerate(words) for _ in own]
@@ -71,18 +70,15 @@ class SimilarReports:
     """
 
     def __init__(self, reports: Sequence[str], cases: Sequence[str], count: int):
-        self.count = count
-        different: dict[int, str] = {}
+        self.count, self.reports, self.rows = count, list[str](), dict[int, int]()
         of_case: dict[str, set[int]] = {}
         for report, case in zip(reports, cases, strict=True):
-            group_id = text_group_id(report)
-            different.setdefault(group_id, report)
-            of_case.setdefault(case, set()).add(group_id)
-        self.reports = list(different.values())
-        self.rows = {group_id: row for row, group_id in enumerate(different)}
-        excluded: list[set[int]] = [set() for _ in different]
-        for members in of_case.values():
-            rows = {self.rows[group_id] for group_id in members}
+            row = self.rows.setdefault(text_group_id(report), len(self.rows))
+            if row == len(self.reports):
+                self.reports.append(report)
+            of_case.setdefault(case, set()).add(row)
+        excluded: list[set[int]] = [set() for _ in self.reports]
+        for rows in of_case.values():
             for row in rows:
                 excluded[row] |= rows
         self.neighbours = self._find_neighbours(excluded)
