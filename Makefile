@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 DEMO_OPTIONS ?=
 # Such as `--device cuda` or `--variant nano --variant large`; `med3dvlm bench --help` lists them.
 BENCH_OPTIONS ?=
+# Such as `-k processor` or `-n 0`, which runs all tests in one process.
+TEST_OPTIONS ?=
 BIN := $(VENV)/bin
 FOLDERS := configuration modeling_med3dvlm processing hub_cards train med3dvlm
 
@@ -24,8 +26,8 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## Train the three stages on phantoms, publish, ask and score: minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo $(DEMO_OPTIONS)
 
-test: $(VENV)/.installed  ## Run the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## Run the test suite, in as many processes as there are cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TEST_OPTIONS)
 
 test-slow: $(VENV)/.installed  ## Run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow

@@ -379,10 +379,16 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The tokens to learn, -100 elsewhere. They are shifted here, not by the caller.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Number of last positions to score; 0 scores all.
+                Positions to score: so many last ones, 0 for all; their indices; or, as a `torch.BoolTensor` of shape
+                `(batch_size, sequence_length)`, those of each text. Where `labels` say what to learn, a mask of the
+                positions before them gives the same loss as all positions, without the logits of the others.
 
         Returns:
-            [`Med3DVLMCausalLMOutputWithPast`]
+            [`Med3DVLMCausalLMOutputWithPast`], `logits` of shape `(batch_size, num_positions, vocab_size)`, for a mask
+            `(num_positions, vocab_size)`.
+
+        Raises:
+            ValueError: see [`Med3DVLMModel`]; or the mask has another shape than the texts.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -396,11 +402,12 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
             return_dict=True,
             **kwargs,
         )
-        last_positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, last_positions])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:
+            if is_mask(logits_to_keep):
+                kwargs["shift_labels"] = next_labels(labels)[logits_to_keep]
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return Med3DVLMCausalLMOutputWithPast(
             loss=loss,
@@ -410,6 +417,43 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+def is_mask(logits_to_keep: int | torch.Tensor) -> bool:
+    """Whether positions are told for each text of a batch."""
+    return isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
+
+
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The states to score, as [`Med3DVLMForConditionalGeneration.forward`] takes `logits_to_keep`.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Of all positions.
+        logits_to_keep (`int` or `torch.Tensor`):
+            How many last positions, which positions of all texts, or a mask of positions of each text.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_positions, hidden_size)`, for a mask `(num_positions, hidden_size)`.
+
+    Raises:
+        ValueError: the mask has another shape than the texts.
+    """
+    if is_mask(logits_to_keep):
+        if logits_to_keep.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"Expected a mask `logits_to_keep` of shape {tuple(hidden_states.shape[:2])}, (batch_size, "
+                f"sequence_length), got {tuple(logits_to_keep.shape)}."
+            )
+        return hidden_states[logits_to_keep]
+    positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, positions]
+
+
+def next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """What the token at each position is to predict: the label after it, -100 at the end. `(batch_size, sequence_length)`."""
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Shared test set-up: offline, without torchvision, tiny models with unequal axes."""
+"""Shared test set-up: offline, without torchvision, tiny models with unequal axes; and cores shared out to processes."""
 
 import os
 import sys
@@ -7,3 +7,9 @@ import sys
 # Before transformers is imported: nothing here may reach a network, and no test may depend on torchvision.
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+# Before torch is imported, and for the processes that tests start: of several processes of pytest-xdist each takes its share of
+# the cores, because threads beyond the cores hold each other up.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.utils import CONFIG_NAME, logging
 
+from ..modeling_med3dvlm.modeling_med3dvlm import next_labels
 from .answering import answer_samples
 from .data.dataset import EpochSampler, StudyDataset
 from .files import write_json_lines
@@ -147,6 +148,15 @@ class GenerationTrainer(StudyTrainer):
     def __init__(self, *args: Any, num_answers: int = 4, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.num_answers = num_answers
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        The model's own loss. Only the positions before what is to be learnt are scored, a small part of a conversation: the
+        logits of all positions take a large share of time and memory where the vocabulary is large.
+        """
+        if self.label_smoother is None and self.compute_loss_func is None and self.compute_metrics is None:
+            inputs = {**inputs, "logits_to_keep": next_labels(inputs["labels"]) != -100}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """

@@ -90,6 +90,27 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_tokens(model):
     torch.testing.assert_close(counted, expected * 3 / 6)
 
 
+@pytest.mark.parametrize("num_items", [None, 6])
+def test_scoring_only_what_is_learnt_gives_the_same_loss_and_gradients(model, num_items):
+    (inputs, _), options = padded_batch(model), {} if num_items is None else {"num_items_in_batch": num_items}
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[0, :-3] = -100  # three tokens of one text, all of the others
+    is_before = torch.zeros_like(labels, dtype=torch.bool)
+    is_before[:, :-1] = labels[:, 1:] != -100
+    results = []
+    for positions in (0, is_before):
+        model.zero_grad()
+        outputs = model(**inputs, labels=labels, logits_to_keep=positions, **options)
+        outputs.loss.backward()
+        results.append((outputs, [parameter.grad.clone() for parameter in model.parameters()]))
+    model.zero_grad()
+    (whole, whole_gradients), (kept, kept_gradients) = results
+    assert kept.logits.shape == (int(is_before.sum()), model.config.text_config.vocab_size)
+    torch.testing.assert_close(kept.logits, whole.logits[is_before])
+    torch.testing.assert_close(kept.loss, whole.loss)
+    torch.testing.assert_close(kept_gradients, whole_gradients)
+
+
 def test_several_volumes_go_to_their_own_places(model):
     input_ids = tiny.text_with_volumes(model.config, [10], 1, [14], 1, TEXT)
     volumes = tiny.random_volumes(2)
@@ -392,6 +413,10 @@ def test_dtype_reaches_all_parts(tmp_path, model):
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 1, 32, 96, 64)), r"1, 32, 64, 96\).*got"),
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 3, 32, 64, 96)), "one channel.*got"),
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 32, 64, 96)), "got"),
+        (
+            lambda inputs: inputs.update(logits_to_keep=torch.ones(12, 1, dtype=torch.bool)),
+            r"mask `logits_to_keep` of shape \(1, 12\).*got \(12, 1\)",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, change, message):

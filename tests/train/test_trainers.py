@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
-from med3dvlm.train.trainers import ContrastiveTrainer, StudyTrainer
+from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,22 @@ def test_texts_without_a_volume_are_not_shared_out_by_rows(tmp_path):
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match="start one process for each, with torchrun"):
         trainer.compute_loss(trainer.model, {"num_unpaired_texts": 1})
+
+
+@pytest.mark.parametrize("options, num_scored", [({}, 5), ({"label_smoothing_factor": 0.1}, 14)])
+def test_only_the_positions_before_what_is_learnt_are_scored(options, num_scored, tmp_path):
+    model = tiny.tiny_vlm()
+    input_ids = tiny.text_with_volumes(model.config, [10], 1, [11, 12, 13, 14, 15])
+    labels = input_ids.masked_fill(torch.arange(14) < 9, -100)
+    inputs = {"input_ids": input_ids, "labels": labels, "pixel_values": tiny.random_volumes(1)}
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none", **options)
+    (loss, outputs), (plain_loss, plain_outputs) = (
+        trainer(model=model, args=arguments).compute_loss(model, dict(inputs), return_outputs=True)
+        for trainer in (GenerationTrainer, Trainer)
+    )
+    torch.testing.assert_close(loss, plain_loss)
+    is_scored = torch.ones(14, dtype=torch.bool) if options else (torch.arange(14) >= 8) & (torch.arange(14) < 13)
+    torch.testing.assert_close(outputs.logits.reshape(num_scored, -1), plain_outputs.logits[0, is_scored])
 
 
 def trainer_of(folder, num_train, num_validation):
