@@ -516,7 +516,7 @@ def digest_samples(samples: datasets.Dataset, base: Path) -> str:
 
 def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     """
-    Whether the run was finished before.
+    Whether the run was finished before. A field of the recipe that came to this package since has its default in it.
 
     Raises:
         ValueError: another run was finished in this folder.
@@ -525,6 +525,9 @@ def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     if not summary.exists():
         return False
     finished = json.loads(summary.read_text(encoding="utf-8"))["settings"]
+    defaults = fixed_settings(Recipe())
+    parts = {part: {**defaults[part], **finished[part]} for part in ("model", "data")}
+    finished = {**defaults, **finished, **parts}
     if finished == settings:
         return True
     different = sorted(differing_keys(finished, settings))

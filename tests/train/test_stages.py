@@ -313,6 +313,11 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, 
     time_of_result = (projector / "model.safetensors").stat().st_mtime_ns
     recipe = recipe_of("projector", manifest, output_dir, *PROJECTOR, start_from=start_from)
     assert run_recipe(recipe) == projector
+    # As an earlier version of the package wrote it, which did not have these fields.
+    summary = json.loads((output_dir / "summary.json").read_text())
+    del summary["settings"]["data"]["similar_reports"], summary["settings"]["text_learning_rate"]
+    (output_dir / "summary.json").write_text(json.dumps(summary))
+    assert run_recipe(recipe) == projector
     assert (projector / "model.safetensors").stat().st_mtime_ns == time_of_result
     recipe.training["learning_rate"] = 1.0
     with pytest.raises(ValueError, match=r"finished run with other settings \(training.learning_rate\)"):
