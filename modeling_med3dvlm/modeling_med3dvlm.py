@@ -341,6 +341,16 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
         """The language-model head."""
         return self.lm_head
 
+    def enable_input_require_grads(self) -> None:
+        """
+        Lets gradients reach the layers of a frozen language model under activation checkpointing, as transformers does for every
+        embedding of a model; but not the volume encoder's, whose stages would all be kept and gone through backwards for nothing.
+        """
+        hook = self.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.requires_grad_(True)
+        )
+        self._require_grads_hook, self._require_grads_hooks = hook, [hook]
+
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> Med3DVLMImageFeatures:

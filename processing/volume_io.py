@@ -201,7 +201,7 @@ def _index_of(volume: Volume, volume_index: int | None) -> tuple[Any, ...]:
     if volume_index is None and count > 1:
         raise InvalidVolumeError(
             f"{volume.name}: a series of {count} volumes, of shape {volume.shape}. Pick one with `volume_index`, from 0 "
-            f"to {count - 1}."
+            f"to {count - 1}, or save it as a file of its own where a list of scans is read."
         )
     if volume_index is not None and not 0 <= volume_index < count:
         raise InvalidVolumeError(

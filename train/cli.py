@@ -79,7 +79,7 @@ def ask(
 
     Example: med3dvlm ask chest.nii.gz "Is there a pleural effusion?" --model org/med3dvlm --hu-range soft_tissue
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(volume_index="--volume-index"):
         if not question.strip():
             raise ValueError("Expected a question, got an empty one.")
         model = check_model_name(model)

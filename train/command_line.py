@@ -25,7 +25,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 # How the options of Python functions, which messages name, are called here.
 OPTIONS_HERE = {
-    "`volume_index`": "--volume-index",
     "`overwrite=True`": "--overwrite",
     "pass `license`": "pass --license",
     "`image_size`": "--image-size",
@@ -38,13 +37,18 @@ OPTIONS_HERE = {
 
 
 @contextmanager
-def bad_input_is_an_answer() -> Iterator[None]:
-    """Turns the errors that tell a user what to do into a line on stderr and exit code 2. Others are faults of ours."""
+def bad_input_is_an_answer(**options_here: str) -> Iterator[None]:
+    """
+    Turns the errors that tell a user what to do into a line on stderr and exit code 2. Others are faults of ours.
+
+    Args:
+        options_here (`str`): Options of this command alone, by their names in Python.
+    """
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
         message = str(error)
-        for there, here in OPTIONS_HERE.items():
+        for there, here in {**OPTIONS_HERE, **{f"`{name}`": option for name, option in options_here.items()}}.items():
             message = message.replace(there, here)
         typer.echo(f"med3dvlm: {message}", err=True)
         raise typer.Exit(code=2) from error

@@ -1,6 +1,7 @@
 """The models a recipe asks for, put together from published folders, pretrained text models and fresh parts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from ..configuration.configuration_dcformer import DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
@@ -25,6 +27,8 @@ from .demo import build_tiny_tokenizer
 from .recipe import ModelRecipe
 from .whitening import whiten_text_projection
 
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
 
@@ -75,8 +79,11 @@ def build_dual_encoder(
         ValueError: a field is missing or cannot be.
     """
     if recipe.start_from:
+        warn_of_unused(recipe, ("start_from", "image_processor"))
         model = DCFormerSiglipModel.from_pretrained(recipe.start_from)
-        return model, Med3DVLMProcessor.from_pretrained(recipe.start_from)
+        processor = Med3DVLMProcessor.from_pretrained(recipe.start_from)
+        processor.image_processor = adjust_image_processor(processor.image_processor, recipe.image_processor)
+        return model, processor
     if recipe.text_encoder is None:
         raise ValueError(
             "`model.text_encoder` is empty: name a pretrained text encoder, or give the fields of a configuration, such "
@@ -103,16 +110,35 @@ def build_dual_encoder(
         model.text_model.load_state_dict(text_model.state_dict())
     if recipe.whiten_text:
         whiten_text_projection(model, tokenizer, reports, max_text_length)
-    options: dict[str, Any] = {"image_size": list(config.image_size)}
+    image_processor = Med3DVLMImageProcessor(image_size=list(config.image_size))
     if vision_model is not None:  # what the encoder was trained with, where the recipe does not say otherwise
-        options = Med3DVLMImageProcessor.from_pretrained(recipe.vision).to_dict()
-    image_processor = Med3DVLMImageProcessor(**{**options, **recipe.image_processor})
-    if list(image_processor.image_size) != list(config.image_size):
-        raise ValueError(
-            f"The image processor makes volumes of {tuple(image_processor.image_size)}, and the volume encoder takes "
-            f"{tuple(config.image_size)}: leave `image_size` out of `model.image_processor`."
-        )
+        image_processor = Med3DVLMImageProcessor.from_pretrained(recipe.vision)
+    image_processor = adjust_image_processor(image_processor, recipe.image_processor)
     return model, Med3DVLMProcessor(image_processor, tokenizer)
+
+
+def adjust_image_processor(image_processor: Any, options: dict[str, Any]) -> Med3DVLMImageProcessor:
+    """
+    An image processor with the options that a recipe gives.
+
+    Raises:
+        ValueError: an option cannot be, or would make volumes of another size than the model takes.
+    """
+    adjusted = Med3DVLMImageProcessor(**{**image_processor.to_dict(), **options})
+    if list(adjusted.image_size) != list(image_processor.image_size):
+        raise ValueError(
+            f"The image processor makes volumes of {tuple(adjusted.image_size)}, and the volume encoder takes "
+            f"{tuple(image_processor.image_size)}: leave `image_size` out of `model.image_processor`."
+        )
+    return adjusted
+
+
+def warn_of_unused(recipe: ModelRecipe, used: Collection[str]) -> None:
+    """Says which fields of a recipe have no effect, because what is loaded brings its own."""
+    names = [entry.name for entry in dataclasses.fields(recipe) if entry.name not in (*used, "dtype")]
+    unused = [f"`model.{name}`" for name in names if getattr(recipe, name)]
+    if unused:
+        logger.warning(f"{', '.join(unused)}: not used, {recipe.start_from} brings its own.")
 
 
 def load_volume_encoder(source: str) -> Any:
@@ -171,8 +197,9 @@ def build_vision_language_model(
             "`model.language_model` is empty: name a pretrained one, or give the fields of a configuration, such as "
             "{model_type: qwen2, hidden_size: 128, ...}."
         )
-    dual_encoder = DCFormerSiglipModel.from_pretrained(recipe.start_from)
+    dual_encoder = DCFormerSiglipModel.from_pretrained(recipe.start_from, dtype=torch.float32)
     image_processor = Med3DVLMProcessor.from_pretrained(recipe.start_from).image_processor
+    image_processor = adjust_image_processor(image_processor, recipe.image_processor)
     language_model, tokenizer = build_language_model(recipe, texts)
 
     config = Med3DVLMConfig(
@@ -234,8 +261,11 @@ def load_vision_language_model(recipe: ModelRecipe) -> tuple[Med3DVLMForConditio
         raise ValueError(
             f"`model.start_from` {source!r} is an adapter: merge it into its base first, `med3dvlm merge {source} FOLDER`."
         )
+    warn_of_unused(recipe, ("start_from", "image_processor"))
     model = Med3DVLMForConditionalGeneration.from_pretrained(source, dtype=getattr(torch, recipe.dtype))
-    return model, Med3DVLMProcessor.from_pretrained(source)
+    processor = Med3DVLMProcessor.from_pretrained(source)
+    processor.image_processor = adjust_image_processor(processor.image_processor, recipe.image_processor)
+    return model, processor
 
 
 def choose_trained_parts(model: Med3DVLMForConditionalGeneration, trained: list[str]) -> None:

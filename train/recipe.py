@@ -50,8 +50,7 @@ class ModelRecipe:
         tokenizer_size (`int`, *optional*):
             Where the text model starts from random weights: size of the tokenizer that is trained on the training texts.
         image_processor (`dict`):
-            Options of `Med3DVLMImageProcessor` where a new dual encoder decides them; beside a published volume encoder,
-            those that differ from its own.
+            Options of `Med3DVLMImageProcessor`; beside a published model, those that shall differ from its own.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which a pretrained language model is loaded.
     """

@@ -45,7 +45,7 @@ from .data.dataset import (
     VolumeLoader,
 )
 from .data.m3d import read_m3d_cap, read_m3d_vqa
-from .data.manifest import SPLIT_HINTS, read_manifest
+from .data.manifest import SPLIT_HINTS, find_manifest, read_manifest
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
@@ -115,7 +115,9 @@ def run_recipe(recipe: Recipe) -> Path:
         keep_freed_memory()
     output_dir = Path(str(arguments.output_dir))
     samples = {split: read_samples(recipe.data, split) for split in splits_of(arguments)}
-    settings = done_by_first_process(lambda: {**fixed_settings(recipe), "content": describe_content(recipe, samples)})
+    settings = done_by_first_process(
+        lambda: without_places({**fixed_settings(recipe), "content": describe_content(recipe, samples)})
+    )
     if is_finished(output_dir, settings):
         logger.warning(f"{output_dir}: this run is finished; its result is {output_dir / PUBLISHED}.")
         return output_dir / PUBLISHED
@@ -352,8 +354,9 @@ def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
         ValueError: a file is not of its format, or there is no sample.
     """
     root = Path(data.root).expanduser()
-    if root.is_file():
-        samples = read_manifest(root, split)
+    manifest = find_manifest(root)
+    if manifest is not None:
+        samples = read_manifest(manifest, split)
         tasks = samples["task"][:]
         parts = [samples.select([row for row, name in enumerate(tasks) if name == task]) for task in data.tasks]
     else:
@@ -483,6 +486,17 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the paths of what they describe the content of, so that a study, a run and a model may be moved."""
+    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    kept["data"].pop("root", None)
+    kept["training"].pop("output_dir", None)
+    for name in PLACES:
+        if f"model.{name}" in kept["content"]:
+            kept["model"].pop(name, None)
+    return kept
+
+
 def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) -> dict[str, Any]:
     """
     What stands behind the paths of a recipe, so that a start on other data or from other weights is no continuation.
@@ -527,7 +541,7 @@ def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     finished = json.loads(summary.read_text(encoding="utf-8"))["settings"]
     defaults = fixed_settings(Recipe())
     parts = {part: {**defaults[part], **finished[part]} for part in ("model", "data")}
-    finished = {**defaults, **finished, **parts}
+    finished = without_places({**defaults, **finished, **parts})
     if finished == settings:
         return True
     different = sorted(differing_keys(finished, settings))

@@ -1,6 +1,7 @@
 """Trainer for the two kinds of models. What differs from transformers' own is which samples come in what order, and what a
 validation adds to the loss: retrieval for the dual encoder, written answers for the vision-language model."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ class StudyTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """
+        The autocast of training, also in a validation under DeepSpeed, whose own is that of training steps alone, and for
+        written answers. Trainer's context does nothing: it relies on wrapped models.
+        """
+        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
+        if not (self.args.fp16 or self.args.bf16 or uses_deepspeed_autocast(self.args.deepspeed)):
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, dtype, cache_enabled=cache_enabled)
+
     def get_train_dataloader(self) -> DataLoader:
         """
         Raises:
@@ -55,6 +66,11 @@ class StudyTrainer(Trainer):
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+
+def uses_deepspeed_autocast(config: Any) -> bool:
+    """Whether a DeepSpeed configuration has `torch_autocast`, as [`~train.stages.read_deepspeed_config`] writes it."""
+    return isinstance(config, dict) and bool(config.get("torch_autocast", {}).get("enabled"))
 
 
 class ContrastiveTrainer(StudyTrainer):
@@ -154,8 +170,11 @@ class GenerationTrainer(StudyTrainer):
         The model's own loss. Only the positions before what is to be learnt are scored, a small part of a conversation: the
         logits of all positions take a large share of time and memory where the vocabulary is large.
         """
-        if self.label_smoother is None and self.compute_loss_func is None and self.compute_metrics is None:
-            inputs = {**inputs, "logits_to_keep": next_labels(inputs["labels"]) != -100}
+        upcoming = next_labels(inputs["labels"])
+        if self.label_smoother is not None:  # which shifts labels itself only for models on a list of transformers
+            inputs = {**inputs, "labels": upcoming}
+        elif self.compute_loss_func is None and self.compute_metrics is None:
+            inputs = {**inputs, "logits_to_keep": upcoming != -100}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

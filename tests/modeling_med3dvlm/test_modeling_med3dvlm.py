@@ -284,6 +284,16 @@ def test_checkpointing_keeps_loss_and_gradients():
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
+def test_gradients_for_checkpointing_begin_at_the_text_not_in_the_volume_encoder():
+    model = tiny.tiny_vlm().train().requires_grad_(False)
+    model.enable_input_require_grads()
+    inputs = one_volume(model)
+    assert model.get_input_embeddings()(inputs["input_ids"]).requires_grad
+    assert not model.model.vision_tower(inputs["pixel_values"]).last_hidden_state.requires_grad
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(inputs["input_ids"]).requires_grad
+
+
 def test_every_weight_is_trained():
     model = tiny.tiny_vlm().train()
     inputs = one_volume(model)

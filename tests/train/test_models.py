@@ -7,10 +7,12 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig
 
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.hub_cards.model_card import find_base_model
-from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.hub_cards.publish import publish
+from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
 from med3dvlm.train.models import (
     build_dual_encoder,
     build_language_model,
+    load_vision_language_model,
     load_volume_encoder,
     train_word_piece_tokenizer,
 )
@@ -71,6 +73,22 @@ def test_a_published_volume_encoder_gets_a_new_text_encoder(kind, tmp_path):
         build_dual_encoder(replace(recipe, image_processor={"window": "lung"}), TEXTS)
     with pytest.raises(ValueError, match=r"makes volumes of \(64, 64, 64\), .* takes \(32, 64, 96\)"):
         build_dual_encoder(replace(recipe, image_processor={"image_size": [64, 64, 64]}), TEXTS)
+
+
+def test_the_image_processor_of_a_published_model_is_adjusted_and_what_is_unused_is_said(tmp_path, caplog):
+    model, processor = build_tiny_model()
+    publish(model, tmp_path / "published", processor=processor)
+    recipe = ModelRecipe(
+        start_from=str(tmp_path / "published"),
+        image_processor={"intensity_mode": "percentile"},
+        projector={"projector_type": "mlp"},
+    )
+    _, found = load_vision_language_model(recipe)
+    assert found.image_processor.intensity_mode == "percentile"
+    assert list(found.image_processor.image_size) == list(processor.image_processor.image_size)
+    assert "`model.projector`: not used" in caplog.text
+    with pytest.raises(ValueError, match="leave `image_size` out"):
+        load_vision_language_model(replace(recipe, image_processor={"image_size": [64, 64, 64]}))
 
 
 def test_other_models_are_no_volume_encoder(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import run_processes
 from safetensors.torch import load_file
 from transformers import (
@@ -309,7 +310,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, 
 
 def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, projector, caplog):
     output_dir = projector.parent
-    start_from = json.loads((output_dir / "summary.json").read_text())["settings"]["model"]["start_from"]
+    start_from = OmegaConf.load(output_dir / "recipe.yaml").model.start_from
     time_of_result = (projector / "model.safetensors").stat().st_mtime_ns
     recipe = recipe_of("projector", manifest, output_dir, *PROJECTOR, start_from=start_from)
     assert run_recipe(recipe) == projector
@@ -416,6 +417,16 @@ def test_a_study_may_be_moved(manifest, tmp_path):
     assert content(moved) != content(manifest)
 
 
+def test_a_finished_run_stays_finished_where_study_and_run_are_moved(manifest, tmp_path, monkeypatch):
+    run_recipe(recipe_of("language", manifest, tmp_path / "run", LANGUAGE))
+    moved = shutil.copytree(manifest.parent, tmp_path / "elsewhere")
+    (tmp_path / "run").rename(tmp_path / "runs")
+    monkeypatch.setattr(stages, "build_trainer", lambda *arguments: pytest.fail("trained again"))
+    # The folder of a manifest serves as well as the file.
+    for root in (moved / manifest.name, moved):
+        assert run_recipe(recipe_of("language", root, tmp_path / "runs", LANGUAGE)) == tmp_path / "runs" / "published"
+
+
 def test_validation_samples_of_a_manifest_are_limited_for_each_task(manifest, tmp_path):
     data = DataRecipe(root=str(manifest), tasks=["closed_vqa", "report", "yes_no_vqa"], num_validation=1)
     assert list(read_samples(data, "validation")["task"]) == ["closed_vqa", "report", "yes_no_vqa"]
@@ -452,6 +463,8 @@ def test_a_language_model_in_bfloat16_stays_so(manifest, contrastive, tmp_path):
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
     overrides = ["model.dtype=bfloat16", "training.bf16=true"]
+    # A projector in float32 between an encoder and a language model in bfloat16 also is to validate and answer.
+    overrides += ["training.eval_strategy=steps", "training.eval_steps=1", "num_answers=1"]
     adapter = run_recipe(recipe_of("finetune", manifest, tmp_path / "finetune", *overrides, start_from=published))
     assert {tensor.dtype for tensor in tensors(adapter, "adapter_model.safetensors").values()} == {torch.float32}
     merged = tensors(Path(merge_adapter(adapter, tmp_path / "merged")))

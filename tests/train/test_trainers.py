@@ -61,20 +61,32 @@ def test_texts_without_a_volume_are_not_shared_out_by_rows(tmp_path):
         trainer.compute_loss(trainer.model, {"num_unpaired_texts": 1})
 
 
-@pytest.mark.parametrize("options, num_scored", [({}, 5), ({"label_smoothing_factor": 0.1}, 14)])
-def test_only_the_positions_before_what_is_learnt_are_scored(options, num_scored, tmp_path):
-    model = tiny.tiny_vlm()
+def one_conversation(model):
+    """14 tokens, of which the last 5 are to be learnt, and a volume."""
     input_ids = tiny.text_with_volumes(model.config, [10], 1, [11, 12, 13, 14, 15])
     labels = input_ids.masked_fill(torch.arange(14) < 9, -100)
-    inputs = {"input_ids": input_ids, "labels": labels, "pixel_values": tiny.random_volumes(1)}
-    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none", **options)
+    return {"input_ids": input_ids, "labels": labels, "pixel_values": tiny.random_volumes(1)}
+
+
+def test_only_the_positions_before_what_is_learnt_are_scored(tmp_path):
+    model = tiny.tiny_vlm()
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
     (loss, outputs), (plain_loss, plain_outputs) = (
-        trainer(model=model, args=arguments).compute_loss(model, dict(inputs), return_outputs=True)
+        trainer(model=model, args=arguments).compute_loss(model, one_conversation(model), return_outputs=True)
         for trainer in (GenerationTrainer, Trainer)
     )
     torch.testing.assert_close(loss, plain_loss)
-    is_scored = torch.ones(14, dtype=torch.bool) if options else (torch.arange(14) >= 8) & (torch.arange(14) < 13)
-    torch.testing.assert_close(outputs.logits.reshape(num_scored, -1), plain_outputs.logits[0, is_scored])
+    torch.testing.assert_close(outputs.logits, plain_outputs.logits[0, 8:13])
+
+
+def test_smoothed_labels_are_those_of_the_next_tokens(tmp_path):
+    model = tiny.tiny_vlm()
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    inputs = one_conversation(model)
+    logits = model(**inputs).logits[0, 8:13]
+    expected = torch.nn.functional.cross_entropy(logits, inputs["labels"][0, 9:], label_smoothing=0.1)
+    loss = GenerationTrainer(model=model, args=arguments).compute_loss(model, inputs)
+    torch.testing.assert_close(loss, expected)
 
 
 def trainer_of(folder, num_train, num_validation):

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from transformers.utils import logging
 
 from ..files import write_atomically
+from .preparation_record import check_not_prepared
 from .slices import open_scan
 
 
@@ -87,6 +88,7 @@ class VolumeCache:
         Raises:
             FileNotFoundError: there is no such scan.
             InvalidVolumeError: the scan cannot be used.
+            ValueError: it is a prepared volume, and the options are those of scans.
             RuntimeError: the cache cannot be written, which says nothing about the scan.
         """
         source = describe_source(Path(path))
@@ -120,6 +122,7 @@ class VolumeCache:
             return None
 
     def _make(self, path: str, file: Path, source: dict[str, str]) -> torch.Tensor:
+        check_not_prepared(path, self.options)
         scan, dropped = open_scan(path)
         inputs = self.image_processor(scan, return_report=True, **self.options)
         volume, report = inputs["pixel_values"][0, 0], inputs["preprocessing_report"][0]

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ...processing.image_processing_med3dvlm import HU_OF_AIR
 from ...processing.volume_io import InvalidVolumeError, open_volume, orient, read_voxels, spacing_of
 from ..cores import count_usable_cores
 from ..files import write_json_atomically
@@ -35,7 +36,7 @@ from .m3d import (
     read_csv_rows,
     resolve_image,
 )
-from .manifest import parse_manifest_row, read_manifest_cells
+from .manifest import find_manifest, parse_manifest_row, read_manifest_cells
 from .samples import CHOICE_LETTERS, SPLITS
 
 
@@ -234,6 +235,8 @@ def check_study(
         for severity, kind, reason in listed:
             if not (is_prepared and kind in SCAN_ONLY):
                 problems.append(Problem(severity, kind, image, row.row if has_rows else None, reason))
+    if not is_prepared:
+        problems += _mixed_intensities(facts, first_rows if has_rows else {})
     problems += _overlaps(rows, facts, first_rows)
     report = CheckReport(
         root=str(root),
@@ -310,7 +313,7 @@ def _read_rows(root: Path, problems: list[Problem]) -> tuple[str, list[_Row]]:
     """The layout of what lies at `root`, and its rows; for a folder of volumes, one for each file."""
     if not root.exists():
         raise FileNotFoundError(f"There is no {root}. Expected a folder or a manifest.")
-    manifest = next((path for path in (root, root / "manifest.csv", root / "manifest.jsonl") if path.is_file()), None)
+    manifest = find_manifest(root)
     if manifest is not None:
         return "manifest", _read_manifest(manifest, problems)
     indexes = [root / CAP_INDEX, *(root / VQA_FOLDER / name for name, _, _ in VQA_FILES)]
@@ -578,8 +581,14 @@ def _check_voxels(voxels: np.ndarray, facts: _VolumeFacts) -> None:
 
 
 def _look_prepared(facts: dict[str, _VolumeFacts]) -> bool:
-    """Whether more than half of the volumes are stored as floating-point numbers and in one shape."""
-    shapes = Counter(found.shape for found in facts.values() if found.shape is not None and found.is_float)
+    """Whether more than half of the volumes are stored as floating-point numbers, in one shape and, if known, in [0, 1]."""
+    shapes = Counter(
+        found.shape
+        for found in facts.values()
+        if found.shape is not None
+        and found.is_float
+        and (found.value_range is None or 0 <= found.value_range[0] <= found.value_range[1] <= 1)
+    )
     return len(facts) > 1 and bool(shapes) and shapes.most_common(1)[0][1] > len(facts) / 2
 
 
@@ -609,6 +618,29 @@ def _prepared_problems(found: _VolumeFacts, shape: tuple[int, ...]) -> list[tupl
         if low < 0 or high > 1:
             problems.append(("error", "outside_unit_range", f"expected values in [0, 1], got {low:g} to {high:g}"))
     return problems
+
+
+def _mixed_intensities(facts: dict[str, _VolumeFacts], first_rows: dict[str, _Row]) -> list[Problem]:
+    """The scans, the smaller part of a study, that `intensity_mode` "auto" would scale in another way than the others."""
+    ranges = {image: found.value_range for image, found in facts.items() if found.value_range is not None}
+    as_ct = {image for image, (low, _) in ranges.items() if low <= HU_OF_AIR}
+    others = set(ranges) - as_ct
+    if not as_ct or not others:
+        return []
+    few, is_ct = (as_ct, True) if len(as_ct) < len(others) else (others, False)
+    advice = "ask for one `intensity_mode`" if is_ct else "if it is CT, its values have an offset: subtract it"
+    return [
+        Problem(
+            "warning",
+            "mixed_intensities",
+            image,
+            first_rows[image].row if image in first_rows else None,
+            f"values from {ranges[image][0]:g} to {ranges[image][1]:g}: {'windowed as CT' if is_ct else 'scaled by their own range'}, "
+            f"unlike {len(ranges) - len(few)} other scans; {advice}",
+        )
+        for image in ranges
+        if image in few
+    ]
 
 
 def _overlaps(rows: list[_Row], facts: dict[str, _VolumeFacts], first_rows: dict[str, _Row]) -> list[Problem]:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..prompts import build_messages, build_text_messages, describe_case, format_answer, format_question
 from .augmentation import Augmentation
+from .preparation_record import check_not_prepared
 from .slices import open_scan
 from .text import keep_whole_sentences
 
@@ -50,7 +51,14 @@ class ProcessedVolumes:
         self.image_processor, self.options = image_processor, options or {}
 
     def load(self, path: str) -> torch.Tensor:
-        """The volume at `path`, a NIfTI file or a folder of slices: `torch.Tensor` of shape `(depth, height, width)`."""
+        """
+        The volume at `path`, a NIfTI file or a folder of slices: `torch.Tensor` of shape `(depth, height, width)`.
+
+        Raises:
+            InvalidVolumeError: it cannot be used.
+            ValueError: it is a prepared volume, and the options are those of scans.
+        """
+        check_not_prepared(path, self.options)
         scan, _ = open_scan(path)
         return self.image_processor(scan, **self.options)["pixel_values"][0, 0]
 

@@ -34,6 +34,8 @@ COLUMNS = (
     "answer_choice",
     "question_type",
 )
+# Of a manifest in a folder that is named instead.
+MANIFEST_NAMES = ("manifest.csv", "manifest.jsonl")
 SPLIT_NAMES: dict[str, Split] = {**{name: name for name in SPLITS}, "val": "validation"}
 YES_AND_NO = ("yes", "no")
 # What to do where a split has no sample.
@@ -145,6 +147,11 @@ def read_manifest(
     if check_files:
         _check_scans_exist(path, rows_of_images)
     return table.build(streaming=streaming, check_files=False)
+
+
+def find_manifest(root: Path) -> Path | None:
+    """The manifest at `root`: the file itself, or `manifest.csv` or `manifest.jsonl` in the folder; None without one."""
+    return next((path for path in (root, *(root / name for name in MANIFEST_NAMES)) if path.is_file()), None)
 
 
 def read_manifest_rows(path: Path) -> Iterator[ManifestRow]:
@@ -427,4 +434,11 @@ def _example_scan(finding: str, seed: int) -> np.ndarray:
     return np.clip(scan + noise, -1024, 3071).astype(np.int16)
 
 
-__all__ = ["ManifestRow", "parse_manifest_row", "read_manifest", "read_manifest_rows", "write_example_manifest"]
+__all__ = [
+    "ManifestRow",
+    "find_manifest",
+    "parse_manifest_row",
+    "read_manifest",
+    "read_manifest_rows",
+    "write_example_manifest",
+]

@@ -26,7 +26,6 @@ import json
 import multiprocessing
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -47,6 +46,7 @@ from ..cores import count_usable_cores
 from ..files import write_atomically
 from .cache import describe_source, fingerprint_of
 from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
+from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
     SLICE_ENDINGS,
@@ -79,7 +79,6 @@ DEFAULT_FRACTIONS: dict[str, float] = {"validation": 0.05, "test": 0.05}
 # Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
 STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 SCANNER, ALIGNED = 1, 2  # NIfTI's codes for what an affine leads to
-COMMENT = 6  # NIfTI's code of an extension that is plain text
 
 
 @dataclass(frozen=True)
@@ -358,29 +357,6 @@ def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
     return cases
 
 
-def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
-    """
-    What a prepared volume says of its making: `settings` (a fingerprint), `source` (its state), `preprocessing_report` and
-    `dropped` (names and reasons). Reads the header alone.
-
-    Returns:
-        `dict`, or None if there is no such file, or one that was written by something else or is damaged.
-    """
-    try:
-        extensions = nibabel.Nifti1Image.from_filename(path).header.extensions
-        for extension in extensions:
-            if extension.get_code() == COMMENT:
-                content = extension.get_content()
-                record = json.loads((content if isinstance(content, str) else content.decode()).rstrip("\0"))
-                if isinstance(record, dict) and record.get("made_by") == "med3dvlm prepare":
-                    return record
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        logger.warning(f"{path}: not a volume as preparation writes it ({error}); it is made again.")
-    return None
-
-
 def encode_prepared_volume(
     volume: torch.Tensor, affine: np.ndarray, is_in_mm: bool, is_orientation_known: bool, record: Mapping[str, Any]
 ) -> bytes:
@@ -630,7 +606,7 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
         report = inputs["preprocessing_report"][0]
         report.pop("source")  # a path may name a patient
         record = {
-            "made_by": "med3dvlm prepare",
+            "made_by": MADE_BY,
             "settings": fingerprint,
             "source": state,
             "preprocessing_report": report,

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 
 from .m3d import read_m3d_cap, read_m3d_vqa
-from .manifest import read_manifest
+from .manifest import find_manifest, read_manifest
 from .samples import TASKS, Split, Task
 
 
@@ -15,7 +15,7 @@ def read_task(root: str | Path, split: Split, task: Task) -> datasets.Dataset:
 
     Args:
         root (`str` or `Path`):
-            Folder in the layout of M3D, or a manifest (.csv or .jsonl).
+            Folder in the layout of M3D, a manifest (.csv or .jsonl), or a folder that holds `manifest.csv` or `manifest.jsonl`.
         split (`str`):
             `"train"`, `"validation"` or `"test"`.
         task (`str`):
@@ -31,8 +31,9 @@ def read_task(root: str | Path, split: Split, task: Task) -> datasets.Dataset:
     if task not in TASKS:
         raise ValueError(f"Expected a task out of {', '.join(TASKS)}, got {task!r}.")
     root = Path(root).expanduser()
-    if root.is_file():
-        samples = read_manifest(root, split)
+    manifest = find_manifest(root)
+    if manifest is not None:
+        samples = read_manifest(manifest, split)
         samples = samples.filter(lambda name: name == task, input_columns="task", load_from_cache_file=False)
     elif not root.is_dir():
         raise FileNotFoundError(

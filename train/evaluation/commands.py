@@ -353,9 +353,12 @@ def evaluate_all_command(
             settings = make_settings(data, ("report",), max_text_length=max_text_length, **options)
             parts["retrieval"] = evaluate_retrieval(out / "retrieval", settings, encoder, system=name, work=work)
             texts.append(show(parts["retrieval"], out / "retrieval", published, None, False, None))
+        questions = questions_of(data, split)  # type: ignore[arg-type]
+        if not questions:
+            typer.echo(f"{data} has no questions in the split {split!r}: there is no part vqa.", err=True)
         for part, tasks, longest in (
             ("report", ("report",), max_new_tokens),
-            ("vqa", questions_of(data, split), min(64, max_new_tokens)),  # type: ignore[arg-type]
+            *((("vqa", questions, min(64, max_new_tokens)),) if questions else ()),
         ):
             settings = make_settings(data, tasks, max_new_tokens=longest, **options)
             parts[part] = evaluate_answers(
@@ -663,10 +666,13 @@ def check_source(model: str | None, file: Path | None, option: str) -> str | Non
 
 
 def start_processes_if_needed(processes: int | None, device: str) -> None:
-    """Runs the same command in several processes and exits, if several are asked for or there are several GPUs."""
+    """
+    Runs the same command in several processes and exits, if several are asked for, or there are several GPUs and none of them
+    was named.
+    """
     if device:
         check_device(device)
-    if is_to_be_launched(processes, use_cpu=device == "cpu"):
+    if is_to_be_launched(processes, use_cpu=device not in ("", "cuda")):
         command = list(sys.argv[1:])
         if "--processes" in command:
             place = command.index("--processes")

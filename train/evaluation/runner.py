@@ -22,6 +22,7 @@ from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGenerat
 from ..answering import iterate_answers
 from ..data.dataset import text_group_id
 from ..data.m3d import VQA_FOLDER, VQA_SPLITS
+from ..data.manifest import find_manifest
 from ..data.samples import SPLITS, Split, Task
 from ..data.study import first_cases, read_task
 from ..files import write_atomically, write_json_atomically, write_json_lines
@@ -295,8 +296,12 @@ def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
 
     Raises:
         FileNotFoundError: data are not there.
-        ValueError: a task has no sample.
+        ValueError: there is no task, or a task has no sample.
     """
+    if not settings.tasks:
+        raise ValueError(
+            f"{settings.data}: no questions in the split {settings.split!r}. `med3dvlm evaluate report` takes its reports."
+        )
     parts, is_part = [], False
     for task in settings.tasks:
         whole = read_task(settings.data, settings.split, task)
@@ -320,7 +325,7 @@ def questions_of(data: str, split: Split) -> tuple[Task, ...]:
     if split not in SPLITS:
         raise ValueError(f"--split: expected one of {', '.join(SPLITS)}, got {split!r}.")
     root = Path(data).expanduser()
-    if root.is_file():
+    if find_manifest(root) is not None:
         tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
         return tuple(task for task in tasks if len(read_task(root, split, task)))
     has_yes_no = (root / VQA_FOLDER / f"M3D_VQA_yn_{VQA_SPLITS[split]}.csv").is_file()

@@ -46,6 +46,22 @@ def test_a_sound_study_has_no_problems(root):
     assert check(root, num_workers=3).problems == []
 
 
+def test_scans_that_would_be_scaled_in_another_way_than_the_others_are_listed(tmp_path):
+    ct = np.random.default_rng(0).integers(-1000, 1500, size=(3, *layout.SHAPE)).astype(np.int16)
+    for name, array in {"a": ct[0], "b": ct[1], "c": ct[2] + 1024}.items():
+        layout.write_volume(tmp_path / f"{name}.nii.gz", array=array.astype(np.int16))
+    (problem,) = [entry for entry in check(tmp_path).problems if entry.kind == "mixed_intensities"]
+    assert Path(problem.file).name == "c.nii.gz" and problem.severity == "warning"
+    assert problem.reason.endswith("unlike 2 other scans; if it is CT, its values have an offset: subtract it")
+
+
+def test_scans_in_floating_point_of_one_shape_are_no_prepared_volumes(tmp_path):
+    for number in range(3):
+        layout.write_volume(tmp_path / f"{number}.nii.gz", array=random_array(seed=number) * 900)
+    report = check(tmp_path)
+    assert report.volumes == "scans" and report.is_ok
+
+
 def write(path, array, **options):
     layout.write_volume(path, array=array, **options)
 
@@ -108,7 +124,7 @@ def test_scans_may_differ_and_unlikely_headers_are_warnings(root):
     write(volume_of(root, "2"), random_array() * 1000 - 500, affine=np.diag([0.001, 0.7, 0.7, 1]))
     report = check(root, volumes="scans")
     assert kinds(report) == []
-    assert kinds(report, "warning") == ["unlikely_spacing"]
+    assert kinds(report, "warning") == ["unlikely_spacing", "mixed_intensities"]
 
 
 @pytest.mark.parametrize(

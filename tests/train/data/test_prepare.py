@@ -24,7 +24,9 @@ import make_slices
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train.data import prepare
+from med3dvlm.train.data.cache import VolumeCache
 from med3dvlm.train.data.check import check_study
+from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.m3d import read_m3d_cap
 from med3dvlm.train.data.prepare import (
     encode_prepared_volume,
@@ -226,6 +228,18 @@ def test_a_prepared_scan_is_read_back_to_the_bit(code, tmp_path):
         record = read_preparation_record(tmp_path / "out/1" / name)
         assert record["preprocessing_report"]["intensity_mode"] == "window"
         assert nibabel.load(tmp_path / "out/1" / name).header["sform_code"] == 2 - code
+
+
+def test_a_prepared_volume_is_not_prepared_once_more(tmp_path):
+    write_report(tmp_path / "in/1")
+    write_scan(tmp_path / "in/1/scan.nii.gz")
+    prepare_here(tmp_path / "in", tmp_path / "out")
+    path = str(tmp_path / "out/1/scan.nii.gz")
+    processor = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))
+    for loader in (ProcessedVolumes(processor), VolumeCache(tmp_path / "cache", processor)):
+        with pytest.raises(ValueError, match="data.volumes=prepared in a recipe, --prepared in an evaluation"):
+            loader.load(path)
+    assert ProcessedVolumes(processor, PREPARED).load(path).shape == IMAGE_SIZE
 
 
 def test_a_sheared_scan_has_no_quaternion(tmp_path):

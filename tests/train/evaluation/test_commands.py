@@ -1,12 +1,16 @@
+import csv
 import json
 import shutil
 import sys
 
 import pytest
+import typer
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app
+from med3dvlm.train.data.manifest import write_example_manifest
+from med3dvlm.train.evaluation import commands
 from med3dvlm.train.evaluation.zero_shot import write_phantom_labels
 
 
@@ -67,6 +71,32 @@ def test_one_file_of_answers_serves_reports_and_all_questions(study, tmp_path):
         arguments = [command, "-d", study, "-o", tmp_path / command, "--predictions", answers, "--metrics", "bleu_1"]
         result = run(*arguments)
         assert result.exit_code == 0, result.output
+
+
+def test_a_study_without_questions_is_evaluated_without_them(vlm, tmp_path):
+    manifest = write_example_manifest(tmp_path / "study")
+    rows = list(csv.DictReader(manifest.open(newline="")))
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "case", "split", "report"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "split": "test"} for row in rows if row["report"])
+    options = ["-m", vlm, "-d", manifest, "--cases", "2", "--max-new-tokens", "2"]
+    result = run("all", *options, "-o", tmp_path / "all", "--metrics", "bleu_1")
+    assert result.exit_code == 0 and "no questions in the split 'test'" in result.stderr, result.output
+    result = run("vqa", *options, "-o", tmp_path / "vqa")
+    assert result.exit_code == 2 and "no questions in the split 'test'. `med3dvlm evaluate report`" in result.stderr
+
+
+@pytest.mark.parametrize("device, is_one", [("cuda:1", True), ("cpu", True), ("cuda", False), ("", False)])
+def test_a_named_device_has_one_process(device, is_one, monkeypatch):
+    monkeypatch.setattr(commands, "check_device", lambda name: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr(commands, "launch", lambda processes, command: 5)
+    if is_one:
+        commands.start_processes_if_needed(None, device)
+    else:
+        with pytest.raises(typer.Exit):
+            commands.start_processes_if_needed(None, device)
 
 
 def test_metrics_that_are_not_there_are_known_before_retrieval(study, vlm, dual_encoder, tmp_path, monkeypatch):

@@ -1,0 +1,65 @@
+"""What a prepared volume says of its making, in an extension of its NIfTI header."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+COMMENT = 6  # NIfTI's code of an extension that is plain text
+MADE_BY = "med3dvlm prepare"
+
+
+def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
+    """
+    What a prepared volume says of its making: `settings` (a fingerprint), `source` (its state), `preprocessing_report` and
+    `dropped` (names and reasons). Reads the header alone.
+
+    Returns:
+        `dict`, or None if there is no such file, or one that was written by something else or is damaged.
+    """
+    try:
+        extensions = nibabel.Nifti1Image.from_filename(path).header.extensions
+        for extension in extensions:
+            if extension.get_code() == COMMENT:
+                content = extension.get_content()
+                record = json.loads((content if isinstance(content, str) else content.decode()).rstrip("\0"))
+                if isinstance(record, dict) and record.get("made_by") == MADE_BY:
+                    return record
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        logger.warning(f"{path}: not a volume as preparation writes it ({error}); it is made again.")
+    return None
+
+
+def check_not_prepared(path: str, options: Mapping[str, Any]) -> None:
+    """
+    Refuses to bring a prepared volume through the image processor as if it were a scan: cropped and scaled a second time, it
+    would not be what training saw.
+
+    Args:
+        path (`str`):
+            The volume.
+        options (`Mapping`):
+            Options of the image processor for it.
+
+    Raises:
+        ValueError: it was prepared, and the options would change its values.
+    """
+    if options.get("intensity_mode") == "none" or not path.endswith(".nii.gz"):
+        return
+    if read_preparation_record(path) is not None:
+        raise ValueError(
+            f"{path}: written by `{MADE_BY}`, so it is cropped and scaled already, and must not be once more. Say so: "
+            "data.volumes=prepared in a recipe, --prepared in an evaluation."
+        )
+
+
+__all__ = ["COMMENT", "MADE_BY", "check_not_prepared", "read_preparation_record"]
