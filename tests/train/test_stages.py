@@ -1,6 +1,7 @@
 """The three stages on five small scans: each trains what it says, publishes, and is what the next one starts from."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -548,3 +549,17 @@ def test_zero_3_trains_publishes_and_resumes_every_stage(manifest, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
         start_from = published["zero3"]
     assert len((places["zero3"] / "answers" / "step-00000002.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_a_model_in_bfloat16_validates_and_answers_under_deepspeed(sharding, manifest, projector, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    overrides = ["model.dtype=bfloat16", "training.per_device_train_batch_size=1", "num_answers=1"]
+    overrides += ["training.eval_strategy=steps", "training.eval_steps=1"]
+    recipe = recipe_of("finetune", manifest, tmp_path, *overrides, start_from=projector)
+    recipe.training |= {"deepspeed": sharding, "bf16": True}
+    published = run_in_two_processes(recipe)
+    assert {tensor.dtype for tensor in tensors(published, "adapter_model.safetensors").values()} == {torch.float32}
+    assert len(losses(tmp_path)) == 2 and all(math.isfinite(loss) for loss in losses(tmp_path))
+    assert len((tmp_path / "answers" / "step-00000002.jsonl").read_text().splitlines()) == 1
