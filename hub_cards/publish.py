@@ -31,6 +31,16 @@ PENALTY_OPTIONS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 END_OF_TURN = "<|im_end|>"
 # Files that an earlier version of a repository may hold and this one may not.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
+# Settings too: beside another kind of model, an old `processor_config.json` or `adapter_config.json` would be read first.
+SETTINGS_ON_HUB = [
+    "*config.json",
+    "tokenizer.*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+]
+REPLACED_ON_HUB = [*STALE_ON_HUB, *SETTINGS_ON_HUB, "chat_template.*", "conversion.json"]
 
 
 def publish(
@@ -95,6 +105,10 @@ def publish(
             "A model on the Hub needs a licence: pass `license`, the identifier that the Hub uses, and mind the licences of "
             "the language model and of the training data."
         )
+    if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(destination)):
+        raise ValueError(
+            f"Expected the name of a repository on the Hub with its owner, such as org/med3dvlm, got {str(destination)!r}."
+        )
     if not push_to_hub:  # before a large model is loaded
         check_destination(Path(destination), overwrite)
     if isinstance(model, (str, os.PathLike)):
@@ -126,7 +140,7 @@ def publish(
             repo_id=url.repo_id,
             folder_path=temporary,
             commit_message=f"Publish {type(model).__name__}",
-            delete_patterns=STALE_ON_HUB,
+            delete_patterns=REPLACED_ON_HUB,
         )
     return str(url)
 

@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 
 from ..configuration.configuration_dcformer import DCFORMER_VARIANTS, DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
+from ..configuration.configuration_vit3d import Vit3DConfig
 from ..hub_cards.files import write_json_atomically
 from ..hub_cards.model_card import CardFields, create_model_card
 from ..hub_cards.publish import check_destination, check_fit, load_model, put_in_place, write_companions
@@ -159,6 +160,8 @@ def check_new(destination: Path, overwrite: bool) -> None:
     old = place_beside(destination) / "old"
     if old.exists() and not destination.exists():
         old.rename(destination)
+    elif old.exists() and (destination / CONVERSION_NAME).is_file():  # ended after that: what was replaced may go
+        shutil.rmtree(old)
     if not (overwrite and (destination / CONVERSION_NAME).is_file()):
         check_destination(destination, overwrite)
 
@@ -500,6 +503,7 @@ def check_original_builds_encoder(config: Any) -> None:
         ValueError: the original has no such encoder.
     """
     if config.model_type == "vit3d":
+        check_original_builds_vit3d(config)
         return
     sizes = {"depths": tuple(config.depths), "hidden_sizes": tuple(config.hidden_sizes)}
     if sizes not in DCFORMER_VARIANTS.values():
@@ -514,6 +518,28 @@ def check_original_builds_encoder(config: Any) -> None:
             list(theirs) if isinstance(theirs, (list, tuple)) else theirs
         ):
             raise ValueError(f"The original's DCFormer has `{name}` {theirs}, this one {ours}.")
+
+
+def check_original_builds_vit3d(config: Any) -> None:
+    """
+    What the tensors do not tell, and the original's code takes for granted.
+
+    Raises:
+        ValueError: the original would compute something else with these weights.
+    """
+    default, patch = Vit3DConfig(), tuple(config.patch_size)
+    is_m3d = config.use_final_norm and not config.use_patch_norm
+    faults = [
+        f"`{name}` {getattr(config, name)} instead of {getattr(default, name)}"
+        for name in ("head_dim", "hidden_act", "layer_norm_eps")
+        if getattr(config, name) != getattr(default, name)
+    ]
+    if not is_m3d and (config.use_final_norm, config.use_patch_norm) != (False, True):
+        faults.append("`use_final_norm` and `use_patch_norm` both or neither, instead of one of them")
+    if (is_m3d and patch != (4, 16, 16)) or (not is_m3d and len(set(patch)) > 1):
+        faults.append(f"`patch_size` {patch} instead of {'(4, 16, 16)' if is_m3d else 'cubes'}")
+    if faults:
+        raise ValueError(f"The original has no such vision transformer: {'; '.join(faults)}.")
 
 
 def check_original_builds_dual_encoder(config: DCFormerSiglipConfig) -> None:

@@ -42,7 +42,10 @@ def multiplies_bfloat16(device_type: str) -> bool:
     Whether matrix products of bfloat16 are worth having on a device. A CPU without instructions for them (on x86: AVX-512)
     computes element by element, some hundred times slower than in float32.
     """
-    return device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device_type != "cpu":
+        return True
+    # Builds without oneDNN, such as those for macOS, do not have the question.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FoldedConv:

@@ -225,6 +225,8 @@ class DCFormerDecomposedConv(nn.Module):
             if isinstance(module, DCFormerBatchNorm3d) and not module.uses_own_batch:
                 return False
         parameters = list(self.parameters())
+        if not parameters:  # a replica of `nn.DataParallel`, whose weights are no parameters
+            return False
         if any(type(tensor) is not nn.Parameter or tensor.dtype != hidden_states.dtype for tensor in parameters):
             return False
         positions = hidden_states.shape[0] * math.prod(
@@ -316,7 +318,8 @@ class DCFormerStem(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, num_channels, D, H, W) -> (B, hidden_sizes[0], D / 4, H / 4, W / 4), rounded up."""
         self.check_input(pixel_values)
-        hidden_states = pixel_values.to(next(self.parameters()).dtype)
+        first: Any = self.layers[0]
+        hidden_states = pixel_values.to(first.conv_depth.weight.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return hidden_states
@@ -424,7 +427,7 @@ class DCFormerModel(DCFormerPreTrainedModel):
 
     Attributes:
         fused_inference (`bool`, *optional*):
-            Whether to take it: `False` never; `True` on every device where the above holds; `None`, the default, the
+            Whether to take it: `False` never; `True` on CPUs and on CUDA, where the above holds; `None`, the default, the
             same, but on CPUs only, where it has been measured.
 
     Example:
@@ -456,6 +459,8 @@ class DCFormerModel(DCFormerPreTrainedModel):
     def can_be_fused(self, pixel_values: torch.Tensor) -> bool:
         """Whether the fused path gives what the modules give: see the class. `fused_inference` is not asked."""
         parameters = list(self.parameters())
+        if not parameters:  # a replica of `nn.DataParallel`, whose weights are no parameters
+            return False
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (pixel_values, *parameters)):
             return False
         first = parameters[0]

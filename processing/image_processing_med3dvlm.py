@@ -415,7 +415,7 @@ class Intensity:
             return values
         if self.mode == "minmax":
             span = torch.tensor(self.upper, dtype=torch.float32) - torch.tensor(self.lower, dtype=torch.float32)
-            return values.sub_(self.lower).div_(max(float(span), 1e-8))
+            return values.sub_(self.lower).div_(float(span))  # not 0: constant volumes are refused
         return values.clamp_(self.lower, self.upper).sub_(self.lower).div_(self.upper - self.lower)
 
 

@@ -1,5 +1,6 @@
 """`pipeline("image-text-to-text")` for volumes."""
 
+import os
 from typing import Any
 
 from transformers.image_processing_base import BatchFeature
@@ -22,11 +23,39 @@ class Med3DVLMPipeline(ImageTextToTextPipeline):
     >>> pipe(text=[{"role": "user", "content": content}], return_full_text=False)  # doctest: +SKIP
     ```"""
 
+    def check_model_type(self, supported_models: Any) -> None:
+        """Says nothing of the model that this pipeline is made for: the list of transformers has its own models only."""
+        if type(self.model).__name__ != "Med3DVLMForConditionalGeneration":
+            super().check_model_type(supported_models)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """
+        Answers about volumes: chat messages as `text`, or `images` beside a `text`.
+
+        Raises:
+            ValueError: a volume comes without a text. The stock pipeline would take its path for the text, and answer blind.
+        """
+        first = images[0] if isinstance(images, (list, tuple)) and images else images
+        if text is None and (isinstance(first, (str, bytes, os.PathLike)) or hasattr(first, "shape")):
+            raise ValueError(
+                "Expected a text beside the volumes: pass the question as `text=`, with `<image>` where a volume belongs, or "
+                "both in chat messages. A text alone is passed as `text=`, too."
+            )
+        return super().__call__(images, text, **kwargs)
+
     def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> BatchFeature:
         """
         Prepares one conversation, or one text or list of texts with its volumes. The stock pipeline opens every image
         as a picture before the processor sees it; here the processor does all the reading.
+
+        Raises:
+            ValueError: `images` or `text` is missing, or a report of the preprocessing is asked for.
         """
+        if {**kwargs, **(kwargs.get("processor_kwargs") or {})}.get("return_report"):
+            raise ValueError(
+                "A pipeline gives answers alone. For `return_report=True` call the processor, "
+                "`pipe.processor.image_processor(volume, return_report=True)`."
+            )
         if not isinstance(inputs, dict):
             return super().preprocess(inputs, timeout=timeout, **kwargs)
         if missing := {"images", "text"} - inputs.keys():

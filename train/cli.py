@@ -572,6 +572,8 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         torch_device = torch.device(device)
+        if torch_device.type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {device}: expected cpu or cuda, whose times can be measured here.")
         if not dtype and not multiplies_bfloat16(torch_device.type):
             dtype = ["float32"]
             typer.echo("This CPU does not multiply bfloat16: measuring float32 only.", err=True)

@@ -118,12 +118,13 @@ class ContrastiveTrainer(StudyTrainer):
         The model's own loss; the groups of identical reports reach it only where they are to match.
 
         Raises:
-            ValueError: the batch has texts without a volume, and would be shared out by rows to several devices.
+            ValueError: the batch would be shared out by rows to several devices of one process, where no pair is compared with
+                those of another device.
         """
-        if "num_unpaired_texts" in inputs and self.args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise ValueError(
-                "Texts without a volume (`data.similar_reports`) cannot be shared out by rows to several devices: start one "
-                "process for each, with torchrun or accelerate."
+                f"Expected one device for each process, got {self.args.n_gpu}: a contrastive loss compares all pairs of a batch. "
+                "Start one process for each device, with torchrun or accelerate, or make one visible, CUDA_VISIBLE_DEVICES=0."
             )
         if not self.identical_reports_match:
             inputs = {name: value for name, value in inputs.items() if name != "text_group_ids"}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE_SIZE, tiny_vlm, tiny_vlm_config
@@ -287,7 +288,14 @@ def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monke
     assert hub.created == [("org/name", {"private": True, "exist_ok": True})]
     assert set(hub.files) == {path.name for path in published["vlm"].iterdir()}
     assert 'model="org/name"' in hub.files["README.md"].decode()
-    assert "*.py" in hub.options["delete_patterns"]
+    stale = ["processor_config.json", "adapter_config.json", "old.py", "model-00001-of-00002.safetensors"]
+    kept = ["LICENSE", "README.md", ".gitattributes", "evaluation/scores.json"]
+    assert list(filter_repo_objects([*stale, *kept], allow_patterns=hub.options["delete_patterns"])) == stale
+
+
+def test_a_repository_is_named_with_its_owner(encoder):
+    with pytest.raises(ValueError, match="with its owner, such as org/med3dvlm, got 'name'"):
+        publish(encoder.model, "name", processor=encoder.processor, push_to_hub=True, license="mit")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from med3dvlm import (
     Med3DVLMForConditionalGeneration,
     Med3DVLMImageProcessor,
     Med3DVLMProcessor,
+    Vit3DConfig,
     Vit3DModel,
 )
 from med3dvlm.hub_cards.publish import publish
@@ -746,6 +748,14 @@ def test_memory_is_that_of_a_shard_and_a_killed_conversion_goes_on(tmp_path):
     assert figures["peak"] - figures["baseline"] <= 1.3 * largest
 
 
+def test_what_a_call_that_was_ended_after_its_work_left_is_cleared_away(encoder_file, tmp_path):
+    convert(encoder_file, tmp_path / "ours")
+    leftovers = convert_original.place_beside(tmp_path / "ours") / "old"
+    shutil.copytree(tmp_path / "ours", leftovers)
+    convert(encoder_file, tmp_path / "ours", overwrite=True)
+    assert (tmp_path / "ours" / "model.safetensors").is_file() and not leftovers.exists()
+
+
 # --- the way back ------------------------------------------------------------------------------------------------------
 
 
@@ -762,4 +772,14 @@ def test_what_the_original_cannot_build_has_no_way_back(converted_vlm, tmp_path)
         convert_to_original(tmp_path / "siglip", tmp_path / "back")
     with pytest.raises(ValueError, match="has no way back"):
         convert_to_original(converted_vlm, tmp_path / "back")
+    fields = {"image_size": IMAGE_SIZE, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+    for change, message in (
+        ({"num_attention_heads": 2, "head_dim": 32}, "`head_dim` 32 instead of 64"),
+        ({"patch_size": (16, 32, 32)}, r"`patch_size` \(16, 32, 32\) instead of cubes"),
+        ({"use_final_norm": True}, "both or neither"),
+    ):
+        model = Vit3DModel(Vit3DConfig(**{**fields, "num_attention_heads": 1, **change}))
+        publish(model, tmp_path / "vit", processor=processor, overwrite=True)
+        with pytest.raises(ValueError, match=f"no such vision transformer: .*{message}"):
+            convert_to_original(tmp_path / "vit", tmp_path / "back")
     assert not (tmp_path / "back").exists()

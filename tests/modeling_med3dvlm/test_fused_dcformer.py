@@ -268,3 +268,13 @@ def test_graph_is_whole_and_equal_under_torch_compile(calls):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         outputs = compiled(volumes, output_hidden_states=True).hidden_states
         assert largest_error(outputs, plain_hidden_states(model, volumes)) < 2e-6
+
+
+def test_a_torch_without_onednn_multiplies_no_bfloat16_on_cpus(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: pytest.fail("not in such builds"))
+    fused_dcformer.multiplies_bfloat16.cache_clear()
+    try:
+        assert not fused_dcformer.multiplies_bfloat16("cpu") and fused_dcformer.multiplies_bfloat16("cuda")
+    finally:
+        fused_dcformer.multiplies_bfloat16.cache_clear()

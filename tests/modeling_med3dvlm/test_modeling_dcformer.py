@@ -123,6 +123,22 @@ def test_frozen_encoder_keeps_its_statistics_and_its_output_in_training():
     )
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_replica_of_data_parallel_gives_the_same(is_trained):
+    """In a replica weights are plain attributes, so that it has no parameters."""
+    model = tiny_model().train(is_trained)
+    replica = copy.deepcopy(model)
+    for module in replica.modules():
+        weights = dict(module._parameters)
+        module._parameters = {}
+        for name, weight in weights.items():
+            object.__setattr__(module, name, None if weight is None else weight.detach().clone().requires_grad_())
+    volumes = tiny.random_volumes(2)
+    with torch.set_grad_enabled(is_trained):
+        assert not list(replica.parameters())
+        torch.testing.assert_close(replica(volumes).last_hidden_state, model(volumes).last_hidden_state)
+
+
 def test_every_weight_is_trained():
     model = tiny_model().train()
     model(tiny.random_volumes(2)).pooler_output.square().sum().backward()

@@ -170,6 +170,12 @@ def test_auto_windows_what_has_air_in_hu_and_scales_the_rest(values, expected):
     assert report["intensity_range"] == ([-1000, 1000] if expected == "window" else list(values))
 
 
+def test_values_in_a_narrow_range_become_0_to_1_too():
+    array = np.linspace(0, 3e-9, 4 * 5 * 6).reshape(4, 5, 6)  # such as diffusion in m^2/s
+    values = whole(intensity_mode="minmax")(array)["pixel_values"]
+    assert values.min() == 0 and values.max() == 1
+
+
 def test_foreground_is_the_smallest_box_of_voxels_above_zero():
     array = np.zeros((10, 12, 14), dtype=np.uint8)
     array[2:5, 3:9, 4:11] = 7

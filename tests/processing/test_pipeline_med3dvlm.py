@@ -6,6 +6,7 @@ import pytest
 import torch
 from nibabel.testing import data_path
 from transformers import pipeline
+from transformers.utils import logging
 
 from med3dvlm import Med3DVLMPipeline
 from med3dvlm.train.demo import build_tiny_model
@@ -40,6 +41,16 @@ def volume(seed=0):
 
 def chat(source, question="What?"):
     return [{"role": "user", "content": [{"type": "image", "image": source}, {"type": "text", "text": question}]}]
+
+
+def test_the_pipeline_does_not_say_that_its_own_model_is_not_supported(parts, caplog):
+    model, processor = parts
+    logging.enable_propagation()
+    try:
+        pipeline("image-text-to-text", model=model, processor=processor, pipeline_class=Med3DVLMPipeline)
+    finally:
+        logging.disable_propagation()
+    assert "not supported" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -95,6 +106,11 @@ def test_options_reach_the_image_processor(pipe):
         ({"images": "missing.nii.gz", "text": "<image>?"}, "missing.nii.gz"),
         ({"images": volume(), "text": "What?"}, "1 volumes and 0 placeholders"),
         ({"images": {"images": volume()}}, r"`images` and `text`, \['text'\] missing"),
+        ({"images": str(SCAN)}, "Expected a text beside the volumes"),
+        ({"images": [SCAN, SCAN]}, "Expected a text beside the volumes"),
+        ({"images": nibabel.load(SCAN)}, "Expected a text beside the volumes"),
+        ({"images": SCAN, "text": "<image>?", "processor_kwargs": {"return_report": True}}, "call the processor"),
+        ({"text": chat(SCAN), "processor_kwargs": {"return_report": True}}, "call the processor"),
     ],
 )
 def test_bad_input_is_refused_clearly(pipe, arguments, message):

@@ -163,6 +163,11 @@ def test_help_teaches(command):
     assert "Usage" in result.stdout and len(result.stdout) > 400
 
 
+def test_bench_refuses_devices_whose_work_it_could_not_wait_for():
+    result = run("bench", "--device", "meta")
+    assert result.exit_code == 2 and "--device meta: expected cpu or cuda" in result.stderr
+
+
 def test_publish_is_shown_on_a_whole_model_and_sends_adapters_to_merge():
     shown = {"help": run("publish", "--help").stdout, "README": (Path(__file__).parents[2] / "README.md").read_text()}
     for text in shown.values():

@@ -53,12 +53,12 @@ def test_the_text_encoder_has_its_own_learning_rate(rate, tmp_path):
     assert id(model.text_projection.weight) in decayed and id(model.text_projection.bias) not in decayed
 
 
-def test_texts_without_a_volume_are_not_shared_out_by_rows(tmp_path):
+def test_a_contrastive_batch_is_not_shared_out_by_rows(tmp_path):
     arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
     trainer = ContrastiveTrainer(model=tiny.tiny_siglip(), args=arguments)
     arguments._n_gpu = 2
-    with pytest.raises(ValueError, match="start one process for each, with torchrun"):
-        trainer.compute_loss(trainer.model, {"num_unpaired_texts": 1})
+    with pytest.raises(ValueError, match="one device for each process, got 2: .*with torchrun"):
+        trainer.compute_loss(trainer.model, {})
 
 
 def one_conversation(model):
