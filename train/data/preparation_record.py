@@ -35,7 +35,7 @@ def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        logger.warning(f"{path}: not a volume as preparation writes it ({error}); it is made again.")
+        logger.warning(f"{path}: not a volume as preparation writes it ({error}).")
     return None
 
 
