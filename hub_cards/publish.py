@@ -32,15 +32,17 @@ END_OF_TURN = "<|im_end|>"
 # Files that an earlier version of a repository may hold and this one may not.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
 # Settings too: beside another kind of model, an old `processor_config.json` or `adapter_config.json` would be read first.
-SETTINGS_ON_HUB = [
+REPLACED_ON_HUB = [
+    *STALE_ON_HUB,
     "*config.json",
     "tokenizer.*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "chat_template.*",
+    "conversion.json",
 ]
-REPLACED_ON_HUB = [*STALE_ON_HUB, *SETTINGS_ON_HUB, "chat_template.*", "conversion.json"]
 
 
 def publish(

@@ -1,7 +1,7 @@
 """The models a recipe asks for, put together from published folders, pretrained text models and fresh parts."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,8 @@ def build_dual_encoder(
         ValueError: a field is missing or cannot be.
     """
     if recipe.start_from:
-        warn_of_unused(recipe, ("start_from", "image_processor"))
-        model = DCFormerSiglipModel.from_pretrained(recipe.start_from)
-        processor = Med3DVLMProcessor.from_pretrained(recipe.start_from)
-        processor.image_processor = adjust_image_processor(processor.image_processor, recipe.image_processor)
-        return model, processor
+        warn_of_unused(recipe)
+        return DCFormerSiglipModel.from_pretrained(recipe.start_from), load_processor(recipe)
     if recipe.text_encoder is None:
         raise ValueError(
             "`model.text_encoder` is empty: name a pretrained text encoder, or give the fields of a configuration, such "
@@ -133,9 +130,23 @@ def adjust_image_processor(image_processor: Any, options: dict[str, Any]) -> Med
     return adjusted
 
 
-def warn_of_unused(recipe: ModelRecipe, used: Collection[str]) -> None:
-    """Says which fields of a recipe have no effect, because what is loaded brings its own."""
-    names = [entry.name for entry in dataclasses.fields(recipe) if entry.name not in (*used, "dtype")]
+def load_processor(recipe: ModelRecipe) -> Med3DVLMProcessor:
+    """
+    The processor of what a recipe starts from, its image processor with the options that the recipe gives.
+
+    Raises:
+        OSError: there is none.
+        ValueError: an option cannot be, see [`adjust_image_processor`].
+    """
+    processor = Med3DVLMProcessor.from_pretrained(str(recipe.start_from))
+    processor.image_processor = adjust_image_processor(processor.image_processor, recipe.image_processor)
+    return processor
+
+
+def warn_of_unused(recipe: ModelRecipe) -> None:
+    """Says which fields of a recipe have no effect, because the whole model that it starts from brings its own."""
+    used = ("start_from", "image_processor", "dtype")
+    names = [entry.name for entry in dataclasses.fields(recipe) if entry.name not in used]
     unused = [f"`model.{name}`" for name in names if getattr(recipe, name)]
     if unused:
         logger.warning(f"{', '.join(unused)}: not used, {recipe.start_from} brings its own.")
@@ -198,8 +209,7 @@ def build_vision_language_model(
             "{model_type: qwen2, hidden_size: 128, ...}."
         )
     dual_encoder = DCFormerSiglipModel.from_pretrained(recipe.start_from, dtype=torch.float32)
-    image_processor = Med3DVLMProcessor.from_pretrained(recipe.start_from).image_processor
-    image_processor = adjust_image_processor(image_processor, recipe.image_processor)
+    image_processor = load_processor(recipe).image_processor
     language_model, tokenizer = build_language_model(recipe, texts)
 
     config = Med3DVLMConfig(
@@ -261,11 +271,9 @@ def load_vision_language_model(recipe: ModelRecipe) -> tuple[Med3DVLMForConditio
         raise ValueError(
             f"`model.start_from` {source!r} is an adapter: merge it into its base first, `med3dvlm merge {source} FOLDER`."
         )
-    warn_of_unused(recipe, ("start_from", "image_processor"))
+    warn_of_unused(recipe)
     model = Med3DVLMForConditionalGeneration.from_pretrained(source, dtype=getattr(torch, recipe.dtype))
-    processor = Med3DVLMProcessor.from_pretrained(source)
-    processor.image_processor = adjust_image_processor(processor.image_processor, recipe.image_processor)
-    return model, processor
+    return model, load_processor(recipe)
 
 
 def choose_trained_parts(model: Med3DVLMForConditionalGeneration, trained: list[str]) -> None:

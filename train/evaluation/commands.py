@@ -353,13 +353,12 @@ def evaluate_all_command(
             settings = make_settings(data, ("report",), max_text_length=max_text_length, **options)
             parts["retrieval"] = evaluate_retrieval(out / "retrieval", settings, encoder, system=name, work=work)
             texts.append(show(parts["retrieval"], out / "retrieval", published, None, False, None))
-        questions = questions_of(data, split)  # type: ignore[arg-type]
-        if not questions:
+        asked: list[tuple[str, tuple[str, ...], int]] = [("report", ("report",), max_new_tokens)]
+        if questions := questions_of(data, split):
+            asked.append(("vqa", questions, min(64, max_new_tokens)))
+        else:
             typer.echo(f"{data} has no questions in the split {split!r}: there is no part vqa.", err=True)
-        for part, tasks, longest in (
-            ("report", ("report",), max_new_tokens),
-            *((("vqa", questions, min(64, max_new_tokens)),) if questions else ()),
-        ):
+        for part, tasks, longest in asked:
             settings = make_settings(data, tasks, max_new_tokens=longest, **options)
             parts[part] = evaluate_answers(
                 out / part, settings, source, system=name, metrics=metric_options, work=work
@@ -605,7 +604,7 @@ def evaluate_references_command(
         from .predictions import build_references
         from .runner import questions_of, read_samples
 
-        asked = tuple(tasks.split(",")) if tasks else ("report", *questions_of(data, split))  # type: ignore[arg-type]
+        asked = tuple(tasks.split(",")) if tasks else ("report", *questions_of(data, split))
         settings = make_settings(data, asked, split=split, num_cases=cases)
         references = build_references(read_samples(settings)[0])
         write_json_lines([asdict(reference) for reference in references], out)

@@ -23,7 +23,7 @@ from ..answering import iterate_answers
 from ..data.dataset import text_group_id
 from ..data.m3d import VQA_FOLDER, VQA_SPLITS
 from ..data.manifest import find_manifest
-from ..data.samples import SPLITS, Split, Task
+from ..data.samples import SPLITS, Task
 from ..data.study import first_cases, read_task
 from ..files import write_atomically, write_json_atomically, write_json_lines
 from ..scoring import with_volume_of_another_case
@@ -315,7 +315,7 @@ def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
     return datasets.concatenate_datasets(parts), is_part
 
 
-def questions_of(data: str, split: Split) -> tuple[Task, ...]:
+def questions_of(data: str, split: str) -> tuple[Task, ...]:
     """
     The tasks of questions that a study has: yes/no questions only where there is a file of them, or in a manifest.
 
