@@ -107,7 +107,11 @@ def check_checkpoint_arguments(args: TrainingArguments) -> None:
         )
 
 
-def prepare_resume(args: TrainingArguments, settings: Mapping[str, Any] | None = None) -> str | None:
+def prepare_resume(
+    args: TrainingArguments,
+    settings: Mapping[str, Any] | None = None,
+    upgrade: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> str | None:
     """
     Finds the checkpoint to resume from, after deleting incomplete ones. To be called on all ranks, before training.
 
@@ -116,6 +120,8 @@ def prepare_resume(args: TrainingArguments, settings: Mapping[str, Any] | None =
             The arguments of the run that starts; its checkpoints are in `output_dir`.
         settings (`Mapping[str, Any]`, *optional*):
             As given to [`CheckpointGuard`].
+        upgrade (`Callable`, *optional*):
+            Brings the settings in a checkpoint, which an earlier version may have written, into the form of `settings`.
 
     Returns:
         `str` or `None`: for `Trainer.train(resume_from_checkpoint=...)`, the same on all ranks; None starts afresh.
@@ -126,7 +132,7 @@ def prepare_resume(args: TrainingArguments, settings: Mapping[str, Any] | None =
         FileNotFoundError: a process does not see the checkpoint that rank 0 found.
     """
     check_checkpoint_arguments(args)
-    found = done_by_first_process(lambda: clean_and_find(Path(str(args.output_dir)), args, settings))
+    found = done_by_first_process(lambda: clean_and_find(Path(str(args.output_dir)), args, settings, upgrade))
     if found is not None and not Path(found).is_dir():
         raise FileNotFoundError(
             f"{found}: rank 0 found this checkpoint, rank {args.process_index} does not see it. Put `output_dir` on a "
@@ -182,10 +188,15 @@ def train_or_finish(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
         trainer._run_epoch = run_epoch  # type: ignore[method-assign]
 
 
-def clean_and_find(output_dir: Path, args: TrainingArguments, settings: Mapping[str, Any] | None) -> str | None:
+def clean_and_find(
+    output_dir: Path,
+    args: TrainingArguments,
+    settings: Mapping[str, Any] | None,
+    upgrade: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> str | None:
     checkpoint = find_complete_checkpoint(output_dir)
     if checkpoint is not None:  # first: nothing is deleted for a run that is refused
-        check_same_run(checkpoint, args, settings)
+        check_same_run(checkpoint, args, settings, upgrade)
     remove_incomplete_checkpoints(output_dir)
     if checkpoint is None:
         logger.info(f"{output_dir}: no complete checkpoint, training starts at step 0.")
@@ -315,7 +326,12 @@ def describe_processes(args: TrainingArguments) -> dict[str, Any]:
     return {"world_size": args.world_size, "distributed": distributed}
 
 
-def check_same_run(checkpoint: Path, args: TrainingArguments, settings: Mapping[str, Any] | None) -> None:
+def check_same_run(
+    checkpoint: Path,
+    args: TrainingArguments,
+    settings: Mapping[str, Any] | None,
+    upgrade: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> None:
     """
     Refuses to resume from a checkpoint of a differently run training.
 
@@ -328,7 +344,11 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, settings: Mapping[
     marker = read_marker(checkpoint)
     if marker is None:
         raise ValueError(f"{checkpoint}: expected a complete checkpoint, it has no readable {MARKER_NAME}.")
-    before = {**{name: marker.get(name) for name in ("world_size", "distributed")}, **(marker.get("settings") or {})}
+    written = marker.get("settings") or {}
+    before = {
+        **{name: marker.get(name) for name in ("world_size", "distributed")},
+        **(upgrade(written) if upgrade is not None and written else written),
+    }
     now = {**describe_processes(args), **as_json_holds_it(settings)}
     different = [f"{key}: expected {one!r}, got {other!r}" for key, one, other in differences(before, now)]
     if different:
@@ -350,6 +370,15 @@ def differences(
             yield f"{prefix}{key}", one, other
 
 
+def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with a default for each one that is not there, at all levels."""
+    completed = {**defaults, **settings}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(completed[key], dict):
+            completed[key] = with_defaults(completed[key], default)
+    return completed
+
+
 def as_json_holds_it(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings as they are when read back from a marker: tuples become lists, keys become strings."""
     return json.loads(json.dumps(dict(settings or {})))
@@ -364,7 +393,7 @@ class StopOnSignal(TrainerCallback):
     Saves a checkpoint and ends training, on all ranks after the same step, when one of them receives a signal.
 
     SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`. The time between
-    signal and kill must cover a step, the evaluation if one is due at that step, and the saving. If it does not, nothing
+    signal and kill must cover a step and the saving; a validation that is due then is left out. If it does not, nothing
     is lost but the steps since the last complete checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the
     environment variable `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` names other seconds: `med3dvlm train` and the launch files of this
     package set 280.
@@ -426,6 +455,13 @@ class StopOnSignal(TrainerCallback):
             self.stopped_by_signal = signal.Signals(received).name
             logger.warning(f"{self.stopped_by_signal} received: saving step {state.global_step} and stopping.")
             control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it would come before the saving
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.was_stopped:  # the epoch has not ended, and saving once more would undo what is complete
+            control.should_evaluate = control.should_save = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

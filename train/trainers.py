@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.utils import CONFIG_NAME, logging
@@ -57,7 +58,16 @@ class StudyTrainer(Trainer):
                 "smaller, use fewer processes, or set `dataloader_drop_last` to false. Questions that share a volume count as "
                 "one sample."
             )
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            # Where a run is resumed within an epoch, accelerate wraps the batch sampler once more, and tells the epoch only to
+            # samplers that it was given this way.
+            loader.set_sampler(loader.batch_sampler.batch_sampler.sampler)  # type: ignore[attr-defined]
         return loader
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validates; training goes on with the random numbers that it had: it is the same however often it is validated."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """The loader of all validation samples: `dataloader_drop_last` is for training, whose batches must be equal."""

@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill, and runs that stop at a signal and go on as if nothing had been."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from med3dvlm.train.checkpoints import (
     mark_complete,
     prepare_resume,
     remove_incomplete_checkpoints,
+    with_defaults,
 )
 
 
@@ -273,6 +275,18 @@ def test_resume_with_the_same_settings_is_allowed(tmp_path):
     assert prepare_resume(args, {"sizes": (1, 2)}) == str(checkpoint)
 
 
+def test_settings_of_an_earlier_version_are_brought_up_to_date(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, complete=False)
+    mark_complete(checkpoint, {"world_size": 1, "distributed": "plain", "settings": {"data": {"root": "study"}}})
+    args, settings = training_program.make_arguments(tmp_path), {"data": {"root": "study", "similar": 0}}
+    with pytest.raises(ValueError, match="data.similar: expected None, got 0"):
+        prepare_resume(args, settings)
+    upgrade = functools.partial(with_defaults, defaults={"data": {"root": "data", "similar": 0}})
+    assert prepare_resume(args, settings, upgrade) == str(checkpoint)
+    with pytest.raises(ValueError, match="data.similar: expected 0, got 2"):
+        prepare_resume(args, {"data": {"root": "study", "similar": 2}}, upgrade)
+
+
 def test_the_others_wait_for_the_first_process_longer_than_their_time_limit_and_fail_with_it(tmp_path):
     run_processes(training_program.wait_for_the_first, 2, tmp_path, tmp_path, 4.0, 2.0)
     assert [path.name for path in tmp_path.glob("worked-*")] == ["worked-0"]
@@ -296,6 +310,16 @@ def test_sigterm_saves_and_stops_and_the_resumed_run_equals_the_uninterrupted(tm
     trainer, stop, checkpoint = training_program.train(tmp_path, save_steps=100)
     assert checkpoint == str(tmp_path / "checkpoint-4") and not stop.was_stopped
     assert training_program.read_trace(trainer) == uninterrupted
+
+
+def test_a_stop_within_an_epoch_saves_once(tmp_path, monkeypatch):
+    """Of a strategy of epochs: Trainer ends the epoch after a stop as if it were whole."""
+    saved = []
+    monkeypatch.setattr(
+        CheckpointGuard, "on_save", lambda self, args, state, *rest, **kwargs: saved.append(state.epoch)
+    )
+    _, stop, _ = training_program.train(tmp_path, signal_at=2, save_strategy="epoch")
+    assert stop.was_stopped and saved == [0.5]
 
 
 def test_outside_the_main_thread_training_goes_on_without_handlers(tmp_path, uninterrupted):

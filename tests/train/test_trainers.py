@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import Trainer, TrainingArguments
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_first_batches
+from torch.utils.data import BatchSampler
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from med3dvlm.train.data.dataset import EpochSampler
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -89,6 +93,24 @@ def test_smoothed_labels_are_those_of_the_next_tokens(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_validation_of_pairs_scores_retrieval_in_both_directions(tmp_path):
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
+    trainer = ContrastiveTrainer(model=tiny.tiny_siglip(), args=arguments, gallery_sizes=(2,))
+    # By their angles volumes 0 and 1 find their reports, 2 finds that of 1; of the reports only 0 finds its volume.
+    texts, images = (
+        np.stack([np.cos(angles), np.sin(angles)], axis=1) for angles in np.radians([[0, 40, 80], [0, 55, 50]])
+    )
+    scores = trainer._retrieval(EvalPrediction((texts, images), np.array([7, 8, 9])))
+    assert scores["image_to_text_recall_at_1_of_3"] == pytest.approx(2 / 3)
+    assert scores["text_to_image_recall_at_1_of_3"] == pytest.approx(1 / 3)
+    assert scores["chance_recall_at_1_of_3"] == pytest.approx(1 / 3)
+    assert scores["image_to_text_recall_at_1_of_2"] == scores["text_to_image_recall_at_1_of_2"] == 1.0
+    same = trainer._retrieval(EvalPrediction((texts, images), np.array([7, 8, 8])))
+    assert same["image_to_text_recall_at_1_of_3"] == 1.0 and same[
+        "image_to_text_plain_recall_at_1_of_3"
+    ] == pytest.approx(2 / 3)
+
+
 def trainer_of(folder, num_train, num_validation):
     arguments = TrainingArguments(
         output_dir=folder,
@@ -115,6 +137,47 @@ def test_a_validation_takes_every_sample_where_training_drops_the_last_batch(num
     validated = [label for batch in trainer.get_eval_dataloader() for label in batch["labels"]]
     assert sorted(validated) == [str(row) for row in range(num_validation)]
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [4]
+
+
+def shards_of_an_epoch(trainer, num_samples, monkeypatch, epoch, **options):
+    """The loaders of two processes, as accelerate makes them, before that epoch."""
+    loaders = []
+    for rank in range(2):
+        batches = BatchSampler(EpochSampler(num_samples, seed=0), 1, options.get("drop_last", False))
+        loader = DataLoaderShard(range(10**6), batch_sampler=BatchSamplerShard(batches, 2, rank), collate_fn=list)
+        monkeypatch.setattr(Trainer, "get_train_dataloader", lambda self, loader=loader: loader)
+        loaders.append(trainer.get_train_dataloader())
+        loaders[-1].set_epoch(epoch)
+    return loaders
+
+
+def test_processes_share_an_epoch_out(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, num_train=2, num_validation=2)
+    drawn = [
+        number
+        for loader in shards_of_an_epoch(trainer, 10, monkeypatch, epoch=3)
+        for batch in loader
+        for number in batch
+    ]
+    assert sorted(drawn) == list(range(30, 40))
+
+
+def test_a_shard_that_is_resumed_within_an_epoch_goes_on_with_that_epoch(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, num_train=2, num_validation=2)
+    for rank in range(2):
+        whole = list(shards_of_an_epoch(trainer, 10, monkeypatch, epoch=3)[rank])
+        resumed = skip_first_batches(shards_of_an_epoch(trainer, 10, monkeypatch, epoch=0)[rank], 2)
+        resumed.set_epoch(3)  # as Trainer does
+        assert list(resumed) == whole[2:] and len(whole) == 5
+
+
+def test_a_validation_leaves_the_random_numbers_of_training_as_they_are(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, num_train=2, num_validation=3)
+    # A loader draws a number each time that it starts.
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"batches": len(list(self.get_eval_dataloader()))})
+    state = torch.random.get_rng_state()
+    assert trainer.evaluate() == {"batches": 1}
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_training_on_less_than_a_batch_is_refused_where_the_last_one_is_dropped(tmp_path):
