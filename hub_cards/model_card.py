@@ -1,7 +1,11 @@
 """Model cards, written from the model and its processor rather than by hand."""
 
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -15,6 +19,7 @@ from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_vit3d import Vit3DModel
 from ..processing.image_processing_med3dvlm import resolve_hu_range
+from .model_index import CARD_NAME, RESULTS, read_card, section_of
 from .remote_code import is_repository
 
 
@@ -38,6 +43,12 @@ PART_NAMES = {
     "text_projection": "projection of texts",
     "lm_head": "language-model head",
 }
+# Metadata that a card gets anew: those of `CardFields`, and those that follow from the model.
+FIELDS_IN_METADATA = ("license", "language", "base_model", "datasets")
+MADE_METADATA = (*FIELDS_IN_METADATA, "library_name", "pipeline_tag", "tags")
+NO_LICENSE = "unknown"
+NOT_STATED = "Not stated."
+PROVENANCE = "Training data and provenance"
 DIRECTIONS = {
     "R": "the patient's right",
     "L": "the patient's left",
@@ -80,13 +91,74 @@ class CardFields(TypedDict, total=False):
     notes: str | None
 
 
+@dataclass(frozen=True)
+class OldCard:
+    """
+    What a card that was made here says beyond the model itself.
+
+    Args:
+        fields (`dict`): Those of [`CardFields`] that it states.
+        metadata (`dict`): Keys of its metadata that no field stands for: `model-index`, and what others wrote there.
+        results (`str`): Its section of results, empty if it has none.
+    """
+
+    fields: dict[str, Any]
+    metadata: dict[str, Any]
+    results: str
+
+
+def read_old_card(folder: str | os.PathLike) -> OldCard | None:
+    """
+    Reads the card of a folder, if [`create_model_card`] made it.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of a model.
+
+    Returns:
+        [`OldCard`]; `None` where there is no card, or one of another make.
+
+    Raises:
+        ValueError: the card's metadata cannot be read.
+    """
+    found = read_card(Path(folder) / CARD_NAME)
+    if found is None:
+        return None
+    metadata, body = found
+    training_data = section_of(body, PROVENANCE, "Citation")
+    head = re.match(r"\s*# (.+)\n(?:\n((?:>.*\n)+))?", body)
+    if head is None or not training_data or not set(TAGS) <= set(metadata.get("tags") or ()):
+        return None
+    training_data = training_data.removeprefix(f"## {PROVENANCE}").strip()
+    fields = {
+        **{name: metadata.get(name) for name in FIELDS_IN_METADATA},
+        "title": head[1].strip(),
+        "notes": "\n".join(line[1:].removeprefix(" ") for line in (head[2] or "").splitlines()),
+        "training_data": None if training_data == NOT_STATED else training_data,
+    }
+    return OldCard(
+        fields={name: value for name, value in stated_fields(fields).items() if value},
+        metadata={name: value for name, value in metadata.items() if name not in MADE_METADATA},
+        results=section_of(body, RESULTS),
+    )
+
+
+def stated_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of [`CardFields`] that say something: not `None`, and not the licence `"unknown"`."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not (name == "license" and value == NO_LICENSE)
+    }
+
+
 def create_model_card(
     model: PreTrainedModel,
     processor: Any,
     *,
     repo_id: str | None = None,
     title: str | None = None,
-    license: str = "unknown",
+    license: str = NO_LICENSE,
     base_model: str | list[str] | None = None,
     datasets: list[str] | None = None,
     language: str | list[str] = "en",
@@ -131,7 +203,7 @@ def create_model_card(
         parameters=parameter_table(model),
         input_contract=describe_inputs(model.config, image_processor),
         research_only=_fill("research_only"),
-        provenance=_fill("provenance", training_data=training_data or "Not stated."),
+        provenance=_fill("provenance", training_data=training_data or NOT_STATED),
         citation=_fill("citation"),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -343,11 +415,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 __all__ = [
     "CARD_KINDS",
     "CardFields",
+    "OldCard",
     "card_kind",
     "create_model_card",
     "describe_image_tokens",
     "describe_inputs",
     "find_base_model",
     "parameter_table",
+    "read_old_card",
+    "stated_fields",
     "usage_example",
 ]

@@ -15,7 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from .files import write_atomically
 
 
-CARD_NAME, MODEL_INDEX = "README.md", "model-index"
+CARD_NAME, MODEL_INDEX, RESULTS = "README.md", "model-index", "Results"
 FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---(?:\n|\Z)", re.DOTALL)
 # Of a card's sections, those that results stand before.
 SECTIONS_AFTER = (
@@ -126,6 +126,73 @@ def add_results_to_card(
     new_text = f"---\n{new_metadata}{text[match.end(1) : match.end()]}{new_body}"
     write_atomically((new_text.replace("\n", "\r\n") if has_crlf else new_text).encode(), path)
     return path
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], str] | None:
+    """
+    Reads a model card.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        The metadata and the text after them; `None` where there is no file, or one that has no metadata.
+
+    Raises:
+        ValueError: what stands where metadata stand cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    match = FRONT_MATTER.match(text)
+    return None if match is None else (_load_metadata(match[1], path), text[match.end() :])
+
+
+def section_of(body: str, heading: str, following: str | None = None) -> str:
+    """
+    A section of a card's text: its heading `## ...` and what stands under it, without white space at the ends.
+
+    Args:
+        body (`str`):
+            The text after the metadata.
+        heading (`str`):
+            Of the section.
+        following (`str`, *optional*):
+            Heading that ends it, whatever others stand before; the next one by default.
+
+    Returns:
+        `str`: empty where there is no such section.
+    """
+    headings = _headings(body)
+    here = next((number for number, (_, title) in enumerate(headings) if title == heading), None)
+    if here is None:
+        return ""
+    ends = [place for place, title in headings[here + 1 :] if following in (None, title)]
+    return body[headings[here][0] : ends[0] if ends else len(body)].strip()
+
+
+def carry_over(card: Path, metadata: Mapping[str, Any], results: str) -> None:
+    """
+    Puts into a new card what an older one of the same weights says.
+
+    Args:
+        card (`Path`):
+            The new card, which has no results yet.
+        metadata (`Mapping`):
+            Metadata of the old one; keys that the new one has stay as they are there.
+        results (`str`):
+            Its section "Results", see [`section_of`]; may be empty.
+    """
+    text = card.read_text(encoding="utf-8")
+    match = FRONT_MATTER.match(text)
+    assert match is not None  # it was made here
+    known = _load_metadata(match[1], card)
+    added = {name: value for name, value in metadata.items() if name not in known}
+    body = text[match.end() :]
+    new_body = _insert(body, _place_of_results(body), results) if results else body
+    write_atomically(f"---\n{match[1]}{_to_yaml(added) if added else ''}---\n{new_body}".encode(), card)
 
 
 def hub_metric(metric: str) -> str:
@@ -305,7 +372,7 @@ def _metric_key(metric: Mapping[str, Any]) -> str:
 
 def _replace_key(metadata: str, new_index: list[dict[str, Any]]) -> str:
     """Replaces the lines of `model-index`, or adds them at the end; all other lines stay as they are."""
-    block = yaml.safe_dump({MODEL_INDEX: new_index}, sort_keys=False, allow_unicode=True, width=math.inf)
+    block = _to_yaml({MODEL_INDEX: new_index})
     lines = metadata.splitlines(keepends=True)
     start = next((place for place, line in enumerate(lines) if re.match(rf"{MODEL_INDEX}\s*:", line)), None)
     if start is None:
@@ -318,8 +385,29 @@ def _replace_key(metadata: str, new_index: list[dict[str, Any]]) -> str:
     return "".join([*lines[:start], block, *lines[end:]])
 
 
+def _to_yaml(metadata: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
 def _heading(body: str) -> str | None:
     return next((line[2:].strip() for _, line in _lines_outside_code(body) if line.startswith("# ")), None)
+
+
+def _headings(body: str) -> list[tuple[int, str]]:
+    """The headings `## ...` of a card, each with the place where it begins."""
+    return [(place, line[3:].strip()) for place, line in _lines_outside_code(body) if line.startswith("## ")]
+
+
+def _place_of_results(body: str) -> int:
+    """Where the section of results begins in a card that has none."""
+    return next((place for place, heading in _headings(body) if heading in SECTIONS_AFTER), len(body))
+
+
+def _insert(body: str, place: int, block: str) -> str:
+    """A text with a block put in at a place, between empty lines."""
+    before, after = body[:place], body[place:]
+    gap = "" if before.endswith("\n\n") or not before else "\n" if before.endswith("\n") else "\n\n"
+    return f"{before}{gap}{block}\n" + (f"\n{after}" if after else "")
 
 
 def _lines_outside_code(text: str) -> list[tuple[int, str]]:
@@ -349,16 +437,11 @@ def _replace_section(body: str, results: str, markers: tuple[str, str], path: Pa
                 f"{path}: expected `{begin}` and after it `{end}`, each once. Remove them, and try again."
             )
         return body[: body.index(begin)] + block + body[body.index(end) + len(end) :]
-    headings = [(place, line[3:].strip()) for place, line in _lines_outside_code(body) if line.startswith("## ")]
-    here = next((number for number, (_, heading) in enumerate(headings) if heading == "Results"), None)
-    if here is not None:
-        place = headings[here + 1][0] if here + 1 < len(headings) else len(body)
-    else:
-        block = f"## Results\n\n{block}"
-        place = next((place for place, heading in headings if heading in SECTIONS_AFTER), len(body))
-    before, after = body[:place], body[place:]
-    gap = "" if before.endswith("\n\n") or not before else "\n" if before.endswith("\n") else "\n\n"
-    return f"{before}{gap}{block}\n" + (f"\n{after}" if after else "")
+    headings = _headings(body)
+    here = next((number for number, (_, heading) in enumerate(headings) if heading == RESULTS), None)
+    if here is None:
+        return _insert(body, _place_of_results(body), f"## {RESULTS}\n\n{block}")
+    return _insert(body, headings[here + 1][0] if here + 1 < len(headings) else len(body), block)
 
 
 def _format_results(
@@ -398,4 +481,4 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", r"\|").replace("<", "&lt;").split())
 
 
-__all__ = ["add_results_to_card", "hub_metric", "readable_metric"]
+__all__ = ["add_results_to_card", "carry_over", "hub_metric", "read_card", "readable_metric", "section_of"]

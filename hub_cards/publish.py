@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from typing_extensions import Unpack
 from ..modeling_med3dvlm.modeling_dcformer import DCFormerBackbone
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
-from .model_card import CARD_KINDS, CardFields, card_kind, create_model_card
+from .model_card import (
+    CARD_KINDS,
+    CardFields,
+    OldCard,
+    card_kind,
+    create_model_card,
+    read_old_card,
+    stated_fields,
+)
+from .model_index import CARD_NAME, MODEL_INDEX, carry_over
 
 
 # Settings of a generation config that sampling reads and greedy decoding refuses.
@@ -29,6 +38,9 @@ SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_
 # Those that keep decoding from taking the most probable token. Qwen2.5-7B-Instruct comes with a repetition penalty of 1.05.
 PENALTY_OPTIONS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 END_OF_TURN = "<|im_end|>"
+# Where a converted model's weights come from: written by `convert`, and so is the sentence, on the card.
+CONVERSION_NAME = "conversion.json"
+CONVERSION_BEGINS = "Converted from weights of the original implementation"
 # Files that an earlier version of a repository may hold and this one may not.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
 # Settings too: beside another kind of model, an old `processor_config.json` or `adapter_config.json` would be read first.
@@ -41,7 +53,7 @@ REPLACED_ON_HUB = [
     "vocab.*",
     "merges.txt",
     "chat_template.*",
-    "conversion.json",
+    CONVERSION_NAME,
 ]
 
 
@@ -62,6 +74,12 @@ def publish(
     tokenizer, a generation config that decodes greedily, and a model card. The same input gives the same files, bit for
     bit.
 
+    A folder that holds a card of ours is published with what the card says: all of `card_fields` that is not given anew,
+    further metadata, and the results of evaluations, which are of the same weights. Results are left out where a processor
+    or tokenizer is given anew, since it may prepare other inputs than those that were scored. The record of a conversion,
+    `conversion.json`, goes along, and so does what the card says of it, below training data that are given anew. The card of
+    a model in memory starts empty: what its weights went through since they were loaded is not known.
+
     Args:
         model (`PreTrainedModel`, `str` or `os.PathLike`):
             One of our models, or a folder or repository that holds one.
@@ -81,7 +99,7 @@ def publish(
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
             Largest file of weights.
         card_fields (*optional*):
-            What the card says beyond the model itself, see [`CardFields`].
+            What the card says beyond the model itself, see [`CardFields`]. An empty text takes away what an older card says.
 
     Returns:
         `str`: the folder's path or the repository's address.
@@ -92,8 +110,8 @@ def publish(
             a model, and `overwrite` is not set.
         OSError: `model` is a path or a name where there is nothing.
         ValueError: model and processor do not fit each other, one of them is missing, the weights of the model at a
-            path do not fit its configuration, a model for the Hub has no licence, or the repository for a `private` one
-            exists and is public.
+            path do not fit its configuration, its card cannot be read, a model for the Hub has no licence, or the repository
+            for a `private` one exists and is public.
 
     Example:
 
@@ -102,7 +120,10 @@ def publish(
 
     >>> publish(model, "published", processor=processor, notes="Random weights, to try things out.")  # doctest: +SKIP
     ```"""
-    if push_to_hub and card_fields.get("license", "unknown") == "unknown":
+    source = Path(model) if isinstance(model, (str, os.PathLike)) else None
+    old_card = None if source is None else read_old_card(source)
+    fields = merge_fields(old_card, stated_fields(card_fields), source)
+    if push_to_hub and not fields.get("license"):
         raise ValueError(
             "A model on the Hub needs a licence: pass `license`, the identifier that the Hub uses, and mind the licences of "
             "the language model and of the training data."
@@ -113,21 +134,27 @@ def publish(
         )
     if not push_to_hub:  # before a large model is loaded
         check_destination(Path(destination), overwrite)
+    is_as_scored = processor is None and tokenizer is None
     if isinstance(model, (str, os.PathLike)):
-        source = os.fspath(model)
-        model = load_model(source)
-        processor = source if processor is None and tokenizer is None else processor
+        place = os.fspath(model)
+        model = load_model(place)
+        processor = place if is_as_scored else processor
     card_kind(model)  # refuses foreign models, before anything is written
     processor = assemble_processor(model, processor, tokenizer)
     check_fit(model.config, processor)
     if push_to_hub:
-        card_fields.setdefault("repo_id", str(destination))
-    card = create_model_card(model, processor, **card_fields)
+        fields.setdefault("repo_id", str(destination))
+    card = create_model_card(model, processor, **fields)
 
     def write(folder: Path) -> None:
         # The installed classes write their code themselves, beside what they save: see `remote_code.carry_code`.
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_companions(folder, model, processor, card)
+        if old_card is not None:
+            metadata = kept_metadata(old_card, fields, is_as_scored)
+            carry_over(folder / CARD_NAME, metadata, old_card.results if is_as_scored else "")
+        if source is not None and (source / CONVERSION_NAME).is_file():
+            shutil.copyfile(source / CONVERSION_NAME, folder / CONVERSION_NAME)
 
     if not push_to_hub:
         with replaced_when_complete(Path(destination)) as folder:
@@ -147,6 +174,29 @@ def publish(
     return str(url)
 
 
+def merge_fields(old_card: OldCard | None, given: dict[str, Any], source: Path | None) -> dict[str, Any]:
+    """
+    The fields of a card: what is given, and of the older card what is not. Training data that are given anew are followed by
+    what the older card says of a conversion, if there is a record of one.
+    """
+    old = {} if old_card is None else old_card.fields
+    fields = {**old, **given}
+    _, begin, rest = old.get("training_data", "").partition(CONVERSION_BEGINS)
+    if "training_data" in given and begin and source is not None and (source / CONVERSION_NAME).is_file():
+        fields["training_data"] = "\n\n".join(part for part in (given["training_data"], begin + rest) if part)
+    return fields
+
+
+def kept_metadata(old_card: OldCard, fields: Mapping[str, Any], is_as_scored: bool) -> dict[str, Any]:
+    """Further metadata of an older card that hold still: no scores of other inputs, no name of a licence that was replaced."""
+    is_relicensed = fields.get("license") != old_card.fields.get("license")
+    return {
+        name: value
+        for name, value in old_card.metadata.items()
+        if (is_as_scored or name != MODEL_INDEX) and not (is_relicensed and name.startswith("license_"))
+    }
+
+
 def write_companions(folder: Path, model: PreTrainedModel, processor: Any, card: ModelCard) -> None:
     """
     Writes what a published folder holds beside the weights and the configuration, which are there.
@@ -164,7 +214,7 @@ def write_companions(folder: Path, model: PreTrainedModel, processor: Any, card:
     processor.save_pretrained(folder)
     if model.can_generate():
         greedy_generation_config(model, processor.tokenizer).save_pretrained(folder)
-    card.save(folder / "README.md")
+    card.save(folder / CARD_NAME)
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / CONFIG_NAME, weights)  # written for the owner's eyes only, unlike all else
 
@@ -177,11 +227,7 @@ def load_model(source: str) -> PreTrainedModel:
         OSError: there is no such folder or repository, or no configuration in it.
         ValueError: the model is none of ours, or its weights do not fit; the message lists the tensors.
     """
-    check_source(source)
-    if (Path(source) / "adapter_config.json").exists() and not (Path(source) / CONFIG_NAME).exists():
-        raise FileNotFoundError(
-            f"{source}: an adapter, not a whole model. Merge it first: `med3dvlm merge {source} FOLDER` publishes the whole."
-        )
+    check_whole(source)
     config, _ = PreTrainedConfig.get_config_dict(source)
     if not config:  # transformers gives an empty one where there is no file
         raise FileNotFoundError(
@@ -195,6 +241,18 @@ def load_model(source: str) -> PreTrainedModel:
             f"and `model_type` {config.get('model_type')!r}."
         )
     return classes[architecture].from_pretrained(source, dtype="auto")
+
+
+def check_whole(source: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: `source` is neither a folder nor the name of a repository, or a folder with an adapter alone.
+    """
+    check_source(source)
+    if (Path(source) / "adapter_config.json").exists() and not (Path(source) / CONFIG_NAME).exists():
+        raise FileNotFoundError(
+            f"{source}: an adapter, not a whole model. Merge it first: `med3dvlm merge {source} FOLDER` publishes the whole."
+        )
 
 
 def check_source(source: str) -> None:
@@ -387,11 +445,13 @@ def put_in_place(new: Path, destination: Path, old: Path) -> None:
 
 
 __all__ = [
+    "CONVERSION_NAME",
     "assemble_processor",
     "check_destination",
     "check_fit",
     "check_repository",
     "check_source",
+    "check_whole",
     "greedy_generation_config",
     "load_model",
     "publish",

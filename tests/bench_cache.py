@@ -1,10 +1,12 @@
 """
-Size, load time and exactness of prepared volumes by format: the measurement behind the default of `VolumeCache`.
+Size, load time and exactness of prepared volumes by format, the measurement behind the default of `VolumeCache`; and how many
+volumes a second come to training in batches.
 
 Uses the CT beside the checkout (../shared/data/ct_body_hu.nii.gz) if there is one, else a synthetic volume, prepared by
 the image processor to 128 x 256 x 256.
 """
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -15,15 +17,23 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
-from med3dvlm import Med3DVLMImageProcessor
+from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
+from med3dvlm.train.data.augmentation import augment_laterality_safe
 from med3dvlm.train.data.cache import CACHE_DTYPES, VolumeCache
+from med3dvlm.train.data.collate import ConversationCollator
+from med3dvlm.train.data.dataset import ConversationBuilder, ProcessedVolumes, StudyDataset, VolumeLoader
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.demo import build_tiny_tokenizer
 
 
 CT = Path(__file__).parents[2] / "shared" / "data" / "ct_body_hu.nii.gz"
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # (width, height, depth) to the left, to posterior, to superior
 NUM_LOADS = 5
+NUM_SCANS, BATCH_SIZE = 16, 4
 
 
 def synthetic_ct() -> nibabel.Nifti1Image:
@@ -54,6 +64,33 @@ def write_nifti(volume: torch.Tensor, path: Path, dtype: type) -> None:
     else:
         image = nibabel.Nifti1Image(stored, AFFINE)
     nibabel.save(image, path)
+
+
+def volumes_per_second(scan: Path, volumes: VolumeLoader, image_processor: Any, num_workers: int) -> float:
+    """Of the batches of stage 2 or 3, with augmentation, from as many scans as there are samples; the second epoch."""
+    rows = []
+    for number in range(NUM_SCANS):
+        copy = scan.with_name(f"scan-{number}.nii.gz")
+        if not copy.exists():
+            shutil.copy(scan, copy)
+        sample = {"image": str(copy), "case": str(number), "task": "report", "question": "", "choices": []}
+        rows.append({**sample, "answer": "A report.", "answer_choice": "", "question_type": 0})
+    samples = Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    dataset = StudyDataset(samples, volumes, ConversationBuilder(), augment_laterality_safe)
+    processor = Med3DVLMProcessor(image_processor, build_tiny_tokenizer(), image_seq_length=256)
+    loader = DataLoader(
+        dataset,
+        BATCH_SIZE,
+        num_workers=num_workers,
+        collate_fn=ConversationCollator(processor),
+        persistent_workers=num_workers > 0,
+    )
+    for _ in loader:  # fills the cache, and starts the workers
+        pass
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return NUM_SCANS / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -102,8 +139,18 @@ def main() -> None:
             stated = "" if bound is None else f"{bound:.2g}"
             size = path.stat().st_size / 1e6
             print(f"{label:<22} {size:7.2f} {milliseconds(load_row):9.1f} {error:11.2g} {stated:>13}")
-    default = VolumeCache.__init__.__defaults__[0]  # type: ignore[index]
-    print(f"\nVolumeCache stores safetensors {default} unless told otherwise.")
+        default = VolumeCache.__init__.__defaults__[0]  # type: ignore[index]
+        print(f"\nVolumeCache stores safetensors {default} unless told otherwise.\n")
+
+        print(f"{'batches of ' + str(BATCH_SIZE):<22} {'workers':>7} {'volumes/s':>11}")
+        kinds = {
+            "scans": ProcessedVolumes(image_processor),
+            f"VolumeCache {default}": VolumeCache(folder / "cache", image_processor),
+        }
+        for label, volumes in kinds.items():
+            for num_workers in (0, 1):
+                speed = volumes_per_second(scan, volumes, image_processor, num_workers)
+                print(f"{label:<22} {num_workers:7} {speed:11.1f}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,9 @@ def test_own_scans_train_in_float32_on_a_model_in_bfloat16_and_anew_in_each_epoc
     trained = [parameter for parameter in names["model"].parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32, torch.bfloat16}
-    sampler = names["trainer"]._get_train_sampler()
-    first = list(sampler)
-    sampler.set_epoch(1)
-    assert not set(first) & set(sampler)
+    loader, dataset = names["trainer"].get_train_dataloader(), names["trainer"].train_dataset
+    loader.set_epoch(1)  # as Trainer does
+    assert dataset.epoch == 1 and dataset.draw(0)[1].initial_seed() == dataset.draw(len(dataset))[1].initial_seed()
 
 
 def test_commands_of_the_readme_exist():

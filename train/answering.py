@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME
-from .data.collate import PREPARED, PairCollator, stack_volumes
+from .data.collate import PROCESSED, PairCollator, stack_volumes
 from .data.dataset import STAND_IN, PairBuilder, VolumeLoader
 from .prompts import build_messages, format_question
 
@@ -167,7 +167,7 @@ def answer_batch(
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        processor_kwargs={**PREPARED},
+        processor_kwargs={**PROCESSED},
     )["input_ids"]
     lengths = [prefix_length(ids, processor.image_token_id) for ids in input_ids]
     keys = [(row["image"], tuple(ids[:length])) for row, ids, length in zip(rows, input_ids, lengths)]

@@ -1,5 +1,6 @@
 """The command `med3dvlm`. Heavy imports wait until a command needs them, so that help comes at once."""
 
+import contextlib
 import json
 import os
 import sys
@@ -163,12 +164,22 @@ def publish(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     license: Annotated[
         str | None,
-        typer.Option(help="Licence of the weights, as the Hub names it; needed with --push.", show_default="unknown"),
+        typer.Option(
+            help="Licence of the weights, as the Hub names it; needed with --push.",
+            show_default="that of the folder's card",
+        ),
     ] = None,
     base_model: Annotated[
         list[str] | None, typer.Option(help="Repository the weights come from; may be repeated.")
     ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Data set on the Hub they saw; may be repeated.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Code of a language it reads and writes, such as de; may be repeated.",
+            show_default="that of the folder's card, or en",
+        ),
+    ] = None,
     training_data: Annotated[str | None, typer.Option(help="What the model was trained on, for its card.")] = None,
     notes: Annotated[str | None, typer.Option(help="What a reader of the card must know first.")] = None,
     as_json: JsonOption = False,
@@ -177,8 +188,9 @@ def publish(
     Publish a model so that it loads anywhere.
 
     Writes weights (safetensors), processor, tokenizer, chat template, a model card and the code that loads them, which
-    needs nothing but torch, transformers and, to read files, nibabel. A folder appears only when it is complete. Adapters,
-    as of the stage finetune, go through med3dvlm merge, which publishes the whole.
+    needs nothing but torch, transformers and, to read files, nibabel. A folder appears only when it is complete. What the
+    card of a published folder says, results of evaluations among it, goes along unless it is given anew. Adapters, as of the
+    stage finetune, go through med3dvlm merge, which publishes the whole.
 
     Example: med3dvlm publish runs/projector/checkpoint-900 published/med3dvlm --base-model Qwen/Qwen2.5-7B-Instruct
     """
@@ -190,9 +202,10 @@ def publish(
             from ..hub_cards.publish import publish as publish_model
         hush_progress_bars()
         fields: dict[str, Any] = {
-            "license": license or "unknown",
+            "license": license,
             "base_model": base_model or None,
             "datasets": dataset or None,
+            "language": language or None,
             "training_data": training_data,
             "notes": notes,
         }
@@ -249,7 +262,10 @@ def train(
         with step("importing"):
             from .stages import run_recipe
         hush_progress_bars()
-        published = run_recipe(loaded)
+        # Trainer prints its losses.
+        elsewhere = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        with elsewhere:
+            published = run_recipe(loaded)
         if int(os.environ.get("RANK", 0)) == 0:
             typer.echo(json.dumps({"recipe": recipe, "published": str(published)}) if as_json else str(published))
 
@@ -260,12 +276,15 @@ def merge(
     destination: Annotated[str, typer.Argument(help="New folder for the whole model.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     license: Annotated[
-        str | None, typer.Option(help="Licence of the weights, as the Hub names it.", show_default="unknown")
+        str | None,
+        typer.Option(help="Licence of the weights, as the Hub names it.", show_default="that of the adapter's card"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
     Merge an adapter into its base model, and publish the whole.
+
+    Its card says what the cards of both say of training data; scores of either are not the merged model's, and are left out.
 
     Example: med3dvlm merge runs/finetune/published published/med3dvlm
     """
@@ -275,7 +294,7 @@ def merge(
             from .merge import merge_adapter
         hush_progress_bars()
         with step(f"merging {adapter}"):
-            place = merge_adapter(adapter, destination, overwrite=overwrite, license=license or "unknown")
+            place = merge_adapter(adapter, destination, overwrite=overwrite, license=license)
         typer.echo(json.dumps({"adapter": adapter, "published": place}) if as_json else place)
 
 
@@ -374,6 +393,9 @@ def prepare_m3d_cap_command(
         typer.Option(help="An existing M3D_Cap.json whose splits are kept.", show_default="drawn by --seed"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
+    accept_jpg: Annotated[
+        bool, typer.Option("--accept-jpg", help="Take .jpg slices too, which the original leaves out.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes; 0 for none.", show_default="one for each core")
     ] = None,
@@ -400,6 +422,7 @@ def prepare_m3d_cap_command(
             progress=sys.stderr.isatty(),
             splits=splits,
             seed=seed,
+            accept_jpg=accept_jpg,
         )
         typer.echo(json.dumps(report.to_dict()) if as_json else format_preparation_report(report))
         if not report.is_ok:
@@ -597,7 +620,7 @@ def bench(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for what the demonstration makes.")] = Path("demo_output"),
-    cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 1200,
+    cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 900,
     seed: Annotated[int, typer.Option(min=0, help="Of phantoms and training.")] = 0,
     full: Annotated[
         bool, typer.Option("--full", help="Train as long as the recipes phantom/* say, about an hour on two cores.")

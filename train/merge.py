@@ -1,13 +1,17 @@
 """Adapters: the published folder of one, and its merge into the base model."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..hub_cards.model_card import read_old_card, stated_fields
+from ..hub_cards.model_index import CARD_NAME, read_card
 from ..hub_cards.publish import check_destination, publish, replaced_when_complete
+from ..hub_cards.remote_code import is_repository
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 
@@ -42,6 +46,12 @@ Training data: {training_data}
 
 For research only: not a medical device, not for clinical decisions.
 """
+# What `publish_adapter` was told, in the text that it made of `ADAPTER_CARD`.
+ADAPTER_TEXT = re.compile(
+    r"^Low-rank adapters .*?\n\n(?P<notes>.*?)\n\n```python\n"
+    r".*?\n\nTraining data: (?P<training_data>.*?)\n\nFor research only:",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def publish_adapter(
@@ -84,6 +94,9 @@ def merge_adapter(
     """
     Merges an adapter into its base model, and publishes the whole.
 
+    The card takes from those of adapter and base, where these are folders, what is true of the whole, see
+    [`describe_merged`]. Scores that stand there are not taken, nor is the record of a conversion: both are of other weights.
+
     Args:
         adapter (`str` or `os.PathLike`):
             Folder or repository of an adapter with its processor.
@@ -92,7 +105,7 @@ def merge_adapter(
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a model that is there.
         card_fields (*optional*):
-            For the card.
+            For the card, in place of what the other cards say.
 
     Returns:
         `str`: the new folder.
@@ -123,7 +136,65 @@ def merge_adapter(
     peft_model = PeftModel.from_pretrained(model, adapter)
     check_adapter_fits(peft_model, weights, adapter)
     merged = peft_model.merge_and_unload(safe_merge=True)
-    return publish(merged, destination, processor=processor, overwrite=overwrite, **card_fields)
+    fields = {**describe_merged(adapter, base), **stated_fields(card_fields)}
+    return publish(merged, destination, processor=processor, overwrite=overwrite, **fields)
+
+
+def describe_merged(adapter: str, base: str) -> dict[str, Any]:
+    """
+    What the cards of an adapter and of its base say that holds for both together.
+
+    Training data and data sets are those of both, since the merged weights come from both. Notes and licence are the
+    adapter's alone, as those of the base are about other weights; the language is the base's if the adapter names none. The
+    base model is the base, if it is a repository, else what the base was trained from.
+
+    Args:
+        adapter (`str`), base (`str`):
+            Folders, or repositories, of whose cards nothing is taken.
+
+    Returns:
+        `dict`: fields of [`~hub_cards.model_card.CardFields`], those that are known.
+
+    Raises:
+        ValueError: the metadata of a card cannot be read.
+    """
+    of_adapter = read_adapter_card(adapter)
+    old_card = read_old_card(base)
+    of_base = {} if old_card is None else old_card.fields
+    training_data = [of_adapter.pop("training_data", "")]
+    if "training_data" in of_base:
+        training_data.append(f"The base model, before that: {of_base['training_data']}")
+    data_sets = [*listed(of_base.get("datasets")), *listed(of_adapter.pop("datasets", None))]
+    return stated_fields(
+        {
+            "base_model": base if is_repository(base) else of_base.get("base_model"),
+            "language": of_base.get("language"),
+            **of_adapter,
+            "datasets": list(dict.fromkeys(data_sets)) or None,
+            "training_data": "\n\n".join(filter(None, training_data)) or None,
+        }
+    )
+
+
+def read_adapter_card(adapter: str) -> dict[str, Any]:
+    """
+    What the card of an adapter says beyond the adapter itself; nothing where it is not of [`publish_adapter`].
+
+    Raises:
+        ValueError: its metadata cannot be read.
+    """
+    card = read_card(Path(adapter) / CARD_NAME)
+    text = None if card is None else ADAPTER_TEXT.search(card[1])
+    if card is None or text is None:
+        return {}
+    metadata, _ = card
+    fields = {name: metadata.get(name) for name in ("license", "language", "datasets")}
+    return {name: value for name, value in {**fields, **text.groupdict()}.items() if value}
+
+
+def listed(value: str | list[str] | None) -> list[str]:
+    """What metadata give as one text or as a list, as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def read_adapter_weights(adapter: str) -> dict[str, Any]:
@@ -158,4 +229,11 @@ def check_adapter_fits(peft_model: Any, weights: dict[str, Any], name: str) -> N
         raise ValueError(f"The adapter {name!r} does not fit its base model: {'; '.join(faults)}.")
 
 
-__all__ = ["check_adapter_fits", "merge_adapter", "publish_adapter", "read_adapter_weights"]
+__all__ = [
+    "check_adapter_fits",
+    "describe_merged",
+    "merge_adapter",
+    "publish_adapter",
+    "read_adapter_card",
+    "read_adapter_weights",
+]

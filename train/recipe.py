@@ -85,7 +85,8 @@ class DataRecipe:
         cache_dtype (`str`, *optional*, defaults to `"float16"`):
             `"float16"`, `"uint8"` or `"float32"`.
         max_text_length (`int`, *optional*, defaults to 512):
-            Tokens of a report in `contrastive`, of a whole conversation in the other stages.
+            Tokens of a report in `contrastive`, of a whole conversation in the other stages. Texts that are too long are
+            shortened to whole sentences.
         augmentation (`str`, *optional*, defaults to `"laterality_safe"`):
             `"laterality_safe"`, `"original"` or `"none"`.
         identical_reports (`str`, *optional*, defaults to `"distinct"`):
@@ -203,6 +204,10 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]} (at `{error.full_key}`)") from error
     assert isinstance(recipe, Recipe)
+    for name in PLACES:
+        place = getattr(recipe.model, name)
+        if isinstance(place, str) and place.startswith("~"):  # which no shell expands behind `model.start_from=`
+            setattr(recipe.model, name, str(Path(place).expanduser()))
     check_recipe(recipe)
     return recipe
 
@@ -350,7 +355,7 @@ def check_places(recipe: Recipe) -> None:
         # The name of a repository has one slash at most; all else can only be a folder.
         if (
             isinstance(place, str)
-            and not Path(place).expanduser().exists()
+            and not Path(place).exists()
             and (place.count("/") > 1 or place.startswith((".", "/", "~")))
         ):
             raise FileNotFoundError(

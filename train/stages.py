@@ -31,6 +31,7 @@ from .checkpoints import (
     done_by_first_process,
     prepare_resume,
     train_or_finish,
+    with_defaults,
 )
 from .curves import save_curves
 from .data.augmentation import AUGMENTATIONS
@@ -46,6 +47,7 @@ from .data.dataset import (
 )
 from .data.m3d import read_m3d_cap, read_m3d_vqa
 from .data.manifest import SPLIT_HINTS, find_manifest, read_manifest
+from .data.preparation_record import PREPARED
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
@@ -68,8 +70,6 @@ from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 logger = logging.get_logger(__name__)
 
 PUBLISHED, SUMMARY, RECIPE = "published", "summary.json", "recipe.yaml"
-# Prepared volumes went through the image processor before: see `med3dvlm prepare m3d-cap`.
-PREPARED_OPTIONS: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False}
 # What may differ between a run and its continuation, because no weight depends on it.
 FREE_SETTINGS = (
     "dataloader_num_workers",
@@ -123,13 +123,13 @@ def run_recipe(recipe: Recipe) -> Path:
         return output_dir / PUBLISHED
     set_seed(arguments.seed)
     # Before anything is loaded: another run's folder is refused here.
-    resume_from = prepare_resume(arguments, settings)
+    resume_from = prepare_resume(arguments, settings, lambda before: bring_up_to_date(before, settings))
     if arguments.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, output_dir / RECIPE)
 
     stop, guard = StopOnSignal(), CheckpointGuard(settings)
-    trainer = build_trainer(recipe, arguments, samples, [stop, guard])
+    trainer = build_trainer(recipe, arguments, samples, [stop, guard], is_resumed=resume_from is not None)
     try:
         output = train_or_finish(trainer, resume_from)
     finally:
@@ -234,7 +234,11 @@ def splits_of(arguments: TrainingArguments) -> tuple[Split, ...]:
 
 
 def build_trainer(
-    recipe: Recipe, arguments: TrainingArguments, samples: Mapping[Split, datasets.Dataset], callbacks: list[Any]
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    samples: Mapping[Split, datasets.Dataset],
+    callbacks: list[Any],
+    is_resumed: bool = False,
 ) -> StudyTrainer:
     """The stage's trainer with model, data and collator; `samples` are those of each split, as [`read_samples`] gives them."""
     data = recipe.data
@@ -269,7 +273,7 @@ def build_trainer(
         collator = ConversationCollator(processor, data.max_text_length)
         trainer_class, options = GenerationTrainer, {"num_answers": recipe.num_answers}
     volumes = build_volume_loader(data, processor.image_processor)
-    samples = read_ahead(data, arguments, samples, volumes)
+    samples = read_ahead(data, arguments, samples, volumes, is_resumed)
     validation = None
     if "validation" in samples:
         validation = StudyDataset(samples["validation"], volumes, validation_builder, seed=arguments.seed)
@@ -391,14 +395,18 @@ def iterate_texts(samples: datasets.Dataset) -> Iterable[str]:
 
 def build_volume_loader(data: DataRecipe, image_processor: Any) -> VolumeLoader:
     """What brings volumes through the image processor, with the cache of the recipe if it has one."""
-    options = PREPARED_OPTIONS if data.volumes == "prepared" else {}
+    options = PREPARED if data.volumes == "prepared" else {}
     if data.cache is None:
         return ProcessedVolumes(image_processor, options)
     return VolumeCache(Path(data.cache).expanduser(), image_processor, dtype=data.cache_dtype, options=options)
 
 
 def read_ahead(
-    data: DataRecipe, arguments: TrainingArguments, samples: Mapping[Split, datasets.Dataset], volumes: VolumeLoader
+    data: DataRecipe,
+    arguments: TrainingArguments,
+    samples: Mapping[Split, datasets.Dataset],
+    volumes: VolumeLoader,
+    is_resumed: bool = False,
 ) -> Mapping[Split, datasets.Dataset]:
     """
     Reads the volumes of all splits before the first step where that is of use: to fill a cache, or to leave out what is
@@ -417,7 +425,12 @@ def read_ahead(
     broken = set(
         done_by_first_process(
             lambda: find_broken(
-                volumes, images, listing if data.skip_broken else None, progress=not arguments.disable_tqdm
+                volumes,
+                images,
+                listing if data.skip_broken else None,
+                base=folder_of(data.root),
+                is_resumed=is_resumed,
+                progress=not arguments.disable_tqdm,
             )
         )
     )
@@ -481,7 +494,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     settings = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(settings, dict)
     settings.pop("description")
-    settings["data"].pop("cache")
+    # Where a cache lies is free; whether there is one decides about the last bits of the volumes.
+    settings["data"]["is_cached"] = settings["data"].pop("cache") is not None
     settings["training"] = {name: value for name, value in settings["training"].items() if name not in FREE_SETTINGS}
     return json.loads(json.dumps(settings))
 
@@ -497,6 +511,16 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Settings that an earlier version of this package wrote, in the form of `settings`: fields of the recipe that came since have
+    their defaults, and whether there was a cache, which was not written down, is as it is now.
+    """
+    defaults = fixed_settings(Recipe())
+    defaults["data"]["is_cached"] = settings["data"]["is_cached"]
+    return without_places(with_defaults(before, defaults))
+
+
 def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) -> dict[str, Any]:
     """
     What stands behind the paths of a recipe, so that a start on other data or from other weights is no continuation.
@@ -506,16 +530,21 @@ def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) 
         that the model starts from, the SHA-256 of each file of weights. What is no folder is a repository on the Hub, known by
         its name.
     """
-    root = Path(recipe.data.root).expanduser().absolute()
-    base = root if root.is_dir() else root.parent
+    base = folder_of(recipe.data.root)
     content: dict[str, Any] = {"data.root": {split: digest_samples(part, base) for split, part in samples.items()}}
     for name in PLACES:
         place = getattr(recipe.model, name)
-        if isinstance(place, str) and Path(place).expanduser().is_dir():
-            files = sorted(Path(place).expanduser().iterdir())
+        if isinstance(place, str) and Path(place).is_dir():
+            files = sorted(Path(place).iterdir())
             weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
             content[f"model.{name}"] = {file.name: sha256_of(file) for file in weights}
     return content
+
+
+def folder_of(root: str) -> Path:
+    """The folder of a study, which may be given by its manifest."""
+    path = Path(root).expanduser().absolute()
+    return path if path.is_dir() else path.parent
 
 
 def digest_samples(samples: datasets.Dataset, base: Path) -> str:
@@ -530,7 +559,7 @@ def digest_samples(samples: datasets.Dataset, base: Path) -> str:
 
 def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     """
-    Whether the run was finished before. A field of the recipe that came to this package since has its default in it.
+    Whether the run was finished before.
 
     Raises:
         ValueError: another run was finished in this folder.
@@ -538,10 +567,7 @@ def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
     summary = output_dir / SUMMARY
     if not summary.exists():
         return False
-    finished = json.loads(summary.read_text(encoding="utf-8"))["settings"]
-    defaults = fixed_settings(Recipe())
-    parts = {part: {**defaults[part], **finished[part]} for part in ("model", "data")}
-    finished = without_places({**defaults, **finished, **parts})
+    finished = bring_up_to_date(json.loads(summary.read_text(encoding="utf-8"))["settings"], settings)
     if finished == settings:
         return True
     different = sorted(differing_keys(finished, settings))
@@ -590,7 +616,6 @@ def count_weights(parameter: torch.nn.Parameter) -> int:
 
 
 __all__ = [
-    "PREPARED_OPTIONS",
     "build_trainer",
     "build_training_arguments",
     "build_volume_loader",

@@ -15,6 +15,7 @@ from med3dvlm.hub_cards.model_card import (
     describe_inputs,
     find_base_model,
     parameter_table,
+    read_old_card,
     usage_example,
 )
 
@@ -82,6 +83,42 @@ def test_card_takes_its_fields(vlm):
     )
     assert "# A title\n" in card.text and 'model="org/name"' in card.text
     assert "Costs $5 & <html>." in card.text and "> First line.\n> Second line.\n" in card.text
+
+
+FIELDS = {
+    "title": "A title",
+    "license": "mit",
+    "base_model": ["org/base", "org/other"],
+    "datasets": ["org/data"],
+    "language": ["en", "de"],
+    "training_data": "Costs $5.\n\n## Data\n\n- `a.bin`\n\n```text\n## Citation\n```",
+    "notes": "First line.\n\nThird line.",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fields", [FIELDS, {"title": "Plain"}, {**FIELDS, "notes": None, "base_model": "org/base"}])
+def test_a_card_is_read_back_as_it_was_told(request, tmp_path, kind, fields):
+    model, processor = vars(request.getfixturevalue(kind)).values()
+    card = create_model_card(model, processor, **fields)
+    card.save(tmp_path / "README.md")
+    old = read_old_card(tmp_path)
+    stated = {"language": "en", **{name: value for name, value in fields.items() if value is not None}}
+    assert (old.fields, old.metadata, old.results) == (stated, {}, "")
+    assert str(create_model_card(model, processor, **old.fields)) == str(card)
+
+
+def test_cards_of_another_make_are_none_of_ours(encoder, tmp_path):
+    assert read_old_card(tmp_path) is None
+    text = str(create_model_card(encoder.model, encoder.processor))
+    (tmp_path / "README.md").write_text(text.replace("- radiology\n", ""))
+    assert read_old_card(tmp_path) is None
+    for content in (b"# Any\n", b"---\nlicense: mit\n---\n# Any\n", "# Gr\u00f6\u00dfe\n".encode("latin-1")):
+        (tmp_path / "README.md").write_bytes(content)
+        assert read_old_card(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md: its metadata are no YAML"):
+        read_old_card(tmp_path)
 
 
 def test_card_without_notes_or_provenance_says_so(encoder):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,9 @@ from med3dvlm import (
     Med3DVLMProcessor,
     Vit3DModel,
 )
+from med3dvlm.hub_cards.model_index import add_results_to_card
 from med3dvlm.hub_cards.publish import greedy_generation_config, load_model, publish, replaced_when_complete
+from med3dvlm.modeling_med3dvlm.convert_original import describe_provenance
 
 
 CLASSES = {
@@ -54,6 +57,93 @@ def test_save_load_save_gives_the_same_files_to_the_bit(published, kind, tmp_pat
 def test_publishing_what_was_published_gives_the_same_files_to_the_bit(published, kind, tmp_path):
     publish(str(published[kind]), tmp_path / "again", notes="Random weights.")
     assert_same_files(tmp_path / "again", published[kind])
+
+
+SCORES = {
+    "scores": [{"task": "closed_vqa", "metric": "accuracy", "group": "all", "value": 0.75, "count": 40}],
+    "notes": ["Drawn scans."],
+}
+FIELDS = {
+    "license": "mit",
+    "datasets": ["org/data"],
+    "training_data": "Phantoms.",
+    "notes": "Small.",
+    "language": "de",
+}
+
+
+@pytest.fixture
+def scored(published, tmp_path):
+    """A published folder whose card has all that a card may have."""
+    folder = tmp_path / "scored"
+    publish(published["vlm"], folder, base_model="org/base", title="A title", **FIELDS)
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("license: mit\n", "license: other\nlicense_name: own\n"))
+    add_results_to_card(folder, SCORES, "Phantoms", "org/phantoms")
+    return folder
+
+
+def test_what_the_card_says_goes_along_with_the_folder(scored, tmp_path, monkeypatch):
+    publish(scored, tmp_path / "again")
+    old, new = (ModelCard.load(folder / "README.md") for folder in (scored, tmp_path / "again"))
+    assert new.data.to_dict() == old.data.to_dict() and new.text == old.text
+    assert_same_files(tmp_path / "again", scored, ignored={"README.md"})
+    publish(tmp_path / "again", tmp_path / "third")
+    assert_same_files(tmp_path / "again", tmp_path / "third")
+
+    hub = Hub()
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    publish(scored, "org/name", push_to_hub=True)
+    assert hub.files["README.md"].decode() == (tmp_path / "again" / "README.md").read_text().replace(
+        "path/to/this/folder", "org/name"
+    )
+
+
+def test_what_is_given_anew_replaces_what_the_card_said(scored, tmp_path):
+    publish(scored, tmp_path / "again", license="apache-2.0", training_data="M3D.", notes="", language=["en", "fr"])
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["language"], data["base_model"]) == ("apache-2.0", ["en", "fr"], "org/base")
+    assert "license_name" not in data and data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75
+    assert "M3D." in card.text and "Phantoms.\n" not in card.text and "Small." not in card.text
+    assert card.text.count("| Accuracy | all | 75.00 |") == 1 and card.text.count("**Drawn scans.**") == 1
+
+
+def test_results_stay_behind_where_other_inputs_or_weights_are_published(scored, vlm, tmp_path):
+    publish(scored, tmp_path / "inputs", processor=vlm.processor)
+    text = (tmp_path / "inputs" / "README.md").read_text()
+    assert "Phantoms." in text and "license_name: own" in text
+    assert "model-index" not in text and "## Results" not in text
+    publish(load_model(str(scored)), tmp_path / "memory", processor=vlm.processor)
+    text = (tmp_path / "memory" / "README.md").read_text()
+    assert "Not stated." in text and "model-index" not in text and "org/data" not in text
+
+
+def test_the_record_of_a_conversion_goes_along(published, tmp_path):
+    digest = "0123456789abcdef" * 4
+    record = {
+        "tool": "med3dvlm 0",
+        "kind": "a model",
+        "tensors": 3,
+        "assumptions": ["LoRA alpha 32."],
+        "source_files": {"model.bin": {"sha256": digest, "num_bytes": 12}},
+    }
+    publish(published["encoder"], tmp_path / "converted", training_data=describe_provenance(record))
+    (tmp_path / "converted" / "conversion.json").write_text(json.dumps(record))
+    publish(tmp_path / "converted", tmp_path / "again")
+    assert_same_files(tmp_path / "converted", tmp_path / "again")
+    place = tmp_path / "again"
+    for number, said in enumerate(("M3D-Cap.", "CT-RATE.", "")):  # however often it is said anew
+        publish(place, tmp_path / str(number), training_data=said)
+        place = tmp_path / str(number)
+        text = (place / "README.md").read_text()
+        assert f"provenance\n\n{said}" in text and text.count(digest) == 1 and text.count("Assumed: LoRA") == 1
+        assert number == 0 or "M3D-Cap" not in text
+        assert json.loads((place / "conversion.json").read_text()) == record
+    # What is said of a conversion is no longer true of weights without its record.
+    (place / "conversion.json").unlink()
+    publish(place, tmp_path / "other", training_data="M3D-Cap.")
+    assert digest not in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_a_published_folder_is_complete_and_readable(published):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from med3dvlm.train.answering import ConfidenceRecorder, answer_samples, batch_by_volume, iterate_answers
-from med3dvlm.train.data.collate import PREPARED
+from med3dvlm.train.data.collate import PROCESSED
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.prompts import build_messages, format_question
@@ -44,7 +44,7 @@ def answer_alone(model, processor, row):
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={**PREPARED},
+        processor_kwargs={**PROCESSED},
     )
     new_tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
@@ -96,7 +96,7 @@ def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_answer():
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={**PREPARED},
+        processor_kwargs={**PROCESSED},
     )
     output = model.generate(
         **inputs, max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True

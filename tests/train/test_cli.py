@@ -139,6 +139,16 @@ def test_publish_makes_a_folder_that_loads(folder, tmp_path):
     assert run("ask", SCAN, "?", "--model", destination, "--max-new-tokens", 2).exit_code == 0
 
 
+def test_what_was_said_of_a_folder_goes_along_with_it(folder, tmp_path):
+    said = ("--language", "de", "--language", "en", "--license", "mit", "--training-data", "Phantoms.")
+    assert run("publish", folder, tmp_path / "first", *said).exit_code == 0
+    assert run("publish", tmp_path / "first", tmp_path / "second", "--notes", "Small.").exit_code == 0
+    assert run("publish", tmp_path / "second", tmp_path / "third", "--language", "fr").exit_code == 0
+    for name, languages in (("second", "language:\n- de\n- en\n"), ("third", "language:\n- fr\n")):
+        card = (tmp_path / name / "README.md").read_text()
+        assert languages in card and "license: mit\n" in card and "Phantoms." in card and "> Small.\n" in card
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -158,6 +158,13 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
         load_recipe(tmp_path / "own.yaml")
 
 
+def test_the_home_folder_is_known_in_places_where_no_shell_replaces_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe("paper/projector", ["model.start_from=~/runs/published", "model.language_model=org/model"])
+    assert recipe.model.start_from == str(tmp_path / "runs" / "published")
+    assert recipe.model.language_model == "org/model"
+
+
 def test_places_that_are_not_there_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="`data.root` data: there is no such folder or manifest"):

@@ -21,14 +21,18 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from typer.testing import CliRunner
 
 from med3dvlm.train import stages
+from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.recipe import DataRecipe, load_recipe, save_recipe
 from med3dvlm.train.stages import (
+    build_trainer,
+    build_training_arguments,
     check_attention,
     choose_precision,
     describe_content,
@@ -125,6 +129,17 @@ def tensors(folder, name="model.safetensors"):
     return load_file(folder / name)
 
 
+def test_the_command_trains_and_writes_for_tensorboard_unless_told_otherwise(manifest, tmp_path):
+    assert build_training_arguments(load_recipe("paper/contrastive")).report_to == ["tensorboard"]
+    values = [value for value in QUICK if "report_to" not in value]
+    places = [f"data.root={manifest}", f"training.output_dir={tmp_path}", "training.max_steps=1"]
+    result = CliRunner().invoke(app, ["train", "phantom/language", *places, *values, LANGUAGE, "--json"])
+    published = tmp_path / "published"
+    assert json.loads(result.stdout) == {"recipe": "phantom/language", "published": str(published)}
+    assert AutoModelForCausalLM.from_pretrained(published).config.hidden_size == 32
+    assert list(tmp_path.glob("runs/**/events.out.tfevents.*"))
+
+
 def test_contrastive_stage_publishes_a_dual_encoder(contrastive):
     model = AutoModel.from_pretrained(contrastive)
     processor = AutoProcessor.from_pretrained(contrastive)
@@ -166,6 +181,24 @@ def test_paper_stage_2_changes_the_projector_alone(manifest, projector, tmp_path
     before, after = tensors(projector), tensors(published)
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"multi_modal_projector"}
+
+
+def test_finetuning_changes_adapters_and_projector_alone(manifest, projector, tmp_path):
+    """Also of what no adapter file holds: the other weights, and the statistics of batches."""
+    recipe = recipe_of("finetune", manifest, tmp_path, "training.save_strategy=no", start_from=projector)
+    samples = {"train": read_samples(recipe.data, "train")}
+    trainer = build_trainer(recipe, build_training_arguments(recipe), samples, [])
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    adapters = {name for name in changed if "lora_" in name}
+    assert adapters and changed > adapters
+    assert all("multi_modal_projector.modules_to_save" in name for name in changed - adapters)
+
+
+def test_activation_checkpointing_changes_no_loss(manifest, projector, finetuned, tmp_path):
+    run_recipe(recipe_of("finetune", manifest, tmp_path, "training.gradient_checkpointing=true", start_from=projector))
+    assert losses(tmp_path) == pytest.approx(losses(finetuned.parent), rel=1e-5)
 
 
 def test_finetuning_changes_adapters_and_projector_and_merges(projector, finetuned, tmp_path):
@@ -282,9 +315,10 @@ def losses(output_dir):
 
 def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, tmp_path):
     """Prompts, augmentation and order depend on seed, epoch and sample, so the losses are equal to the bit."""
-    whole = recipe_of("projector", manifest, tmp_path / "whole", NO_LANGUAGE_MODEL, start_from=projector, max_steps=9)
+    # Two steps an epoch: what is left after the damage goes on in the middle of the fourth.
+    whole = recipe_of("projector", manifest, tmp_path / "whole", NO_LANGUAGE_MODEL, start_from=projector, max_steps=8)
     run_recipe(whole)
-    first = recipe_of("projector", manifest, tmp_path / "parts", NO_LANGUAGE_MODEL, start_from=projector, max_steps=9)
+    first = recipe_of("projector", manifest, tmp_path / "parts", NO_LANGUAGE_MODEL, start_from=projector, max_steps=8)
     from med3dvlm.train import stages
 
     real, calls = stages.publish_result, []
@@ -300,11 +334,11 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(manifest, projector, 
         with pytest.raises(KeyboardInterrupt):
             run_recipe(first)
         # What a kill leaves: the newest checkpoint damaged, no result.
-        (tmp_path / "parts" / "checkpoint-9" / "optimizer.pt").unlink()
+        (tmp_path / "parts" / "checkpoint-8" / "optimizer.pt").unlink()
         assert run_recipe(first) == tmp_path / "parts" / "published"
     finally:
         stages.publish_result = real
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 9
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
     one, other = (tensors(tmp_path / name / "published") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -321,7 +355,10 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, 
     (output_dir / "summary.json").write_text(json.dumps(summary))
     assert run_recipe(recipe) == projector
     assert (projector / "model.safetensors").stat().st_mtime_ns == time_of_result
-    recipe.training["learning_rate"] = 1.0
+    recipe.data.cache = str(output_dir / "cache")
+    with pytest.raises(ValueError, match=r"finished run with other settings \(data.is_cached\)"):
+        run_recipe(recipe)
+    recipe.data.cache, recipe.training["learning_rate"] = None, 1.0
     with pytest.raises(ValueError, match=r"finished run with other settings \(training.learning_rate\)"):
         run_recipe(recipe)
 
@@ -343,7 +380,7 @@ def test_broken_volumes_stop_or_are_left_out_and_listed(split, manifest, tmp_pat
     assert not list((tmp_path / "read_ahead").glob("checkpoint-*"))
     run_recipe(recipe_of("contrastive", copy, tmp_path / "skip", *options, "data.skip_broken=true"))
     rows = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
-    assert [row["image"] for row in rows] == [str(victim)] and "damaged" in rows[0]["reason"]
+    assert [row["image"] for row in rows] == [victim.name] and "damaged" in rows[0]["reason"]
 
 
 def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_it_alone(tmp_path):

@@ -30,13 +30,14 @@ from .m3d import (
     VQA_SPLITS,
     case_of,
     choice_letter,
+    hint_at_backslashes,
     parallel,
     question_type_number,
     read_cap_index,
     read_csv_rows,
     resolve_image,
 )
-from .manifest import find_manifest, parse_manifest_row, read_manifest_cells
+from .manifest import describe_rows_without_split, find_manifest, parse_manifest_row, read_manifest_cells
 from .samples import CHOICE_LETTERS, SPLITS
 
 
@@ -147,6 +148,7 @@ class _VolumeFacts:
     """What one volume's file says. `shape` is (depth, height, width), as the image processor brings it."""
 
     shape: tuple[int, ...] | None = None
+    is_folder: bool = False
     is_float: bool = False
     value_range: tuple[float, float] | None = None
     digest: str = ""
@@ -180,7 +182,8 @@ def check_study(
     - the same volume file, the same case, or the same voxels in two splits.
 
     Warnings are the same voxels or the same question about a volume twice in a split, choices that are the same, an
-    unlikely voxel size, and scans that do not say how the patient lies.
+    unlikely voxel size, scans that do not say how the patient lies, and rows of a manifest without a split where others have
+    one.
 
     Args:
         root (`str` or `Path`):
@@ -351,6 +354,9 @@ def _read_manifest(path: Path, problems: list[Problem]) -> list[_Row]:
             rows.append(_Row(str(path), number, row.split, row.image, row.case, choices=choices, **texts))
 
     _read_each(path, read_manifest_cells(path), read, problems)
+    left_out = describe_rows_without_split({int(row.row): row.split for row in rows})
+    if left_out:
+        problems.append(Problem("warning", "no_split", str(path), None, left_out))
     return rows
 
 
@@ -484,7 +490,8 @@ def _existing_images(first_rows: dict[str, _Row], problems: list[Problem]) -> li
             existing.append(image)
         else:
             row = first_rows[image]
-            problems.append(Problem("error", "missing_volume", row.file, row.row, f"there is no volume {image}"))
+            reason = f"there is no volume {image}{hint_at_backslashes([image])}"
+            problems.append(Problem("error", "missing_volume", row.file, row.row, reason))
     return existing
 
 
@@ -511,7 +518,8 @@ def _read_volume(image: str, fast: bool) -> _VolumeFacts:
 
 
 def _read_scan(image: str, fast: bool, facts: _VolumeFacts) -> None:
-    volume = open_volume(_stack_slices(image) if Path(image).is_dir() else image)
+    facts.is_folder = Path(image).is_dir()
+    volume = open_volume(_stack_slices(image) if facts.is_folder else image)
     # Nothing is read for it: an array of one number, seen in the stored shape.
     facts.shape = orient(np.broadcast_to(0, volume.shape[:3]), volume.affine, "LPS")[0].shape
     facts.is_float = np.issubdtype(volume.dtype, np.floating)
@@ -581,12 +589,16 @@ def _check_voxels(voxels: np.ndarray, facts: _VolumeFacts) -> None:
 
 
 def _look_prepared(facts: dict[str, _VolumeFacts]) -> bool:
-    """Whether more than half of the volumes are stored as floating-point numbers, in one shape and, if known, in [0, 1]."""
+    """
+    Whether more than half of the volumes are stored as floating-point numbers, in one shape and, if known, in [0, 1].
+    Folders of slices never are: their stacks merely come as such numbers.
+    """
     shapes = Counter(
         found.shape
         for found in facts.values()
         if found.shape is not None
         and found.is_float
+        and not found.is_folder
         and (found.value_range is None or 0 <= found.value_range[0] <= found.value_range[1] <= 1)
     )
     return len(facts) > 1 and bool(shapes) and shapes.most_common(1)[0][1] > len(facts) / 2

@@ -3,8 +3,13 @@
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .packing import share_beginnings
+from .text import keep_whole_sentences, split_sentences
+
+
+logger = logging.get_logger(__name__)
 
 
 class ConversationCollator:
@@ -19,7 +24,9 @@ class ConversationCollator:
         processor ([`Med3DVLMProcessor`]):
             The model's processor, with a chat template that has a generation block.
         max_length (`int`, *optional*):
-            Tokens a conversation may have; what is beyond, the end of the answer, is cut off.
+            Tokens a conversation may have. Of an answer that is too long those whole sentences are kept that fit, as
+            [`~train.data.text.keep_whole_sentences`] chooses them, and its end token after them. If the first one alone is
+            too long, what is beyond is cut off, end token and all. The first time, a warning tells.
 
     Raises:
         ValueError: the chat template marks no answers.
@@ -34,6 +41,7 @@ class ConversationCollator:
                 "`{% generation %}...{% endgeneration %}` to it."
             )
         self.processor, self.max_length = processor, max_length
+        self._has_warned = False
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -53,26 +61,13 @@ class ConversationCollator:
                 or conversations that are to share a volume do not begin with it.
         """
         groups = [item.get("conversations") or [item["messages"]] for item in items]
-        truncation = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
-        batch = self.processor.apply_chat_template(
-            [messages for group in groups for messages in group],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-            processor_kwargs={**PREPARED, "padding": True, "padding_side": "right", **truncation},
-        )
-        is_answer = torch.as_tensor(batch["assistant_masks"]).bool() & batch["attention_mask"].bool()
-        if not bool(is_answer.any(dim=1).all()):
+        tokens = self._fit([messages for group in groups for messages in group])
+        if not bool((tokens["labels"] != -100).any(dim=1).all()):
             raise ValueError(
                 f"A conversation has no token to learn within {self.max_length} tokens: its question fills them, or its "
-                "answer is empty. Raise `max_text_length`, and check the data with `med3dvlm prepare check`."
+                "answer is empty. Raise `data.max_text_length` (`max_length` of the collator), and check the data with "
+                "`med3dvlm prepare check`."
             )
-        tokens = {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "labels": batch["input_ids"].masked_fill(~is_answer, -100),
-        }
         volumes = {"pixel_values": stack_volumes(items)} if any("volume" in item for item in items) else {}
         if any("conversations" in item for item in items):
             tokens = share_beginnings(tokens, [len(group) for group in groups], self.processor.tokenizer.pad_token_id)
@@ -85,6 +80,72 @@ class ConversationCollator:
                     "or `data.questions_per_volume: 1`."
                 )
         return {**tokens, **volumes}
+
+    def _fit(self, conversations: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        """What [`_tokenize`] gives, with answers that are too long shortened, of at most `max_length` tokens."""
+        tokens = self._tokenize(conversations)
+        if self.max_length is None:
+            return tokens
+        surplus = self._count_surplus(tokens)
+        if any(surplus):
+            tokens = self._tokenize(
+                [self._shorten(messages, count) for messages, count in zip(conversations, surplus)]
+            )
+            self._warn(len(surplus), sum(map(bool, surplus)), sum(map(bool, self._count_surplus(tokens))))
+        # Not by the tokenizer, which does not tell what it cuts. Padding stands on the right, so this takes it too.
+        return {name: values[:, : self.max_length].contiguous() for name, values in tokens.items()}
+
+    def _tokenize(self, conversations: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` of whole conversations, of shape `(batch_size, sequence_length)`."""
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            # Not verbose: with a length given here, the tokenizer's warning of its own longest one would mislead.
+            processor_kwargs={
+                **PROCESSED,
+                "padding": True,
+                "padding_side": "right",
+                "verbose": self.max_length is None,
+            },
+        )
+        is_answer = torch.as_tensor(batch["assistant_masks"]).bool() & batch["attention_mask"].bool()
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": batch["input_ids"].masked_fill(~is_answer, -100),
+        }
+
+    def _count_surplus(self, tokens: dict[str, torch.Tensor]) -> list[int]:
+        """Of each conversation, the tokens to learn that lie beyond `max_length`."""
+        return (tokens["labels"][:, self.max_length :] != -100).sum(dim=1).tolist()
+
+    def _shorten(self, messages: list[dict[str, Any]], surplus: int) -> list[dict[str, Any]]:
+        """The messages with an answer of whole sentences, shorter by at least `surplus` tokens; as they are where none fits."""
+        tokenizer, answer = self.processor.tokenizer, messages[-1]["content"]
+        if not surplus or not isinstance(answer, str) or not answer.strip():
+            return messages
+
+        def count(text: str) -> int:
+            return len(tokenizer(text, verbose=False)["input_ids"])
+
+        length = count(answer) - surplus
+        if count(split_sentences(answer)[0].strip()) > length:
+            return messages  # an end token after half a sentence would teach to end there
+        return [*messages[:-1], {**messages[-1], "content": keep_whole_sentences(answer, tokenizer, length)}]
+
+    def _warn(self, num_conversations: int, num_long: int, num_cut: int) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        cut = f"; of {num_cut}, which do not fit even so, the end is cut off and not learnt" if num_cut else ""
+        logger.warning(
+            f"{num_long} of the {num_conversations} conversations of a batch have more than {self.max_length} tokens: their "
+            f"answers are shortened to whole sentences{cut}. To learn them whole, raise `data.max_text_length` (`max_length` of "
+            "the collator). Further batches are not told of."
+        )
 
 
 class PairCollator:
@@ -135,8 +196,8 @@ class PairCollator:
         }
 
 
-# Options of the image processor for volumes that went through it before.
-PREPARED: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False, "do_resize": False}
+# Options of the image processor for volumes in memory that went through it before, of the model's size already.
+PROCESSED: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False, "do_resize": False}
 
 
 def stack_volumes(items: list[dict[str, Any]]) -> torch.Tensor:
@@ -155,4 +216,4 @@ def stack_volumes(items: list[dict[str, Any]]) -> torch.Tensor:
     return torch.stack([item["volume"] for item in items]).unsqueeze(1)  # (D, H, W) each -> (B, 1, D, H, W)
 
 
-__all__ = ["PREPARED", "ConversationCollator", "PairCollator", "stack_volumes"]
+__all__ = ["PROCESSED", "ConversationCollator", "PairCollator", "stack_volumes"]

@@ -103,7 +103,8 @@ class QuestionGroups:
 class DrawnDataset(Dataset):
     """
     What data sets of samples have in common: an index counts draws, and a draw is one sample, or a group of them, with the
-    random numbers of an epoch.
+    random numbers of an epoch. Index `epoch * len(dataset) + i` is sample, or group, `i` in that epoch, which [`EpochSampler`]
+    makes use of; a plain index below the length is one in the epoch that was set last.
 
     Args:
         samples (`datasets.Dataset`):
@@ -117,6 +118,11 @@ class DrawnDataset(Dataset):
     def __init__(self, samples: datasets.Dataset, seed: int, owners: Sequence[str], questions_per_owner: int):
         self.samples, self.seed = samples, seed
         self.groups = QuestionGroups(owners, questions_per_owner) if questions_per_owner > 1 else None
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch by the loader of a plain Trainer, whose indices are below the length, in one process."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.samples if self.groups is None else self.groups)
@@ -130,7 +136,7 @@ class DrawnDataset(Dataset):
         """
         if draw < 0:
             raise IndexError(f"Expected an index from 0, got {draw}.")
-        epoch, index = divmod(draw, len(self))
+        epoch, index = divmod(draw, len(self)) if draw >= len(self) else (self.epoch, draw)
         rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
         return [self.samples[row] for row in rows], item_generator(self.seed, epoch, index)
 
@@ -139,9 +145,9 @@ class StudyDataset(DrawnDataset):
     """
     Training items of samples.
 
-    Indices count draws: index `epoch * len(dataset) + i` is sample, or group, `i` with the random numbers of that epoch, which
-    [`EpochSampler`] makes use of. A plain index below the length is the sample in epoch 0. Train with
-    [`~train.trainers.StudyTrainer`], which has that sampler: to a plain Trainer every epoch is epoch 0.
+    Indices count draws, see [`DrawnDataset`]. Train with [`~train.trainers.StudyTrainer`], whose order, prompts and augmentation
+    follow from seed and epoch in any number of processes, or with a plain Trainer in one process; in several, each of its
+    epochs is epoch 0.
 
     Args:
         samples (`datasets.Dataset`):

@@ -19,7 +19,7 @@ their choices and the splits are disjoint is found by `med3dvlm prepare check`, 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,7 +170,8 @@ def read_m3d_cap_raw(
 ) -> Dataset | IterableDataset:
     """
     Reads the case folders that M3D-Cap was published as: `SOURCE/<case>/<series>/<number>.png` (or `.jpeg`), with the
-    report in `SOURCE/<case>/*.txt`. A case folder may lie deeper, as in `SOURCE/ct_case/000006`.
+    report in `SOURCE/<case>/*.txt`. A series may be a NIfTI file too, and a case folder may lie deeper, as in
+    `SOURCE/ct_case/000006`: cases and series are those that `med3dvlm prepare m3d-cap` finds.
 
     Args:
         source (`str` or `Path`):
@@ -178,38 +179,65 @@ def read_m3d_cap_raw(
         streaming (`bool`, *optional*, defaults to `False`):
             Return an `IterableDataset` of up to 64 shards instead.
         skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave cases with an empty report out and name them in a warning, instead of raising.
+            Leave cases with an empty report, without a report or without a series out and name them in a warning, instead
+            of raising.
 
     Returns:
-        `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, sorted by path. `image` is the folder of a series,
-        `case` the case's folder relative to `source`. There are no splits; M3D names them in its `M3D_Cap.json`.
+        `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, sorted by path. `image` is the folder or the file of a
+        series, `case` the case's folder relative to `source`. There are no splits; M3D names them in its `M3D_Cap.json`.
+        Of a folder without slices in a case that has other series, a warning tells.
 
     Raises:
         FileNotFoundError: there is no folder `source`.
-        ValueError: it holds no case, or a report is empty or cannot be read.
+        ValueError: it holds no case, a case has no report or no series, or a report is empty or cannot be read.
     """
-    from .slices import find_series, read_report
+    from .slices import find_cases, find_series, folders_without_series, read_report
 
     source = Path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"There is no folder {source}. Expected one of case folders, as M3D-Cap has them.")
     table = SampleTable(source, skip_empty)
-    for case_folder in find_case_folders(source):
-        case, report = case_folder.relative_to(source).as_posix(), read_report(case_folder)
-        for series in find_series(case_folder):
-            table.add(case, image=str(series.absolute()), case=case, task="report", answer=report)
+    cases = find_cases(source)
+    broken: dict[str, str] = {}
+    unused: list[str] = []
+    for case in cases:
+        try:
+            report = read_report(source / case)
+        except FileNotFoundError:
+            broken[case] = "no report"
+            continue
+        series = find_series(source / case)
+        if not series:
+            has_jpg = bool(find_series(source / case, accept_jpg=True))
+            broken[case] = "only .jpg slices" if has_jpg else "no series"
+            continue
+        unused += [folder.relative_to(source).as_posix() for folder in folders_without_series(source / case, series)]
+        for path in series:
+            table.add(case, image=str(path.absolute()), case=case, task="report", answer=report)
+    if broken:
+        _refuse_broken_cases(source, len(cases), broken, skip_empty)
+    if unused:
+        logger.warning(
+            f"{len(unused)} folders in cases of {source} hold neither .png or .jpeg slices nor NIfTI files, and are left out: "
+            f"{name_a_few(unused)}."
+        )
     return table.build(streaming=streaming, check_files=False)
 
 
-def find_case_folders(source: Path) -> list[Path]:
-    """The folders below `source` that hold both a text file and folders, sorted."""
-    if not source.is_dir():
-        raise FileNotFoundError(f"There is no folder {source}. Expected one of case folders, as M3D-Cap has them.")
-    cases = []
-    for folder, subfolders, files in os.walk(source):
-        subfolders.sort()
-        if subfolders and any(name.endswith(".txt") for name in files) and Path(folder) != source:
-            cases.append(Path(folder))
-            subfolders.clear()  # series lie in a case, no further cases
-    return cases
+def _refuse_broken_cases(source: Path, num_cases: int, broken: Mapping[str, str], skip_empty: bool) -> None:
+    """Raises for cases of which no sample can be made, or warns of them with `skip_empty`."""
+    from .slices import JPG_REMEDY
+
+    named = name_a_few([f"{case} ({reason})" for case, reason in broken.items()])
+    message = f"{len(broken)} of the {num_cases} cases in {source} give no sample: {named}."
+    if skip_empty:
+        logger.warning(f"{message} They are left out.")
+        return
+    remedy = f" Of .jpg slices: {JPG_REMEDY}." if "only .jpg slices" in broken.values() else ""
+    raise ValueError(
+        f"{message} Expected one .txt file in each, and folders of .png or .jpeg slices or NIfTI files: complete the cases or "
+        f"take them out, or pass `skip_empty=True` to leave them out.{remedy}"
+    )
 
 
 class SampleTable:
@@ -260,8 +288,8 @@ class SampleTable:
             message = f"{len(self.empty)} empty texts in {self.source}: {name_a_few(self.empty)}."
             if not self.skip_empty:
                 raise ValueError(
-                    f"{message} A sample without a text would train on nothing: fill them in, or pass "
-                    "`skip_empty=True` to leave them out."
+                    f"{message} A sample without a text would train on nothing: fill them in, or take them out; in Python, "
+                    "`skip_empty=True` leaves them out."
                 )
             logger.warning(f"{message} They are left out.")
         if not self.columns["image"]:
@@ -298,8 +326,16 @@ def check_images_exist(paths: Iterable[str], source: Path) -> None:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(unique)} volumes that {source} names are missing: {name_a_few(missing)}. "
-            "Paths are relative to the data set's folder; volumes of M3D are made by `med3dvlm prepare m3d-cap`."
+            f"Paths are relative to the data set's folder{hint_at_backslashes(missing)}; volumes of M3D are made by "
+            "`med3dvlm prepare m3d-cap`."
         )
+
+
+def hint_at_backslashes(paths: Iterable[str]) -> str:
+    """What to do, as the end of a sentence, where missing paths are written as on Windows, and this is another system."""
+    if os.sep == "\\" or not any("\\" in path for path in paths):
+        return ""
+    return "; backslashes, as Windows writes them, separate no folders here: write / instead"
 
 
 def read_texts(paths: Sequence[str], source: Path) -> list[str]:
@@ -337,30 +373,39 @@ def parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[
         return list(pool.map(function, items))
 
 
-def read_csv_rows(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
-    """
-    Reads a CSV file (UTF-8) row by row, all cells as text.
+def read_csv_rows(
+    path: Path, required: Iterable[str] = (), check_header: Callable[[list[str]], None] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    r"""
+    Reads a CSV file (UTF-8) row by row, all cells as text. Line breaks in them become `\n`, whatever system wrote the file.
 
     Args:
         path (`Path`):
             The file; its first row names the columns.
         required (`Iterable[str]`, *optional*):
             Columns that must be there.
+        check_header (`Callable`, *optional*):
+            Given the names of the columns before any row is read, raises if they are not as expected.
 
     Yields:
         `tuple[int, dict[str, str]]`: the row's number as a spreadsheet shows it (the header is row 1), and its cells.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing or named twice, a row is too long or short, or the file is not CSV.
+        ValueError: a column is missing or named twice, a row is too long or short, or the file is not CSV with commas.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Not with `newline=""`, which would keep the line breaks of Windows within texts: models would learn to write them.
+    with path.open(encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True)
         try:
+            _check_delimiter(path, file.readline())
+            file.seek(0)
             header = [name.strip() for name in next(reader, [])]
             _check_header(path, header, required)
+            if check_header is not None:
+                check_header(header)
             for row, cells in enumerate(reader, start=2):
                 if not cells:  # a blank line, such as the last one
                     continue
@@ -374,6 +419,16 @@ def read_csv_rows(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[in
             raise ValueError(f"{path}, line {reader.line_num}, is not valid CSV: {error}.") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+
+
+def _check_delimiter(path: Path, header: str) -> None:
+    """Refuses a table whose columns something else than commas separates, as the first line shows before it is parsed."""
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+        if header.count(sign) > header.count(","):
+            raise ValueError(
+                f"{path}, header: expected commas between the columns, got {name}, it seems. Save it as CSV with commas; a "
+                "text with commas must then stand in double quotes."
+            )
 
 
 def _check_header(path: Path, header: list[str], required: Iterable[str]) -> None:

@@ -8,17 +8,30 @@ import csv
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from transformers.utils import logging
 
-from .m3d import SampleTable, check_split, choice_letter, name_a_few, parallel, question_type_number, read_csv_rows
+from .m3d import (
+    SampleTable,
+    check_split,
+    choice_letter,
+    hint_at_backslashes,
+    name_a_few,
+    parallel,
+    question_type_number,
+    read_csv_rows,
+)
 from .samples import CHOICE_LETTERS, SPLITS, Split, Task
 
+
+logger = logging.get_logger(__name__)
 
 # Columns of a manifest; all but `image` are optional.
 CHOICE_COLUMNS = tuple(f"choice_{letter.lower()}" for letter in CHOICE_LETTERS)
@@ -93,7 +106,8 @@ def read_manifest(
     - `question_type`, optional: 1 or plane, 2 or phase, 3 or organ, 4 or abnormality, 5 or location.
     - `case`, optional: the patient or study that scans belong to, which must not be in two splits. Without it each
       scan is a case of its own.
-    - `split`, optional: `train`, `validation` (or `val`), `test`.
+    - `split`, optional: `train`, `validation` (or `val`), `test`. It counts for its row alone: a row without one is in no
+      split, of which a warning tells where other rows have one.
 
     A row may have both a report and a question, and a scan several rows.
 
@@ -131,22 +145,46 @@ def read_manifest(
         check_split(split)
     table = SampleTable(path, skip_empty)
     rows_of_images: dict[str, int] = {}
-    splits: set[str] = set()
+    splits: dict[int, str] = {}
     for row in read_manifest_rows(path):
-        splits.add(row.split)
+        splits[row.number] = row.split
         if split is not None and row.split != split:
             continue
         rows_of_images.setdefault(row.image, row.number)
         for sample in row.samples:
             table.add(f"row {row.number}", image=row.image, case=row.case, **sample)
-    if split is not None and split not in splits:
+    left_out = describe_rows_without_split(splits)
+    if split is not None and left_out:
+        logger.warning_once(f"{path}: {left_out}.")
+    if split is not None and split not in splits.values():
         found = (
-            ", ".join(sorted(splits - {""})) or "no splits: add a column `split`, or read all rows with `split=None`"
+            ", ".join(sorted(set(splits.values()) - {""}))
+            or "no splits: add a column `split`; in Python, `split=None` reads all rows"
         )
         raise ValueError(f"{path} has no rows of the split {split}. It has {found}.{SPLIT_HINTS.get(split, '')}")
     if check_files:
         _check_scans_exist(path, rows_of_images)
     return table.build(streaming=streaming, check_files=False)
+
+
+def describe_rows_without_split(splits: Mapping[int, str]) -> str:
+    """
+    What is wrong with rows that name no split while others do, and what to do.
+
+    Args:
+        splits (`Mapping[int, str]`):
+            The split of each row by the row's number, empty for none.
+
+    Returns:
+        `str`, a sentence without its full stop; empty if all rows name one, or none does.
+    """
+    rows = [f"row {number}" for number, split in splits.items() if not split]
+    if not rows or len(rows) == len(splits):
+        return ""
+    return (
+        f"{len(rows)} of the {len(splits)} rows name no split and are left out wherever one is asked for: {name_a_few(rows)}; "
+        "fill in `split` in every row"
+    )
 
 
 def find_manifest(root: Path) -> Path | None:
@@ -172,12 +210,7 @@ def read_manifest_cells(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a manifest that ends in .csv or .jsonl, got {suffix or 'no ending'!r}.")
     if suffix == ".csv":
-        is_checked = False
-        for number, cells in read_csv_rows(path):
-            if not is_checked:
-                _check_columns(f"{path}, header", cells)
-                is_checked = True
-            yield number, cells
+        yield from read_csv_rows(path, check_header=partial(_check_columns, f"{path}, header"))
         return
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -198,7 +231,7 @@ def _read_json_line(where: str, line: str) -> dict[str, Any]:
     return {name: "" if value is None else value for name, value in cells.items()}
 
 
-def _check_columns(where: str, names: dict[str, Any]) -> None:
+def _check_columns(where: str, names: Collection[str]) -> None:
     for name in names:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name.lower(), COLUMNS, n=1)
@@ -250,7 +283,12 @@ def _text(value: Any, name: str, where: str) -> str:
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected text as {name!r}, got {type(value).__name__}. Put it in quotes.")
-    return value.strip()
+    return _plain(value)
+
+
+def _plain(text: str) -> str:
+    """Without white space at its ends, and with line breaks as text files have them here: JSON may bring those of Windows."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _choices(cells: dict[str, Any], texts: dict[str, str], where: str) -> list[str]:
@@ -265,7 +303,7 @@ def _choices(cells: dict[str, Any], texts: dict[str, str], where: str) -> list[s
         value = value.split("|") if value.strip() else [texts[name] for name in CHOICE_COLUMNS]
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
         raise ValueError(f"{where}: expected a list of texts as 'choices', got another form. Put each in quotes.")
-    choices = [choice.strip() for choice in value]
+    choices = [_plain(choice) for choice in value]
     if not any(choices):
         return []
     count = sum(map(bool, choices))
@@ -319,7 +357,7 @@ def _check_scans_exist(path: Path, rows_of_images: dict[str, int]) -> None:
         rows = name_a_few([f"row {rows_of_images[image]}" for image in missing])
         raise FileNotFoundError(
             f"{len(missing)} of the {len(images)} scans in {path} do not exist: {rows}. Paths are relative to the "
-            "manifest's folder, or absolute."
+            f"manifest's folder, or absolute{hint_at_backslashes(missing)}."
         )
 
 
@@ -436,6 +474,7 @@ def _example_scan(finding: str, seed: int) -> np.ndarray:
 
 __all__ = [
     "ManifestRow",
+    "describe_rows_without_split",
     "find_manifest",
     "parse_manifest_row",
     "read_manifest",

@@ -14,6 +14,9 @@ logger = logging.get_logger(__name__)
 
 COMMENT = 6  # NIfTI's code of an extension that is plain text
 MADE_BY = "med3dvlm prepare"
+# Options of the image processor for such volumes: cropped and scaled once, they are at most resized, for a model of another
+# size than they were prepared for.
+PREPARED: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False}
 
 
 def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
@@ -62,4 +65,4 @@ def check_not_prepared(path: str, options: Mapping[str, Any]) -> None:
         )
 
 
-__all__ = ["COMMENT", "MADE_BY", "check_not_prepared", "read_preparation_record"]
+__all__ = ["COMMENT", "MADE_BY", "PREPARED", "check_not_prepared", "read_preparation_record"]

@@ -49,12 +49,14 @@ from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
 from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
+    JPG_REMEDY,
     SLICE_ENDINGS,
     DroppedSlice,
+    find_cases,
     find_report,
     find_series,
+    folders_without_series,
     is_nifti_file,
-    is_slice_folder,
     read_report,
     read_slices,
     to_ascii,
@@ -330,31 +332,8 @@ def check_index_is_ours(index: Path, destination: Path, splits: Any) -> None:
     if index.exists() and not is_named and not (destination / f"{REPORT_NAME}.json").exists():
         raise FileExistsError(
             f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, pass it as "
-            "`splits`; otherwise move it away."
+            "`splits` (--splits); otherwise move it away."
         )
-
-
-def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
-    """
-    The case folders below `source`, sorted, relative to it: folders with a text file, a NIfTI file or folders of slices; and
-    folders with no folder in them, in which nothing is found later.
-    """
-    cases: list[str] = []
-    waiting = [path for path in reversed(visible_entries(source)) if path.is_dir()]
-    seen = {source.resolve()}
-    while waiting:
-        folder = waiting.pop()
-        if folder.resolve() in seen:  # a link to a folder that was looked at, perhaps one above it
-            continue
-        seen.add(folder.resolve())
-        entries = visible_entries(folder)
-        folders = [path for path in entries if path.is_dir()]
-        is_case = any(path.name.endswith(".txt") or is_nifti_file(path) for path in entries) or not folders
-        if is_case or any(is_slice_folder(path, accept_jpg) for path in folders):
-            cases.append(folder.relative_to(source).as_posix())
-        else:
-            waiting += reversed(folders)
-    return cases
 
 
 def encode_prepared_volume(
@@ -553,16 +532,17 @@ def _prepare_report(folder: Path, output: Path, result: _CaseResult) -> None:
 
 
 def _list_what_is_no_series(folder: Path, series: list[Path], result: _CaseResult) -> None:
+    unused = folders_without_series(folder, series)
     for path in visible_entries(folder):
         if path in series or path.name.endswith(".txt"):
             continue
         if not path.is_dir():
             hint = ": slices belong in a folder for each series" if path.name.endswith(SLICE_ENDINGS) else ""
             result.drop("file", f"neither a report (.txt) nor a NIfTI file{hint}", name=path.name)
-        elif path not in {entry.parent for entry in series}:
+        elif path in unused:
             names = [entry.name for entry in visible_entries(path)]
             found = f"got {name_a_few(names)}" if names else "it is empty"
-            hint = "; `accept_jpg` takes .jpg too" if any(name.endswith(".jpg") for name in names) else ""
+            hint = f": {JPG_REMEDY}" if any(name.endswith(".jpg") for name in names) else ""
             result.drop("series", f"expected .png or .jpeg slices, {found}{hint}", path.name)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,8 +19,9 @@ from .dataset import VolumeLoader
 
 logger = logging.get_logger(__name__)
 
-# Below so many volumes, starting processes takes longer than reading.
-FEW_VOLUMES = 64
+CHUNK_SIZE = 16
+# What starting processes takes, in seconds: worth it for the rest that takes longer in this one.
+START_SECONDS = 10.0
 
 
 def read_all(
@@ -33,7 +36,8 @@ def read_all(
         images (`Sequence[str]`):
             Their paths.
         num_workers (`int`, *optional*):
-            Processes; as many as this one may use cores, if not given. A few volumes are read in this process.
+            Processes; as many as this one may use cores, if not given. What is read soon, because it is little or cached
+            already, is read in this process.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar on stderr.
 
@@ -42,13 +46,16 @@ def read_all(
     """
     num_workers = num_workers or count_usable_cores()
     faults: dict[str, str] = {}
+    chunks = [list(images[start : start + CHUNK_SIZE]) for start in range(0, len(images), CHUNK_SIZE)]
     with tqdm(total=len(images), desc="reading volumes", unit="volume", disable=not progress) as bar:
-        if num_workers == 1 or len(images) < FEW_VOLUMES:
-            for image in images:
-                faults.update(_read_chunk(volumes, [image]))
-                bar.update()
+        while chunks:
+            start = time.perf_counter()
+            faults.update(_read_chunk(volumes, chunk := chunks.pop(0)))
+            bar.update(len(chunk))
+            if num_workers > 1 and len(chunks) * (time.perf_counter() - start) > START_SECONDS:
+                break
+        if not chunks:
             return faults
-        chunks = [list(images[start : start + 16]) for start in range(0, len(images), 16)]
         # Fresh processes: one that is forked after torch has started its threads can hang.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
@@ -61,7 +68,12 @@ def read_all(
 
 
 def find_broken(
-    volumes: VolumeLoader, images: Sequence[str], listing: Path | None = None, progress: bool = False
+    volumes: VolumeLoader,
+    images: Sequence[str],
+    listing: Path | None = None,
+    base: str | Path = "",
+    is_resumed: bool = False,
+    progress: bool = False,
 ) -> list[str]:
     """
     Reads all volumes, and names those that cannot be read.
@@ -72,8 +84,12 @@ def find_broken(
         images (`Sequence[str]`):
             Paths of the volumes.
         listing (`Path`, *optional*):
-            File, JSON lines with `image` and `reason`, for the volumes that cannot be read. Where it exists, nothing is read,
-            and they are those that it lists: a resumed run leaves out the same ones. Without it none may be broken.
+            File, JSON lines with `image` and `reason`, for the volumes that cannot be read. Without it none may be broken.
+        base (`str` or `Path`, *optional*):
+            Folder that paths in the listing are relative to: a study may be moved.
+        is_resumed (`bool`, *optional*, defaults to `False`):
+            Whether the run goes on from a checkpoint: then nothing is read, where there is a listing, and the same ones are
+            left out as before.
         progress (`bool`, *optional*, defaults to `False`):
             As in [`read_all`].
 
@@ -92,11 +108,13 @@ def find_broken(
                 "data.skip_broken=true to leave them out and have them listed."
             )
         return []
-    if not listing.exists():
+    if not (is_resumed and listing.exists()):
         faults = read_all(volumes, images, progress=progress)
-        write_json_lines([{"image": image, "reason": reason} for image, reason in sorted(faults.items())], listing)
+        rows = [{"image": os.path.relpath(image, base or None), "reason": faults[image]} for image in sorted(faults)]
+        write_json_lines(rows, listing)
     with listing.open(encoding="utf-8") as lines:
-        broken = [json.loads(line)["image"] for line in lines]
+        listed = {os.path.abspath(os.path.join(base, json.loads(line)["image"])) for line in lines}  # noqa: PTH100, PTH118
+    broken = [image for image in images if os.path.abspath(image) in listed]  # noqa: PTH100 (links stay)
     if broken:
         logger.warning(f"{len(broken)} volumes cannot be read and are left out; {listing} lists them with reasons.")
     return broken

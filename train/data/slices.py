@@ -5,6 +5,7 @@ import struct
 import unicodedata
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ logger = logging.get_logger(__name__)
 # The original takes these endings, in small letters, and leaves out all others, `.jpg` too.
 SLICE_ENDINGS = (".png", ".jpeg")
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+# What to do with `.jpg` slices, which messages end with.
+JPG_REMEDY = "rename to .jpeg, or prepare with --accept-jpg (in Python `accept_jpg=True`)"
 # A report that keeps fewer characters than this after a heading was not written under that heading.
 MIN_REPORT_CHARACTERS = 5
 # Letters that do not come apart into an ASCII letter and an accent, and signs that stand in names of series.
@@ -35,6 +38,29 @@ DroppedSlice = tuple[str, str]
 def is_slice_folder(path: Path, accept_jpg: bool = False) -> bool:
     """Whether `path` is a folder that holds slices, as [`read_slices`] takes them."""
     return path.is_dir() and any(entry.name.endswith(_endings(accept_jpg)) for entry in path.iterdir())
+
+
+def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
+    """
+    The case folders below `source`, sorted, relative to it: folders with a text file, a NIfTI file or folders of slices; and
+    folders with no folder in them, in which nothing is found later.
+    """
+    cases: list[str] = []
+    waiting = [path for path in reversed(visible_entries(source)) if path.is_dir()]
+    seen = {source.resolve()}
+    while waiting:
+        folder = waiting.pop()
+        if folder.resolve() in seen:  # a link to a folder that was looked at, perhaps one above it
+            continue
+        seen.add(folder.resolve())
+        entries = visible_entries(folder)
+        folders = [path for path in entries if path.is_dir()]
+        is_case = any(path.name.endswith(".txt") or is_nifti_file(path) for path in entries) or not folders
+        if is_case or any(is_slice_folder(path, accept_jpg) for path in folders):
+            cases.append(folder.relative_to(source).as_posix())
+        else:
+            waiting += reversed(folders)
+    return cases
 
 
 def find_series(case_folder: str | Path, accept_jpg: bool = False) -> list[Path]:
@@ -66,6 +92,12 @@ def find_series(case_folder: str | Path, accept_jpg: bool = False) -> list[Path]
         elif is_nifti_file(entry):
             series.append(entry)
     return series
+
+
+def folders_without_series(case_folder: Path, series: Sequence[Path]) -> list[Path]:
+    """The folders in that of a case, sorted, which neither are one of its `series` nor hold one."""
+    used = {*series, *(path.parent for path in series)}
+    return [path for path in visible_entries(case_folder) if path.is_dir() and path not in used]
 
 
 def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarray, list[DroppedSlice]]:
@@ -291,7 +323,7 @@ def _sort_by_number(folder: Path, accept_jpg: bool) -> tuple[list[Path], list[Dr
             dropped.append((path.name, "a folder"))
         elif not path.name.endswith(_endings(accept_jpg)):
             is_jpg = path.name.endswith(".jpg")
-            hint = "; `accept_jpg` takes .jpg too" if is_jpg else ""
+            hint = f": {JPG_REMEDY}" if is_jpg else ""
             dropped.append((path.name, f"not a .png or .jpeg file{hint}"))
         else:
             try:
@@ -308,8 +340,10 @@ def _size(shape: tuple[int, ...]) -> str:
 __all__ = [
     "DroppedSlice",
     "extract_report",
+    "find_cases",
     "find_report",
     "find_series",
+    "folders_without_series",
     "is_nifti_file",
     "is_slice_folder",
     "open_scan",

@@ -6,7 +6,6 @@ they are first used. Label F1 needs a labeller of your own. None of them is vali
 is validated for, and [`clinical_notes`] puts that below the tables.
 """
 
-import csv
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..data.m3d import read_csv_rows
 from .scores import TextMetric
 from .tables import percent
 from .text_metrics import SampleMetric
@@ -455,31 +455,30 @@ def read_report_labels(path: str | Path, ids: Sequence[str]) -> list[dict[str, i
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing, a cell is neither 1, 0 nor empty, or an id occurs twice, is unknown or has no row.
+        ValueError: the file is no CSV, or not in UTF-8, a column is missing, a cell is neither 1, 0 nor empty, or an id occurs
+            twice, is unknown or has no row.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of labels.")
     values = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}
     found: dict[str, dict[str, int | None]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        columns = list(reader.fieldnames or [])
-        if "id" not in columns or len(columns) < 2:
+
+    def check_columns(header: list[str]) -> None:
+        if "id" not in header or len(header) < 2:
             raise ValueError(
-                f"{path}: expected a column 'id' and one for each label, got {', '.join(columns) or 'none'}."
+                f"{path}: expected a column 'id' and one for each label, got {', '.join(header) or 'none'}."
             )
-        for number, row in enumerate(reader, start=2):
-            where = f"{path}, line {number}"
-            if None in row or None in row.values():
-                raise ValueError(f"{where}: expected {len(columns)} cells, as in the header.")
-            name = row.pop("id")
-            if name in found:
-                raise ValueError(f"{where}: the id {name!r} occurs a second time.")
-            wrong = [(label, cell) for label, cell in row.items() if cell.strip() not in values]
-            if wrong:
-                raise ValueError(f"{where}: expected 1, 0 or an empty cell for {wrong[0][0]!r}, got {wrong[0][1]!r}.")
-            found[name] = {label: values[cell.strip()] for label, cell in row.items()}
+
+    for number, row in read_csv_rows(path, check_header=check_columns):
+        where = f"{path}, row {number}"
+        name = row.pop("id")
+        if name in found:
+            raise ValueError(f"{where}: the id {name!r} occurs a second time.")
+        wrong = [(label, cell) for label, cell in row.items() if cell.strip() not in values]
+        if wrong:
+            raise ValueError(f"{where}: expected 1, 0 or an empty cell for {wrong[0][0]!r}, got {wrong[0][1]!r}.")
+        found[name] = {label: values[cell.strip()] for label, cell in row.items()}
     unknown, missing = [name for name in found if name not in set(ids)], [name for name in ids if name not in found]
     if unknown or missing:
         shown = ", ".join((unknown or missing)[:3])

@@ -98,9 +98,7 @@ DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float
 CacheOption = Annotated[
     Path | None, typer.Option(help="Folder of a cache of processed volumes.", show_default="volumes are not kept")
 ]
-PreparedOption = Annotated[
-    bool, typer.Option("--prepared", help="The volumes are of the model's size and in [0, 1] already.")
-]
+PreparedOption = Annotated[bool, typer.Option("--prepared", help="The volumes are prepared: in [0, 1] already.")]
 PublishedOption = Annotated[
     Path | None,
     typer.Option(
@@ -338,12 +336,18 @@ def evaluate_all_command(
         encoder = None if dual_encoder is None else check_model_name(dual_encoder)
         start_processes_if_needed(processes, device)
         with step("importing"):
+            from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
+            from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
             from .clinical import CLINICAL_METRICS, build_clinical_metrics
             from .runner import MetricOptions, build_text_metrics, evaluate_answers, evaluate_retrieval, questions_of
+            from .settings import check_kind
         hush_progress_bars()
         options = {"split": split, "num_cases": cases, "blind": blind, "dtype": dtype, "prepared": prepared}
         metric_options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers)
-        # Before hours of retrieval: what is missing is to be known now.
+        # Before hours of retrieval: what is missing or does not fit is to be known now.
+        check_kind(source, Med3DVLMForConditionalGeneration)
+        if encoder is not None:
+            check_kind(encoder, DCFormerSiglipModel)
         build_text_metrics(metric_options, ("report",))
         build_clinical_metrics([name for name in metric_options.names if name in CLINICAL_METRICS])
         work = make_work(batch_size, device, cache)
@@ -502,16 +506,14 @@ def evaluate_dependence_command(
         require_eval_extra()
         source = check_model_name(model)
         with step("importing"):
-            from transformers import AutoConfig
-
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
             from ..files import write_atomically, write_json_atomically
             from .image_dependence import check_image_dependence, format_dependence
             from .runner import read_samples
-            from .settings import build_volumes, load_for_evaluation
+            from .settings import build_volumes, load_for_evaluation, model_type_of
         hush_progress_bars()
-        is_dual = AutoConfig.from_pretrained(source).model_type == DCFormerSiglipModel.config_class.model_type
+        is_dual = model_type_of(source) == DCFormerSiglipModel.config_class.model_type
         asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
         settings = make_settings(data, asked, split=split, num_cases=cases, dtype=dtype, prepared=prepared)
         work = make_work(batch_size, device, cache)
@@ -554,21 +556,30 @@ def evaluate_card_command(
     """
     Put the results of evaluations into a model card: into its model-index, which the Hub reads, and as tables for readers.
 
+    The evaluations must be of the files in the folder: those of other weights, of a repository, or of a file of answers are
+    refused, and the card stays as it is.
+
     Doing it again replaces what was there of the same task, data set and split. Scores of a part of a split are marked as such.
 
     Example: med3dvlm evaluate card published/med3dvlm evaluation/vqa evaluation/report --dataset M3D --dataset-id GoodBaiBai88/M3D-VQA
     """
     with bad_input_is_an_answer():
         from ...hub_cards.model_index import add_results_to_card
-        from .folders import SCORES
+        from .folders import SCORES, check_scores_are_of, describe_source
 
         for folder in evaluations:
             if not (folder / SCORES).is_file():
                 raise FileNotFoundError(
                     f"{folder}: there are no scores. Expected a folder that `med3dvlm evaluate` filled."
                 )
-        for folder in evaluations:
-            result = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        if not model.is_dir():
+            raise FileNotFoundError(f"{model}: expected the folder of a published model, there is no such folder.")
+        results = [json.loads((folder / SCORES).read_text(encoding="utf-8")) for folder in evaluations]
+        with step(f"comparing {model} with what was evaluated"):
+            content = describe_source(str(model))["sha256"]
+        for folder, result in zip(evaluations, results):
+            check_scores_are_of(model, folder, result["settings"]["model"], content)
+        for result in results:
             settings = result["settings"]
             name = dataset or Path(settings["data"]).name
             word = re.sub(r"[^\w.]+", "-", name).strip("-")

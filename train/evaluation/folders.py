@@ -1,7 +1,7 @@
 """The files of an evaluation: settings, scores, and what identifies a model."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils import CONFIG_NAME
 
-from ...modeling_med3dvlm.original_source import sha256_of
+from ...hub_cards.publish import CONVERSION_NAME
+from ...modeling_med3dvlm.original_source import few, sha256_of
 from ..files import write_json_atomically, write_json_lines
 from ..stages import PUBLISHED, differing_keys
 from .predictions import read_json_lines
@@ -91,6 +93,45 @@ def describe_source(name: str) -> dict[str, Any]:
     return {"name": name, "sha256": {}}
 
 
+def check_scores_are_of(model: Path, folder: Path, scored: Mapping[str, Any], content: Mapping[str, str]) -> None:
+    """
+    Checks that the scores of an evaluation are those of a model, file by file.
+
+    Args:
+        model (`Path`):
+            Folder of the model.
+        folder (`Path`):
+            Of the evaluation, for the message.
+        scored (`Mapping`):
+            What the evaluation says of its model, see [`describe_source`].
+        content (`Mapping`):
+            SHA-256 of the files in the model's folder now, by name.
+
+    Raises:
+        ValueError: they are of other files, of a repository whose files the evaluation does not know, or of answers or
+            embeddings that a file gave.
+    """
+    again = f"Evaluate the folder (--model {model}), and give that evaluation."
+    found = scored["sha256"]
+    if not found:
+        raise ValueError(
+            f"{folder}: its scores are of the repository {scored['name']}, of whose files they say nothing, so that they may "
+            f"be of other weights than those in {model}. {again}"
+        )
+    if CONFIG_NAME not in found:
+        raise ValueError(
+            f"{folder}: its scores are of the file {scored['name']}, not of the model in {model}. {again}"
+        )
+    # Where weights come from, and nothing that answers depend on.
+    names = sorted({*found, *content} - {CONVERSION_NAME})
+    differing = [name for name in names if found.get(name) != content.get(name)]
+    if differing:
+        raise ValueError(
+            f"{folder}: its scores are of another model than the one in {model}: {few(differing)} "
+            f"{'differs' if len(differing) == 1 else 'differ'}. {again}"
+        )
+
+
 def score_fields(score: Score) -> dict[str, Any]:
     """Of a score, as JSON can hold it: what is not estimated is null."""
     return {name: None if value != value else value for name, value in asdict(score).items()}
@@ -135,6 +176,7 @@ __all__ = [
     "REFERENCES",
     "RUN",
     "SCORES",
+    "check_scores_are_of",
     "describe_source",
     "keep_references",
     "open_folder",

@@ -443,6 +443,8 @@ def format_dependence(rows: Sequence[Dependence]) -> str:
         + (f" ({row.remark})." if row.remark else ".")
         for row in expected
     ]
+    if any(row.metric == SIDES_CHANGED for row in rows):
+        lines.append("- An answer names a side with the English word left or right; in other languages none is found.")
     counts = [sum(row.holds is outcome for row in expected) for outcome in (True, False, None)]
     lines.append(
         f"- Of {len(expected)} things that a model which uses its volume would show, {counts[0]} hold, {counts[1]} do not hold, "

@@ -9,6 +9,7 @@ from typing import Any
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..data.cache import VolumeCache
 from ..data.dataset import ProcessedVolumes, VolumeLoader
+from ..data.manifest import find_manifest
 from ..files import write_atomically
 from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
 from .clinical import LabelScore, format_labels
@@ -89,7 +90,7 @@ def present(
 def is_m3d(data: str) -> bool:
     """Whether published figures can be on these data: not if they are phantoms, or listed in a manifest."""
     root = Path(data).expanduser()
-    return root.is_dir() and not (root / PHANTOM_SETTINGS).exists()
+    return root.is_dir() and find_manifest(root) is None and not (root / PHANTOM_SETTINGS).exists()
 
 
 def recall_curve(group: str, values: dict[str, list[float]]) -> RecallCurve:

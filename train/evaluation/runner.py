@@ -6,7 +6,7 @@ A folder is filled by one call or by several: a call that was ended, or killed, 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ from .scores import (
 )
 from .settings import EvaluationSettings, Work, build_volumes, check_kind, load_for_evaluation, start_processes
 from .statistics import describe_answers
-from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_data, corpus_bleu_4
+from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_data, corpus_bleu_4, language_note
 
 
 logger = logging.get_logger(__name__)
@@ -132,7 +132,10 @@ def evaluate_answers(
     if model is not None and blind_predictions is not None:
         raise ValueError("Blind predictions belong to a file of predictions; a model is asked for its own.")
     metrics, work = metrics or MetricOptions(), work or Work()
-    text_metrics = build_text_metrics(metrics, settings.tasks)  # before any work: what is missing is to be known now
+    # Before any work: what is missing or does not fit is to be known now.
+    if model is not None:
+        check_kind(model, Med3DVLMForConditionalGeneration)
+    text_metrics = build_text_metrics(metrics, settings.tasks)
     clinical = build_clinical_metrics([name for name in metrics.names if name in CLINICAL_METRICS])
     text_metrics |= as_text_metrics(clinical)
     if metrics.labeller is not None:
@@ -145,7 +148,6 @@ def evaluate_answers(
     # What is given is looked at before the folder is begun, which is then for it alone.
     answers: dict[str, list[dict[str, Any]]] = {}
     if model is not None:
-        check_kind(model, Med3DVLMForConditionalGeneration)
         check_blind_control(settings, samples)
     for mode, file in {"given": predictions, "blind": blind_predictions}.items():
         if file is not None:
@@ -175,6 +177,7 @@ def evaluate_answers(
         part_of_split=is_part,
         notes=[
             *notes_on(settings, is_part, references, answers),
+            *notes_on_language(references, text_metrics, metrics),
             *clinical_notes(clinical),
         ],
         samples_per_second=num_new / seconds if num_new else None,
@@ -537,6 +540,17 @@ def notes_on(
             shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
             notes.append(f"{len(empty)} of {len(references)} answers ({mode}) are empty and score 0: {shown}.")
     return notes
+
+
+def notes_on_language(
+    references: Sequence[Reference], text_metrics: Collection[str], options: MetricOptions
+) -> list[str]:
+    """What a reader of the scores must know where the true texts are not in English."""
+    texts = [reference.reference for reference in references if reference.task in ("report", "open_vqa")]
+    # BLEU is there with any other metric of texts: BLEU-4 of the corpus.
+    names = {*text_metrics, "bleu_1"} if text_metrics else ()
+    note = language_note(texts, names, options.bertscore_model)
+    return [] if note is None else [note]
 
 
 __all__ = ["HIT_METRICS", "TEXT_METRICS", "MetricOptions", "evaluate_answers", "evaluate_retrieval", "questions_of"]

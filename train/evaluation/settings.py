@@ -8,11 +8,11 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig
 
-from ...hub_cards.publish import load_model
+from ...hub_cards.publish import check_whole, load_model
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
 from ..data.cache import VolumeCache
-from ..data.collate import PREPARED
 from ..data.dataset import ProcessedVolumes, VolumeLoader
+from ..data.preparation_record import PREPARED
 from ..data.samples import Split, Task
 
 
@@ -34,7 +34,7 @@ class EvaluationSettings:
         max_new_tokens (`int`, *optional*): Longest answer.
         max_text_length (`int`, *optional*): Tokens of a report in retrieval.
         dtype (`str`, *optional*): Of the weights, such as "bfloat16"; "auto" keeps theirs.
-        prepared (`bool`, *optional*): Whether the volumes were prepared before, of the model's size and in [0, 1].
+        prepared (`bool`, *optional*): Whether the volumes were prepared before, in [0, 1].
     """
 
     data: str
@@ -76,13 +76,24 @@ def choose_device(work: Work) -> str:
     return work.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def model_type_of(model: str) -> str:
+    """
+    The type of a model, read from its configuration.
+
+    Raises:
+        OSError: there is no such model, or only an adapter; the message says how to merge it.
+    """
+    check_whole(model)
+    return AutoConfig.from_pretrained(model).model_type
+
+
 def check_kind(model: str, kind: type[Any]) -> None:
     """
     Raises:
-        OSError: there is no such model.
+        OSError: there is no such model, or only an adapter.
         ValueError: it is of another kind.
     """
-    model_type = AutoConfig.from_pretrained(model).model_type
+    model_type = model_type_of(model)
     if model_type != kind.config_class.model_type:
         raise ValueError(f"{model}: expected a {kind.__name__}, got a model of the type {model_type!r}.")
 
@@ -125,6 +136,7 @@ __all__ = [
     "check_kind",
     "choose_device",
     "load_for_evaluation",
+    "model_type_of",
     "prepared_options",
     "start_processes",
 ]

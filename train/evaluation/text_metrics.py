@@ -14,7 +14,9 @@ Example:
 ```"""
 
 import functools
-from collections.abc import Sequence
+import tempfile
+import unicodedata
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import datasets
@@ -28,6 +30,17 @@ NLTK_HINT = (
     "METEOR needs data of NLTK: run `python -m nltk.downloader wordnet punkt_tab` where there is a network, and point the "
     "environment variable NLTK_DATA to the folder."
 )
+
+# Of all letters; English reports have a few, in names and in "µm".
+MOST_OTHER_LETTERS = 0.01
+ROUGE_EFFECT = 'ROUGE takes all but a to z and digits for spaces, so that "Ödem" counts as "dem", and finds no word in other scripts'
+EFFECTS_OF_OTHER_LETTERS = {
+    "bleu_1": "BLEU splits at spaces and at English punctuation, so that a sentence without spaces is one word",
+    "rouge_1": ROUGE_EFFECT,
+    "rouge_l": ROUGE_EFFECT,
+    "meteor": "METEOR knows stems and synonyms of English words alone",
+    "bertscore": "BERTScore's encoder, roberta-large, was trained on English texts",
+}
 
 
 class SampleMetric(evaluate.Metric):
@@ -43,8 +56,10 @@ class SampleMetric(evaluate.Metric):
     citation = ""
 
     def __init__(self, **kwargs: Any):
-        # In memory: pairs of texts of patients are not to be left in a cache folder.
-        super().__init__(keep_in_memory=True, **kwargs)
+        # In memory: pairs of texts of patients are not to be left in a cache folder. `evaluate` makes one all the same, which
+        # stays empty; the user's may be read-only.
+        with tempfile.TemporaryDirectory() as folder:
+            super().__init__(keep_in_memory=True, **{"cache_dir": folder, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -193,6 +208,52 @@ class BertScore(SampleMetric):
         )
 
 
+def language_note(
+    references: Sequence[str], metrics: Collection[str], bertscore_model: str | None = None
+) -> str | None:
+    """
+    What a reader of scores must know where references have letters that English has not.
+
+    Args:
+        references (`Sequence[str]`):
+            The true texts.
+        metrics (`Collection[str]`):
+            Names of the metrics that compared them.
+        bertscore_model (`str`, *optional*):
+            Encoder of BERTScore, if another than the default was taken.
+
+    Returns:
+        `str`: what the metrics, all made for English, do with such letters; `None` where they are at most 1 % of all letters.
+
+    Example:
+
+    ```python
+    >>> from med3dvlm.train.evaluation.text_metrics import language_note
+
+    >>> language_note(["Ödem der Füße."], ["meteor"]).partition(":")[0]
+    '27.3 % of the letters of the true texts are none of A to Z, and these metrics are made for English'
+    >>> language_note(["A small cyst."], ["meteor"]) is None
+    True
+    ```"""
+    num_letters = num_others = 0
+    for text in references:
+        letters = [letter for letter in unicodedata.normalize("NFC", text) if letter.isalpha()]
+        num_letters += len(letters)
+        num_others += sum(not letter.isascii() for letter in letters)
+    share = num_others / max(1, num_letters)
+    effects = {
+        name: effect
+        for name, effect in EFFECTS_OF_OTHER_LETTERS.items()
+        if name in metrics and not (name == "bertscore" and bertscore_model not in (None, "roberta-large"))
+    }
+    if share <= MOST_OTHER_LETTERS or not effects:
+        return None
+    return (
+        f"{100 * share:.1f} % of the letters of the true texts are none of A to Z, and these metrics are made for English: "
+        f"{'; '.join(dict.fromkeys(effects.values()))}."
+    )
+
+
 def corpus_bleu_4(predictions: Sequence[str], references: Sequence[str]) -> float:
     """
     BLEU of order 4 of a whole corpus, in [0, 1]: counts are summed over all pairs before they are divided, with 13a tokens and
@@ -227,4 +288,5 @@ __all__ = [
     "SampleMetric",
     "check_nltk_data",
     "corpus_bleu_4",
+    "language_note",
 ]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..answering import embed_texts
 from ..data.collate import stack_volumes
 from ..data.dataset import VolumeLoader
+from ..data.m3d import read_csv_rows
 from ..data.samples import Split
 from ..files import write_atomically
 from ..phantoms.anatomy import ORGANS
@@ -223,8 +224,8 @@ def read_labels(
 
     Args:
         path (`str` or `Path`):
-            CSV with a column `image`, a path relative to the file's folder or absolute, or `case`, or both, and one for each
-            class: 1, 0, or empty for unknown.
+            CSV (UTF-8) with a column `image`, a path relative to the file's folder or absolute, or `case`, or both, and one
+            for each class: 1, 0, or empty for unknown.
         classes (`Sequence[str]`):
             Those that are scored; each must have a column.
         images_of (`Mapping`, *optional*):
@@ -236,30 +237,30 @@ def read_labels(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing, a cell is neither 1, 0 nor empty, a row names no volume, or one occurs twice.
+        ValueError: the file is no CSV, or not in UTF-8, a column is missing, a cell is neither 1, 0 nor empty, a row names no
+            volume, or one occurs twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of labels.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        columns = list(reader.fieldnames or [])
-        rows = list(reader)
-    absent = [name for name in classes if name not in columns]
-    if absent:
-        raise ValueError(
-            f"{path}: no column for {', '.join(map(repr, absent))}. It has {', '.join(columns) or 'none'}."
-        )
-    if not set(KEY_COLUMNS) & set(columns):
-        raise ValueError(f"{path}: expected a column 'image' or 'case', got {', '.join(columns)}.")
-    if "image" not in columns and images_of is None:
-        raise ValueError(f"{path}: has no column 'image'. Add one, or say which volumes a case has.")
+    columns: list[str] = []
+
+    def check_columns(header: list[str]) -> None:
+        columns.extend(header)
+        absent = [name for name in classes if name not in header]
+        if absent:
+            raise ValueError(
+                f"{path}: no column for {', '.join(map(repr, absent))}. It has {', '.join(header) or 'none'}."
+            )
+        if not set(KEY_COLUMNS) & set(header):
+            raise ValueError(f"{path}: expected a column 'image' or 'case', got {', '.join(header)}.")
+        if "image" not in header and images_of is None:
+            raise ValueError(f"{path}: has no column 'image'. Add one, or say which volumes a case has.")
+
     volumes: list[LabelledVolume] = []
     seen: dict[str, int] = {}
-    for number, row in enumerate(rows, start=2):
-        where = f"{path}, line {number}"
-        if None in row or None in row.values():
-            raise ValueError(f"{where}: expected {len(columns)} cells, as in the header.")
+    for number, row in read_csv_rows(path, check_header=check_columns):
+        where = f"{path}, row {number}"
         labels = {name: _read_label(where, name, row[name]) for name in classes}
         known = {name: label for name, label in labels.items() if label is not None}
         case = (row.get("case") or "").strip()
@@ -276,7 +277,7 @@ def read_labels(
                 )
         for image in images:
             if image in seen:
-                raise ValueError(f"{where}: the volume {image} occurs a second time, first in line {seen[image]}.")
+                raise ValueError(f"{where}: the volume {image} occurs a second time, first in row {seen[image]}.")
             seen[image] = number
             volumes.append(LabelledVolume(image, case or image, known))
     if not volumes:

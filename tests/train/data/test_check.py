@@ -275,6 +275,38 @@ def test_a_folder_of_slices_is_a_volume(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_folders_of_slices_may_differ_in_number_and_size(fast, tmp_path):
+    lines = ["image,report"]
+    for case, count in enumerate((3, 3, 4)):
+        for number in range(count):
+            path = tmp_path / f"{case}/{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            array = random_array(shape=(6, 5), seed=10 * case + number)
+            Image.fromarray((array * 255).astype(np.uint8)).save(path)
+        lines.append(f"{case},A cyst.")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    report = check(tmp_path, fast=fast)
+    assert report.shapes == {"3x6x5": 2, "4x6x5": 1}
+    assert report.volumes == "scans" and report.problems == []
+
+
+def test_rows_without_a_split_among_others_are_a_warning(tmp_path):
+    lines = ["image,report,question,answer,split"]
+    for number, split in enumerate(("train", "", "test", "")):
+        layout.write_volume(tmp_path / f"{number}.nii.gz", seed=number)
+        lines.append(f"{number}.nii.gz,Cyst {number}.,Air?,No,{split}")
+    path = tmp_path / "manifest.csv"
+    path.write_text("\n".join(lines))
+    report = check(tmp_path)
+    assert [(p.severity, p.kind, p.file, p.row) for p in report.problems] == [("warning", "no_split", str(path), None)]
+    reason = report.problems[0].reason
+    assert reason.startswith("2 of the 4 rows name no split and are left out wherever one is asked for: row 3, row 5;")
+    assert report.is_ok
+    path.write_text("\n".join([lines[0], *(line.replace("train", "").replace("test", "") for line in lines[1:])]))
+    assert check(tmp_path).problems == []
+
+
 def test_report_is_written_and_told(root):
     volume_of(root).unlink()
     path = root / "reports/check.json"

@@ -78,6 +78,73 @@ def test_what_is_too_long_loses_the_end_of_its_answer_but_never_all_of_it(proces
         ConversationCollator(processor, max_length=60)([conversation])
 
 
+SENTENCES = ("A cyst of 3.5 cm in the liver.", "The spleen is normal, and so are both of the kidneys.", "No stone.")
+REPORT = " ".join(SENTENCES)
+
+
+def length_of(conversation, processor):
+    """Tokens of a conversation without the newline behind its end token."""
+    return ConversationCollator(processor)([conversation])["input_ids"].shape[1] - 1
+
+
+@pytest.mark.parametrize(
+    ("room", "kept"),
+    [
+        (0, (0, 1, 2)),  # the newline that ends the turn may be missing
+        (1, (0, 1)),
+        (len(SENTENCES[2]) + 1, (0, 1)),
+        (len(SENTENCES[2]) + 2, (0, 2)),
+        (len(SENTENCES[1]) + 1, (0, 2)),
+        (len(SENTENCES[1]) + 2, (0,)),
+    ],
+)
+def test_of_a_report_that_is_too_long_whole_sentences_and_the_end_token_are_learnt(room, kept, processor):
+    long, answer = item("report", answer=REPORT), " ".join(SENTENCES[index] for index in kept)
+    max_length = length_of(long, processor) - room  # one token a byte
+    batch = ConversationCollator(processor, max_length)([long])
+    (labels,) = batch["labels"]
+    assert processor.tokenizer.decode(labels[labels != -100]) == f"{answer}<|im_end|>"
+    # Token for token, what the shorter report gives.
+    expected = ConversationCollator(processor)([item("report", answer=answer)])
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(batch[name], expected[name][:, :max_length])
+
+
+def test_questions_that_share_a_volume_are_shortened_one_by_one(processor):
+    volume = torch.rand(SHAPE)
+    group = [item("open_vqa", question, answer) for question, answer in (("Why?", REPORT), ("Where?", "liver"))]
+    max_length = length_of(group[0], processor) - 1
+    batch = ConversationCollator(processor, max_length)(
+        [{"conversations": [one["messages"] for one in group], "volume": volume}]
+    )
+    labels = batch["labels"][0]
+    learnt = f"{SENTENCES[0]} {SENTENCES[1]}<|im_end|>liver<|im_end|>"
+    assert processor.tokenizer.decode(labels[labels != -100]) == learnt
+
+
+def test_conversations_that_are_too_long_are_told_of_once(processor, caplog):
+    long, endless = item("report", answer=REPORT), item("report", answer=f"finding {'so' * 90} far")
+    max_length = length_of(long, processor) - 1
+    collator = ConversationCollator(processor, max_length)
+    collator([item("report", answer=" ".join(SENTENCES[:2]))])
+    assert not caplog.records
+    for _ in range(2):
+        batch = collator([ITEMS["report"][0], long, endless])
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert f"2 of the 3 conversations of a batch have more than {max_length} tokens" in message
+    assert "of 1, which do not fit even so, the end is cut off and not learnt" in message
+    assert "`data.max_text_length`" in message and "finding" not in message
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [end in labels.tolist() for labels in batch["labels"]] == [True, True, False]
+
+
+def test_an_empty_answer_beyond_the_limit_is_refused(processor):
+    conversation = item("open_vqa", "Where?", "")
+    with pytest.raises(ValueError, match="no token to learn within"):
+        ConversationCollator(processor, length_of(conversation, processor) - 1)([conversation])
+
+
 def test_a_template_without_generation_block_is_refused(processor):
     class Other:
         chat_template = "{{ messages }}"

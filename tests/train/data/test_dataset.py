@@ -97,6 +97,15 @@ def test_epochs_differ_in_order_prompt_and_augmentation_and_repeat_by_seed():
     assert runs[0] != runs[1] and runs[0] != runs[3]
 
 
+def test_a_plain_index_is_of_the_epoch_that_was_set_last():
+    dataset = StudyDataset(samples(3), Constant(), ConversationBuilder(), seed=5)
+    in_epochs = [dataset[draw]["messages"] for draw in range(9)]
+    for epoch in (2, 0, 1):
+        dataset.set_epoch(epoch)
+        assert [dataset[index]["messages"] for index in range(3)] == in_epochs[3 * epoch : 3 * epoch + 3]
+    assert in_epochs[:3] != in_epochs[3:6]
+
+
 def test_sampler_takes_every_sample_once_an_epoch():
     sampler = EpochSampler(9, seed=3)
     for epoch in range(4):

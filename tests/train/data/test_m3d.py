@@ -3,6 +3,8 @@
 import json
 import logging
 import pickle
+import re
+import sys
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,10 @@ import m3d_layout as layout
 import numpy as np
 import pytest
 from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "goldens"))
+import make_slices
 
 from med3dvlm.train.data.m3d import read_m3d_cap, read_m3d_cap_raw, read_m3d_vqa
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
@@ -108,6 +114,12 @@ def test_each_row_gives_a_sample_per_task_and_cells_stay_text(root):
     assert (dataset[4]["answer"], dataset[4]["question_type"], dataset[4]["choices"]) == ("No", 4, [])
 
 
+def test_line_breaks_of_windows_become_plain_ones(root):
+    path = layout.write_vqa(root, "M3D_VQA_train.csv", [layout.vqa_row(Question="One\ntwo?"), layout.vqa_row()])
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    assert read_m3d_vqa(root, "train", ["open_vqa"])["question"][:] == ["One\ntwo?", "Which organ?"]
+
+
 def test_yes_no_files_need_no_choices(root):
     columns = ("Image Path", "Question Type", "Question", "Answer")
     layout.write_vqa(root, "M3D_VQA_yn_train.csv", [layout.vqa_row(Answer="Yes")], columns)
@@ -150,6 +162,7 @@ def test_bad_rows_are_named(root, cells, message):
         (",".join(layout.VQA_COLUMNS) + '\na,"b" c\n', "line 2, is not valid CSV"),
         (",".join((*layout.VQA_COLUMNS, "Answer")) + "\n", "names columns twice: Answer"),
         (",".join(layout.VQA_COLUMNS) + "\n", "holds no samples"),
+        (";".join(layout.VQA_COLUMNS) + "\na;b\n", "M3D_VQA_train.csv, header: expected commas .*, got semicolons"),
     ],
 )
 def test_bad_tables_are_refused(root, content, message):
@@ -264,3 +277,50 @@ def test_raw_folders_without_cases_or_reports_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2 empty texts in .*: 1 \(report\), 1 \(report\)"):
         read_m3d_cap_raw(tmp_path)
     assert set(read_m3d_cap_raw(tmp_path, skip_empty=True)["case"]) == {"2"}
+
+
+def test_raw_cases_may_hold_nifti_files(tmp_path):
+    write_raw_case(tmp_path / "1", series=("Axial",))
+    layout.write_volume(tmp_path / "1/Sagittal.nii.gz")
+    layout.write_volume(tmp_path / "2/scan.nii.gz")  # no folder beside it
+    (tmp_path / "2/text.txt").write_text("A stone.")
+    dataset = read_m3d_cap_raw(tmp_path)
+    names = [Path(image).relative_to(tmp_path).as_posix() for image in dataset["image"]]
+    assert names == ["1/Axial", "1/Sagittal.nii.gz", "2/scan.nii.gz"]
+    assert dataset["case"][:] == ["1", "1", "2"] and dataset[2]["answer"] == "A stone."
+
+
+def test_raw_cases_that_give_no_sample_are_refused_or_left_out_and_named(tmp_path, caplog):
+    """A series without a report, and the cases 000003 (an empty series) and 000004 (no series) of the golden."""
+    make_slices.make_slices(tmp_path)
+    write_raw_case(tmp_path / "000005")
+    (tmp_path / "000005/text.txt").unlink()
+    write_raw_case(tmp_path / "000006", series=("Axial",))
+    message = (
+        r"3 of the 6 cases in .* give no sample: 000003 \(no series\), 000004 \(no series\), 000005 \(no report\)\."
+    )
+    with pytest.raises(ValueError, match=f"{message} Expected one .txt file in each, .*`skip_empty=True`") as error:
+        read_m3d_cap_raw(tmp_path)
+    assert "jpg" not in str(error.value) and "headings" not in str(error.value)
+    dataset = read_m3d_cap_raw(tmp_path, skip_empty=True)
+    assert dataset["case"][:] == ["000001", "000002", "000006"]
+    assert re.search(f"{message} They are left out", caplog.text)
+
+
+def test_raw_cases_with_nothing_but_jpg_are_refused_with_a_remedy(tmp_path):
+    write_raw_case(tmp_path / "1", series=("Axial",))
+    for path in (tmp_path / "1/Axial").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"1 \(only .jpg slices\)\. .* rename to .jpeg, or prepare with --accept-jpg"):
+        read_m3d_cap_raw(tmp_path)
+    for path in (tmp_path / "1/Axial").iterdir():
+        path.rename(path.with_suffix(".jpeg"))
+    assert len(read_m3d_cap_raw(tmp_path)) == 1
+
+
+def test_folders_without_slices_beside_other_series_are_told_of(tmp_path, caplog):
+    write_raw_case(tmp_path / "ct_case/1", series=("Axial",))
+    (tmp_path / "ct_case/1/Sagittal").mkdir()
+    assert len(read_m3d_cap_raw(tmp_path)) == 1
+    assert f"1 folders in cases of {tmp_path} hold neither .png or .jpeg slices" in caplog.text
+    assert "left out: ct_case/1/Sagittal." in caplog.text

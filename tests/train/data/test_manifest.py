@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -96,10 +97,75 @@ def test_splits(folder):
     assert len(list(read_manifest(path, "train", streaming=True))) == 2
     with pytest.raises(ValueError, match="no rows of the split test. It has train"):
         read_manifest(write_csv(folder, rows[0]), "test")
-    with pytest.raises(ValueError, match="no rows of the split test. It has no splits: add a column `split`"):
+    with pytest.raises(
+        ValueError, match="no rows of the split test. It has no splits: add a column `split`; in Python"
+    ):
         read_manifest(write_csv(folder, QUESTION), "test")
     with pytest.raises(ValueError, match="`split` must be one of train, validation, test, got 'dev'"):
         read_manifest(path, "dev")
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl])
+def test_rows_without_a_split_among_others_are_told_of(folder, write, caplog):
+    rows = [{**QUESTION, "case": SECRET, "split": split} for split in ("train", "", "test", *[""] * 6)]
+    path = write(folder, *rows)
+    for split in ("train", "test"):
+        assert len(read_manifest(path, split)) == 1
+    first = 3 if write is write_csv else 2
+    named = ", ".join(f"row {number}" for number in (first, *range(first + 2, first + 6)))
+    (record,) = caplog.records  # once for all that reads it
+    assert (
+        f"7 of the 9 rows name no split and are left out wherever one is asked for: {named} and 2 more"
+        in record.message
+    )
+    assert SECRET not in caplog.text
+    caplog.clear()
+    assert len(read_manifest(path)) == 9
+    read_manifest(write(folder, rows[0]), "train")
+    read_manifest(write(folder, rows[1]))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "header, separator",
+    [
+        ("image;report", "semicolons"),
+        ('"image";"report"', "semicolons"),
+        ("\ufeffimage\treport", "tabs"),
+        ("sep=;", "semicolons"),
+    ],
+)
+def test_other_separators_than_commas_are_told_of_before_any_row(folder, header, separator):
+    path = folder / "manifest.csv"
+    sign = ";" if separator == "semicolons" else "\t"
+    path.write_text(f"{header}\nscans/a.nii.gz{sign}{SECRET}, 3,5 cm\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"header: expected commas between the columns, got {separator}") as error:
+        read_manifest(path)
+    assert SECRET not in str(error.value)
+    (problem,) = check_study(path).problems
+    assert problem.kind == "invalid_file" and problem.severity == "error" and separator in problem.reason
+
+
+def test_columns_are_checked_before_any_row(folder):
+    path = folder / "manifest.csv"
+    for content, message in (("image,raport\na,b,c\n", "Did you mean 'report'"), ("report\n", "no column 'image'")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"manifest.csv, header: .*{message}"):
+            read_manifest(path)
+
+
+@pytest.mark.parametrize("line_break", ["\r\n", "\r", "\n"])
+def test_line_breaks_of_other_systems_are_not_learnt(folder, line_break):
+    text = line_break.join(["A cyst.", "No stone."])
+    row = {**QUESTION, "report": text, "question": text, "answer": text}
+    in_columns = {"choice_a": text, "choice_b": "b", "choice_c": "c", "choice_d": "d"}
+    path = write_csv(folder, {**row, **in_columns})
+    (folder / "with_mark.csv").write_bytes(path.read_bytes().decode().encode("utf-8-sig"))
+    in_list = write_csv(folder, {**row, "choices": json.dumps([text, *"bcd"])})
+    for path in (in_list, folder / "with_mark.csv", write_jsonl(folder, {**row, "choices": [text, *"bcd"]})):
+        report, question = read_manifest(path)
+        assert report["answer"] == question["question"] == question["answer"] == "A cyst.\nNo stone."
+        assert question["choices"] == ["A cyst.\nNo stone.", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -178,10 +244,25 @@ def test_missing_scans_are_counted_by_row(folder):
     assert len(read_manifest(path, check_files=False)) == 2
 
 
+@pytest.mark.skipif(os.sep == "\\", reason="backslashes separate folders there")
+def test_backslashes_in_missing_paths_are_told_of(folder):
+    path = write_csv(folder, {**QUESTION, "image": rf"scans\{SECRET}.nii.gz"})
+    with pytest.raises(FileNotFoundError, match="do not exist: row 2. .*; backslashes, .*: write / instead") as error:
+        read_manifest(path)
+    assert SECRET not in str(error.value)
+    (problem,) = check_study(path).problems
+    assert problem.kind == "missing_volume" and problem.reason.endswith("write / instead")
+    with pytest.raises(FileNotFoundError) as error:
+        read_manifest(write_csv(folder, {**QUESTION, "image": "scans/no.nii.gz"}))
+    assert "backslashes," not in str(error.value)
+
+
 @pytest.mark.parametrize("cells", [{"answer": ""}, {"question": ""}, {"question": "", "answer": ""}])
 def test_incomplete_rows_are_left_out_only_when_allowed(folder, cells, caplog):
     path = write_csv(folder, {**QUESTION, "case": SECRET}, {**QUESTION, "case": SECRET, **cells})
-    with pytest.raises(ValueError, match="1 empty texts in .*manifest.csv: row 3"):
+    with pytest.raises(
+        ValueError, match="1 empty texts in .*manifest.csv: row 3.*take them out; in Python, `skip_empty"
+    ):
         read_manifest(path)
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from nibabel.testing import data_path
 from PIL import Image
+from typer.testing import CliRunner
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "goldens"))
@@ -23,11 +24,13 @@ import make_slices
 
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.processing.volume_io import InvalidVolumeError
+from med3dvlm.train.cli import app
 from med3dvlm.train.data import prepare
 from med3dvlm.train.data.cache import VolumeCache
 from med3dvlm.train.data.check import check_study
 from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.m3d import read_m3d_cap
+from med3dvlm.train.data.preparation_record import PREPARED
 from med3dvlm.train.data.prepare import (
     encode_prepared_volume,
     find_cases,
@@ -39,7 +42,6 @@ from med3dvlm.train.data.slices import read_slices
 
 
 IMAGE_SIZE = preparation_program.IMAGE_SIZE
-PREPARED = {"intensity_mode": "none", "do_crop_foreground": False}
 
 
 def prepare_here(source, destination, **options):
@@ -362,7 +364,7 @@ def test_each_reason_for_a_missing_case_or_series(tmp_path):
     assert found["loose/Axial"] == "expected .png or .jpeg slices, it is empty"
     assert "there is no" in found["nothing"]
     assert found["bad/single"].startswith("expected the slices of a volume, got a single one of 20 x 30 pixels")
-    assert found["bad/jpg"].endswith("`accept_jpg` takes .jpg too")
+    assert found["bad/jpg"].endswith(": rename to .jpeg, or prepare with --accept-jpg (in Python `accept_jpg=True`)")
     assert found["bad/black"] == "all voxels are 0: the volume shows nothing."
     assert found["bad/damaged.nii.gz"].startswith("not a NIfTI file")
     assert "a series of 2 volumes" in found["bad/series4d.nii.gz"]
@@ -377,6 +379,18 @@ def test_each_reason_for_a_missing_case_or_series(tmp_path):
     expected = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))(stack)["pixel_values"][0, 0]
     assert torch.equal(read_back(tmp_path / "out/bad/Poschl.nii.gz"), expected)
     assert prepare_here(source, tmp_path / "out", accept_jpg=True).num_volumes == report.num_volumes + 1
+
+
+def test_the_command_takes_jpg_slices_when_asked_to(tmp_path):
+    source = write_cases(tmp_path / "source", 2)
+    for path in (source / "000002/Axial").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    size = [str(number) for number in IMAGE_SIZE]
+    arguments = ["prepare", "m3d-cap", source, tmp_path / "out", "--image-size", *size, "--workers", "0", "--json"]
+    for options, code, count in (([], 1, 1), (["--accept-jpg"], 0, 2)):
+        result = CliRunner().invoke(app, [*map(str, arguments), *options])
+        assert result.exit_code == code, result.output
+        assert json.loads(result.stdout)["num_volumes"] == count
 
 
 def test_a_fault_in_one_series_does_not_stop_the_others(tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ import os
 import pytest
 import torch
 
+from med3dvlm import Med3DVLMImageProcessor
+from med3dvlm.train.data import reading
+from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.reading import find_broken, read_all
 
 
@@ -25,12 +28,37 @@ def test_volumes_are_read_where_the_system_does_not_tell_the_usable_cores(monkey
     assert read_all(SomeBroken("b"), ["a", "b"]) == {"b": "b: damaged"}
 
 
-def test_what_is_broken_is_listed_once_and_for_all(tmp_path):
-    listing = tmp_path / "skipped.jsonl"
-    assert find_broken(SomeBroken("b", "\u2028"), ["\u2028", "a", "b"], listing) == ["b", "\u2028"]
-    assert json.loads(listing.read_text().split("\n")[0]) == {"image": "b", "reason": "b: damaged"}
-    later = SomeBroken("a")
-    assert find_broken(later, ["a", "b"], listing) == ["b", "\u2028"] and not later.loaded
+def test_what_is_read_soon_is_read_in_this_process(monkeypatch):
+    monkeypatch.setattr(reading, "ProcessPoolExecutor", None)
+    images = [str(number) for number in range(100)]
+    volumes = SomeBroken("40", "99")
+    assert list(read_all(volumes, images, num_workers=2)) == ["40", "99"] and volumes.loaded == images
+
+
+def test_the_rest_of_what_takes_long_is_read_by_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "START_SECONDS", 0.0)
+    images = [str(tmp_path / f"{number}.nii.gz") for number in range(40)]
+    faults = read_all(ProcessedVolumes(Med3DVLMImageProcessor()), images, num_workers=2)
+    assert list(faults) == images and all("no such" in reason for reason in faults.values())
+
+
+def test_what_is_broken_is_listed_by_its_place_in_the_study(tmp_path):
+    listing, images = tmp_path / "skipped.jsonl", [str(tmp_path / name) for name in ("\u2028", "a", "b")]
+    assert find_broken(SomeBroken(images[2], images[0]), images, listing, tmp_path) == [images[0], images[2]]
+    rows = [json.loads(line) for line in listing.read_text().rstrip("\n").split("\n")]
+    assert [row["image"] for row in rows] == ["b", "\u2028"] and rows[0]["reason"] == f"{images[2]}: damaged"
+
+
+def test_a_resumed_run_leaves_out_the_same_volumes_and_another_start_reads_again(tmp_path):
+    listing, images = tmp_path / "skipped.jsonl", [str(tmp_path / name) for name in ("a", "b")]
+    find_broken(SomeBroken(images[1]), images, listing, tmp_path)
+    moved = [str(tmp_path / "elsewhere" / name) for name in ("a", "b")]
+    later = SomeBroken(moved[0])
+    assert (
+        find_broken(later, moved, listing, tmp_path / "elsewhere", is_resumed=True) == [moved[1]] and not later.loaded
+    )
+    assert find_broken(later, moved, listing, tmp_path / "elsewhere") == [moved[0]]
+    assert find_broken(SomeBroken(), images, listing, tmp_path) == [] and not listing.read_text()
 
 
 def test_without_a_listing_nothing_may_be_broken():

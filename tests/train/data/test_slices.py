@@ -108,7 +108,11 @@ def of_16_bits(path):
         ("3.png", lambda path: path.write_bytes(b""), "cannot be read: not a picture"),
         ("3.png", of_16_bits, "more than 8 bits a pixel .* save the series as NIfTI"),
         ("3.png", lambda path: path.mkdir(), "a folder"),
-        ("3.jpg", lambda path: write_slice(path), "not a .png or .jpeg file; `accept_jpg` takes .jpg too"),
+        (
+            "3.jpg",
+            lambda path: write_slice(path),
+            "not a .png or .jpeg file: rename to .jpeg, or prepare with --accept-jpg",
+        ),
         ("three.png", lambda path: write_slice(path), "no whole number"),
         ("3.5.png", lambda path: write_slice(path), "no whole number"),
         ("._3.png", lambda path: path.write_bytes(b"x"), "no whole number"),

@@ -252,9 +252,10 @@ def test_labels_made_elsewhere_are_matched_by_id(tmp_path):
     for text, message in {
         "name,cyst\na,1\n": "expected a column 'id' and one for each label, got name, cyst",
         "id\na\n": "got id",
-        "id,cyst\na,yes\n": "line 2: expected 1, 0 or an empty cell for 'cyst', got 'yes'",
-        "id,cyst\na,1\na,1\n": "line 3: the id 'a' occurs a second time",
-        "id,cyst\na\n": "line 2: expected 2 cells",
+        "id,cyst\na,yes\n": "row 2: expected 1, 0 or an empty cell for 'cyst', got 'yes'",
+        "id,cyst\na,1\na,1\n": "row 3: the id 'a' occurs a second time",
+        "id,cyst\na\n": "row 2: expected 2 cells",
+        'id,cyst\n"a,1\n': "line 2, is not valid CSV: unexpected end of data",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -6,11 +6,13 @@ import sys
 import pytest
 import typer
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.evaluation import commands
+from med3dvlm.train.evaluation.folders import describe_source
 from med3dvlm.train.evaluation.zero_shot import write_phantom_labels
 
 
@@ -140,6 +142,91 @@ def test_results_go_into_the_card(study, vlm, tmp_path):
     assert text.count("**Only the first 2 cases of the split 'test' were scored.**") == 2
     missing = run("card", model, tmp_path / "nowhere")
     assert missing.exit_code == 2 and "there are no scores" in missing.stderr
+
+
+def test_scores_of_other_weights_are_kept_out_of_the_card(study, vlm, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(vlm, model)
+    (model / "conversion.json").write_text("{}")
+    options = ["-d", study, "--tasks", "closed_vqa", "--cases", "2", "--max-new-tokens", "2", "--no-blind"]
+    assert run("vqa", "-m", model, *options, "-o", tmp_path / "vqa").exit_code == 0
+    card = (model / "README.md").read_bytes()
+    weights = load_file(model / "model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in weights.items()}
+
+    def refuse(evaluation, message):
+        result = run("card", model, tmp_path / "vqa", evaluation)
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
+        assert f"Evaluate the folder (--model {model})" in result.stderr and (model / "README.md").read_bytes() == card
+
+    (model / "conversion.json").unlink()  # no answer depends on it
+    assert run("card", model, tmp_path / "vqa").exit_code == 0
+    (model / "README.md").write_bytes(card)
+    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})  # as after `merge --overwrite`
+    refuse(tmp_path / "vqa", f"{tmp_path / 'vqa'}: its scores are of another model than the one in {model}: ")
+    refuse(tmp_path / "vqa", ": model.safetensors differs.")
+    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+    refuse(tmp_path / "vqa", ": model-2.safetensors, model.safetensors differ.")
+    (model / "model-2.safetensors").unlink()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+    # What another system answered, and what a repository did.
+    arguments = ["vqa", *options, "-o", tmp_path / "file", "--predictions", tmp_path / "vqa" / "predictions.jsonl"]
+    assert run(*arguments).exit_code == 0
+    refuse(tmp_path / "file", f"its scores are of the file predictions.jsonl, not of the model in {model}.")
+    scores = json.loads((tmp_path / "vqa" / "scores.json").read_text())
+    scores["settings"]["model"] = describe_source("org/med3dvlm")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "scores.json").write_text(json.dumps(scores))
+    refuse(tmp_path / "hub", "its scores are of the repository org/med3dvlm, of whose files they say nothing")
+    missing = run("card", tmp_path / "nowhere", tmp_path / "vqa")
+    assert missing.exit_code == 2 and "nowhere: expected the folder of a published model" in missing.stderr
+
+
+def test_adapters_and_other_kinds_are_refused_before_any_work(study, vlm, dual_encoder, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for model, encoder, message in (
+        (adapter, dual_encoder, f"Merge it first: `med3dvlm merge {adapter} FOLDER`"),
+        (vlm, adapter, f"Merge it first: `med3dvlm merge {adapter} FOLDER`"),
+        (dual_encoder, dual_encoder, "expected a Med3DVLMForConditionalGeneration, got a model of the type"),
+        (vlm, vlm, "expected a DCFormerSiglipModel, got a model of the type 'med3dvlm'"),
+    ):
+        result = run("all", "-m", model, "--dual-encoder", encoder, "-d", study, "-o", tmp_path / "out")
+        assert result.exit_code == 2 and message in result.stderr, result.output
+    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    for arguments in (
+        ["vqa", "-d", study],
+        ["retrieval", "-d", study],
+        ["dependence", "-d", study],
+        ["zero-shot", "--labels", labels],
+    ):
+        result = run(*arguments, "-m", adapter, "-o", tmp_path / "out")
+        assert result.exit_code == 2 and "Merge it first: `med3dvlm merge" in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_texts_in_another_language_say_what_they_are_worth(tmp_path):
+    manifest = write_example_manifest(tmp_path / "study")
+    rows = list(csv.DictReader(manifest.open(newline="")))
+    with manifest.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["image", "case", "split", "report"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "split": "test", "report": "Ödem der Füße."} for row in rows if row["report"])
+    answers = tmp_path / "answers.jsonl"
+    study = manifest.parent  # of a user: no published figure is on it
+    assert run("references", answers, "-d", study).exit_code == 0
+    asked = [json.loads(line) for line in answers.read_text().splitlines()]
+    answers.write_text("".join(json.dumps({"id": row["id"], "prediction": row["reference"]}) + "\n" for row in asked))
+    out = tmp_path / "out"
+    result = run("report", "-d", study, "-o", out, "--predictions", answers, "--metrics", "rouge_1")
+    assert result.exit_code == 0 and "published" not in result.stdout, result.output
+    (note,) = json.loads((out / "scores.json").read_text())["notes"]
+    assert note.startswith("27.3 % of the letters of the true texts are none of A to Z")
+    assert 'ROUGE takes all but a to z and digits for spaces, so that "Ödem" counts as "dem"' in note
+    assert "BLEU splits" in note and "METEOR" not in note and "BERTScore" not in note
+    assert f"**{note}**" in result.stdout and f"**{note}**" in (out / "README.md").read_text()
 
 
 def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):

@@ -183,6 +183,7 @@ def test_without_a_side_nothing_can_be_said_of_mirroring():
     row = find(rows, "mirrored", SIDES_CHANGED)
     assert row.holds is None and math.isnan(row.changed) and row.count == 0
     assert "cannot be said (no answer names a side)" in format_dependence(rows)
+    assert "names a side with the English word left or right" in format_dependence(rows)
     assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["changed"] is None
 
 

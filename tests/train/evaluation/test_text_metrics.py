@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ pytest.importorskip("evaluate", reason="needs the extra `eval`")
 import evaluate
 import torch
 
-from med3dvlm.train.evaluation.text_metrics import BertScore, Bleu1, Meteor, Rouge1, check_nltk_data
+from med3dvlm.train.evaluation.text_metrics import (
+    BertScore,
+    Bleu1,
+    Meteor,
+    Rouge1,
+    RougeL,
+    check_nltk_data,
+    language_note,
+)
 
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "goldens" / "text_metrics.json").read_text())
@@ -88,6 +97,35 @@ def test_they_are_modules_of_evaluate_and_strip_texts():
     scores = combined.compute()
     assert scores["bleu_1"] == pytest.approx(1.0) and scores["rouge_1"] == pytest.approx(1.0)
     assert "Papineni" in Bleu1().citation
+
+
+@pytest.mark.parametrize("metric", [Bleu1, Rouge1, RougeL, Meteor, BertScore])
+def test_nothing_is_written_to_a_cache_that_may_be_read_only(metric, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    # Below a file no one can make a folder, root neither.
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "file" / "metrics")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = metric()
+    if metric in (Bleu1, Rouge1):
+        assert made.compute(predictions=["A cyst."], references=["A cyst."])[metric.name] == pytest.approx(1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_note_says_what_metrics_for_english_do_with_other_letters():
+    assert Rouge1().compute(predictions=["dem"], references=["Ödem"])["rouge_1"] == 1.0  # as the note says
+    assert Rouge1().compute(predictions=["肝"], references=["肝"])["rouge_1"] == 0.0
+    assert Bleu1().compute(predictions=["肝臓 。"], references=["肝臓。"])["bleu_1"] == 0.0
+    every = ("bleu_1", "rouge_1", "rouge_l", "meteor", "bertscore", "ratescore")
+    note = language_note(["Ödem der Füße.", "Leber."], every)
+    assert note.startswith("18.8 % of the letters") and note.count("ROUGE") == 1
+    for part in ("BLEU splits", "METEOR knows", "BERTScore's encoder, roberta-large"):
+        assert part in note
+    assert "BERTScore" not in language_note(["Ödem"], every, "xlm-roberta-base")
+    decomposed = unicodedata.normalize("NFD", "Ödem der Füße.")
+    assert language_note([decomposed], every) == language_note(["Ödem der Füße."], every)
+    for texts in (["A cyst of 3 µm. " + "No other finding. " * 10], ["12 - 34 °"], []):
+        assert language_note(texts, every) is None
+    assert language_note(["Ödem"], ["exact"]) is None
 
 
 def test_pairs_that_do_not_match_are_refused():

@@ -271,7 +271,7 @@ def test_labels_are_read_by_image_or_by_case(tmp_path):
         ("2", "x", 1),
         ("3", "y", 0),
     ]
-    with pytest.raises(ValueError, match="line 3: the case 'y' is not among the 1 cases"):
+    with pytest.raises(ValueError, match="row 3: the case 'y' is not among the 1 cases"):
         read_labels(path, ["liver"], {"x": ["1"]})
     with pytest.raises(ValueError, match="has no column 'image'"):
         read_labels(path, ["liver"])
@@ -280,14 +280,30 @@ def test_labels_are_read_by_image_or_by_case(tmp_path):
     for text, message in {
         "image,lung\na,1\n": "no column for 'liver'. It has image, lung",
         "path,liver\na,1\n": "a column 'image' or 'case', got path, liver",
-        "image,liver\na,-1\n": "line 2: expected 1, 0 or an empty cell for 'liver', got '-1'",
-        "image,liver\na,1\na,0\n": "line 3: the volume .*a occurs a second time, first in line 2",
-        "image,liver\n ,1\n": "line 2: expected the path of a volume",
-        "image,liver\na\n": "line 2: expected 2 cells",
+        "image,liver\na,-1\n": "row 2: expected 1, 0 or an empty cell for 'liver', got '-1'",
+        "image,liver\na,1\na,0\n": "row 3: the volume .*a occurs a second time, first in row 2",
+        "image,liver\n ,1\n": "row 2: expected the path of a volume",
+        "image,liver\na\n": "row 2: expected 2 cells",
         "image,liver\n": "expected rows with labels, got none",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_labels(write(tmp_path / "bad.csv", text), ["liver"])
+
+
+def test_labels_are_read_as_manifests_are(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_bytes("\ufeff image , liver\n\na.nii.gz, 1\n".encode())
+    assert [row.labels for row in read_labels(path, ["liver"]).volumes] == [{"liver": 1}]
+    for content, message in {
+        b'image,liver\n"a,1\n': r"labels\.csv, line 2, is not valid CSV: unexpected end of data",
+        "image,liver,note\na,1,Gr\u00f6\u00dfe\n".encode(
+            "cp1252"
+        ): r"labels\.csv is not UTF-8 text .* Save it as UTF-8",
+        b"image,liver,liver\na,1,0\n": r"labels\.csv names columns twice: liver",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_labels(path, ["liver"])
 
 
 def test_the_example_for_phantoms_fits_its_labels(tmp_path):

@@ -1,0 +1,78 @@
+"""What the card of a merged model says, and what it must not."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+
+pytest.importorskip("peft", reason="needs the extra `train`")
+
+from peft import LoraConfig, get_peft_model
+
+from med3dvlm.hub_cards.model_index import add_results_to_card
+from med3dvlm.hub_cards.publish import load_model, publish
+from med3dvlm.train.demo import build_tiny_model
+from med3dvlm.train.merge import merge_adapter, publish_adapter, read_adapter_card
+
+
+SCORES = {"scores": [{"task": "closed_vqa", "metric": "accuracy", "group": "all", "value": 0.75, "count": 40}]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A published base model whose card has scores and the record of a conversion."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    model, processor = build_tiny_model()
+    fields = {"license": "mit", "datasets": ["org/reports"], "base_model": "org/language-model", "language": "de"}
+    publish(model, folder, processor=processor, training_data="Reports.", notes="Stage 2.", **fields)
+    add_results_to_card(folder, SCORES, "Phantoms", "phantoms")
+    (folder / "conversion.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    settings = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    get_peft_model(load_model(str(base)), settings).save_pretrained(tmp_path / "saved")
+    _, processor = build_tiny_model()
+    publish_adapter(
+        tmp_path / "saved", tmp_path / "adapter", processor, "Result of `finetune`.\n\nMore.", "Questions.\n\n- VQA"
+    )
+    return tmp_path / "adapter"
+
+
+def test_the_card_says_what_holds_for_adapter_and_base_together(base, adapter, tmp_path):
+    add_results_to_card(adapter, SCORES, "Phantoms", "phantoms")
+    merge_adapter(adapter, tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    data = card.data.to_dict()
+    assert (data["base_model"], data["datasets"], data["language"]) == ("org/language-model", ["org/reports"], "de")
+    assert data["license"] == "unknown" and "model-index" not in data
+    assert "Questions.\n\n- VQA\n\nThe base model, before that: Reports." in card.text
+    assert "> Result of `finetune`.\n>\n> More." in card.text and "Stage 2." not in card.text
+    assert "Accuracy" not in card.text and not (tmp_path / "merged" / "conversion.json").exists()
+
+
+def test_what_is_given_takes_the_place_of_what_the_cards_say(base, adapter, tmp_path):
+    path = adapter / "README.md"
+    text = path.read_text().replace("tags:", "license: cc-by-4.0\nlanguage: [en, de]\ndatasets: org/questions\ntags:")
+    path.write_text(text)
+    merge_adapter(adapter, tmp_path / "merged", license="apache-2.0", notes="Mine.", datasets=None)
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["en", "de"])
+    assert card.data.datasets == ["org/reports", "org/questions"]
+    assert "> Mine.\n" in card.text and "Result of" not in card.text and "Questions." in card.text
+    assert read_adapter_card(str(adapter))["license"] == "cc-by-4.0"
+
+
+def test_cards_of_another_make_and_repositories_say_nothing(base, adapter, tmp_path):
+    (adapter / "README.md").write_text("---\nlibrary_name: peft\nlicense: mit\n---\n# Model Card for Model ID\n")
+    (base / "README.md").rename(tmp_path / "README.md")
+    try:
+        merge_adapter(adapter, tmp_path / "merged")
+    finally:
+        (tmp_path / "README.md").rename(base / "README.md")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert card.data.license == "unknown" and "Not stated." in card.text
+    assert read_adapter_card("org/adapter") == {} == read_adapter_card(str(Path(tmp_path) / "nowhere"))
