@@ -1,6 +1,7 @@
 """Publishing: one folder with weights, code, processor, tokenizer and card, on a disk or on the Hub."""
 
 import copy
+import hashlib
 import os
 import re
 import shutil
@@ -15,10 +16,11 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 from typing_extensions import Unpack
 
 from ..modeling_med3dvlm.modeling_dcformer import DCFormerBackbone
+from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 from .model_card import (
@@ -33,6 +35,11 @@ from .model_card import (
 from .model_index import CARD_NAME, MODEL_INDEX, carry_over
 
 
+logger = logging.get_logger(__name__)
+
+# At the end of a card: the files that it was written for, see `digest_of_files`.
+FILES_LINE = "<!-- Written for files with the SHA-256 {digest}. -->"
+FILES_PATTERN = re.compile(re.escape(FILES_LINE).replace(re.escape("{digest}"), "([0-9a-f]{64})"))
 # Settings of a generation config that sampling reads and greedy decoding refuses.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Those that keep decoding from taking the most probable token. Qwen2.5-7B-Instruct comes with a repetition penalty of 1.05.
@@ -74,11 +81,11 @@ def publish(
     tokenizer, a generation config that decodes greedily, and a model card. The same input gives the same files, bit for
     bit.
 
-    A folder that holds a card of ours is published with what the card says: all of `card_fields` that is not given anew,
-    further metadata, and the results of evaluations, which are of the same weights. Results are left out where a processor
-    or tokenizer is given anew, since it may prepare other inputs than those that were scored. The record of a conversion,
+    A folder that was published before is published with what its card says, see [`read_current_card`]: all of `card_fields`
+    that is not given anew, further metadata, and the results of evaluations. Results are left out where a processor or
+    tokenizer is given anew, since it may prepare other inputs than those that were scored. The record of a conversion,
     `conversion.json`, goes along, and so does what the card says of it, below training data that are given anew. The card of
-    a model in memory starts empty: what its weights went through since they were loaded is not known.
+    a model in memory, or of a folder whose files have changed since, starts empty: what the weights went through is not known.
 
     Args:
         model (`PreTrainedModel`, `str` or `os.PathLike`):
@@ -121,7 +128,7 @@ def publish(
     >>> publish(model, "published", processor=processor, notes="Random weights, to try things out.")  # doctest: +SKIP
     ```"""
     source = Path(model) if isinstance(model, (str, os.PathLike)) else None
-    old_card = None if source is None else read_old_card(source)
+    old_card = None if source is None else read_current_card(source)
     fields = merge_fields(old_card, stated_fields(card_fields), source)
     if push_to_hub and not fields.get("license"):
         raise ValueError(
@@ -153,7 +160,7 @@ def publish(
         if old_card is not None:
             metadata = kept_metadata(old_card, fields, is_as_scored)
             carry_over(folder / CARD_NAME, metadata, old_card.results if is_as_scored else "")
-        if source is not None and (source / CONVERSION_NAME).is_file():
+        if old_card is not None and source is not None and (source / CONVERSION_NAME).is_file():
             shutil.copyfile(source / CONVERSION_NAME, folder / CONVERSION_NAME)
 
     if not push_to_hub:
@@ -172,6 +179,40 @@ def publish(
             delete_patterns=REPLACED_ON_HUB,
         )
     return str(url)
+
+
+def read_current_card(folder: Path) -> OldCard | None:
+    """
+    The card of a published folder, if it was written for the files that are there now.
+
+    Returns:
+        [`OldCard`]; `None` where there is no card of ours, or the files have changed since, of which a warning tells.
+
+    Raises:
+        ValueError: the card's metadata cannot be read.
+    """
+    try:
+        found = FILES_PATTERN.search((folder / CARD_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return None
+    if found is None:
+        return None
+    if found[1] != digest_of_files(folder):
+        logger.warning(
+            f"{folder}: weights or settings have changed since its card was written, so nothing that the card says is taken from it: "
+            "give licence, training data and notes anew, and evaluate again."
+        )
+        return None
+    return read_old_card(folder)
+
+
+def digest_of_files(folder: Path) -> str:
+    """The SHA-256 of the names and contents of a model's weights and settings; where weights come from changes no answer."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".jinja") and file.name != CONVERSION_NAME:
+            digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def merge_fields(old_card: OldCard | None, given: dict[str, Any], source: Path | None) -> dict[str, Any]:
@@ -214,7 +255,8 @@ def write_companions(folder: Path, model: PreTrainedModel, processor: Any, card:
     processor.save_pretrained(folder)
     if model.can_generate():
         greedy_generation_config(model, processor.tokenizer).save_pretrained(folder)
-    card.save(folder / CARD_NAME)
+    text = f"{str(card).rstrip()}\n\n{FILES_LINE.format(digest=digest_of_files(folder))}\n"
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / CONFIG_NAME, weights)  # written for the owner's eyes only, unlike all else
 
@@ -452,10 +494,12 @@ __all__ = [
     "check_repository",
     "check_source",
     "check_whole",
+    "digest_of_files",
     "greedy_generation_config",
     "load_model",
     "publish",
     "put_in_place",
+    "read_current_card",
     "replaced_when_complete",
     "write_companions",
 ]

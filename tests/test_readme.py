@@ -47,9 +47,10 @@ def test_own_scans_train_in_float32_on_a_model_in_bfloat16_and_anew_in_each_epoc
     trained = [parameter for parameter in names["model"].parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32, torch.bfloat16}
-    loader, dataset = names["trainer"].get_train_dataloader(), names["trainer"].train_dataset
-    loader.set_epoch(1)  # as Trainer does
-    assert dataset.epoch == 1 and dataset.draw(0)[1].initial_seed() == dataset.draw(len(dataset))[1].initial_seed()
+    dataset, trainer = names["dataset"], names["trainer"]
+    trainer.state.epoch = 2.5  # resumed within the third epoch
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert dataset.draw(0)[1].initial_seed() == dataset.draw(2 * len(dataset))[1].initial_seed()
 
 
 def test_commands_of_the_readme_exist():

@@ -393,8 +393,8 @@ class StopOnSignal(TrainerCallback):
     Saves a checkpoint and ends training, on all ranks after the same step, when one of them receives a signal.
 
     SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`. The time between
-    signal and kill must cover a step and the saving; a validation that is due then is left out. If it does not, nothing
-    is lost but the steps since the last complete checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the
+    signal and kill must cover a step and the saving; a validation that is due then is left out, unless the run depends on
+    its score (`metric_for_best_model`). If it does not, nothing is lost but the steps since the last complete checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the
     environment variable `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` names other seconds: `med3dvlm train` and the launch files of this
     package set 280.
 
@@ -455,12 +455,14 @@ class StopOnSignal(TrainerCallback):
             self.stopped_by_signal = signal.Signals(received).name
             logger.warning(f"{self.stopped_by_signal} received: saving step {state.global_step} and stopping.")
             control.should_log = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # it would come before the saving
+            if args.metric_for_best_model is None:
+                control.should_evaluate = False  # it would come before the saving
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.was_stopped:  # the epoch has not ended, and saving once more would undo what is complete
+        """Trainer ends the epoch as if it were whole; saving once more would undo what is complete for a while."""
+        if self.was_stopped and (args.metric_for_best_model is None or float(state.epoch or 0) % 1):
             control.should_evaluate = control.should_save = False
 
     def on_train_end(

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..hub_cards.model_card import read_old_card, stated_fields
+from ..hub_cards.model_card import NOT_STATED, stated_fields
 from ..hub_cards.model_index import CARD_NAME, read_card
-from ..hub_cards.publish import check_destination, publish, replaced_when_complete
+from ..hub_cards.publish import check_destination, publish, read_current_card, replaced_when_complete
 from ..hub_cards.remote_code import is_repository
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
@@ -130,13 +130,13 @@ def merge_adapter(
             f"{adapter}: its base model {base!r} is not there. Put it back, or write where it is into "
             f"`base_model_name_or_path` of {ADAPTER_CONFIG}."
         )
+    fields = {**describe_merged(adapter, base), **stated_fields(card_fields)}
     weights = read_adapter_weights(adapter)
     model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
     processor = Med3DVLMProcessor.from_pretrained(adapter)
     peft_model = PeftModel.from_pretrained(model, adapter)
     check_adapter_fits(peft_model, weights, adapter)
     merged = peft_model.merge_and_unload(safe_merge=True)
-    fields = {**describe_merged(adapter, base), **stated_fields(card_fields)}
     return publish(merged, destination, processor=processor, overwrite=overwrite, **fields)
 
 
@@ -159,10 +159,11 @@ def describe_merged(adapter: str, base: str) -> dict[str, Any]:
         ValueError: the metadata of a card cannot be read.
     """
     of_adapter = read_adapter_card(adapter)
-    old_card = read_old_card(base)
+    old_card = read_current_card(Path(base))
     of_base = {} if old_card is None else old_card.fields
     training_data = [of_adapter.pop("training_data", "")]
     if "training_data" in of_base:
+        training_data = [training_data[0] or f"Of the adapter: {NOT_STATED.lower()}"]
         training_data.append(f"The base model, before that: {of_base['training_data']}")
     data_sets = [*listed(of_base.get("datasets")), *listed(of_adapter.pop("datasets", None))]
     return stated_fields(
@@ -183,8 +184,12 @@ def read_adapter_card(adapter: str) -> dict[str, Any]:
     Raises:
         ValueError: its metadata cannot be read.
     """
-    card = read_card(Path(adapter) / CARD_NAME)
-    text = None if card is None else ADAPTER_TEXT.search(card[1])
+    path = Path(adapter) / CARD_NAME
+    try:
+        text = ADAPTER_TEXT.search(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return {}
+    card = None if text is None else read_card(path)  # the metadata of another make may be anything
     if card is None or text is None:
         return {}
     metadata, _ = card

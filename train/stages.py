@@ -494,8 +494,9 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     settings = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(settings, dict)
     settings.pop("description")
-    # Where a cache lies is free; whether there is one decides about the last bits of the volumes.
-    settings["data"]["is_cached"] = settings["data"].pop("cache") is not None
+    # Where a cache lies is free; whether there is one that rounds decides about the last bits of the volumes.
+    has_cache = settings["data"].pop("cache") is not None and recipe.stage != "language"
+    settings["data"]["is_cached"] = has_cache and recipe.data.cache_dtype != "float32"
     settings["training"] = {name: value for name, value in settings["training"].items() if name not in FREE_SETTINGS}
     return json.loads(json.dumps(settings))
 

@@ -3,13 +3,13 @@ validation adds to the loss: retrieval for the dual encoder, written answers for
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader, Sampler
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling_med3dvlm.modeling_med3dvlm import next_labels
@@ -26,13 +26,44 @@ logger = logging.get_logger(__name__)
 OUTPUTS_OF_A_BATCH = ["logits_per_image", "logits_per_text", "text_model_output", "vision_model_output"]
 
 
+class TellEpoch(TrainerCallback):
+    """
+    Tells which epoch begins, or is gone on with where a run is resumed.
+
+    accelerate tells it to samplers and data sets too, but through so many layers that, depending on the number of processes and
+    on where a run is resumed, some never hear of it.
+
+    Args:
+        listener (`Callable[[int], None]`):
+            Called with the number of the epoch, from 0.
+    """
+
+    def __init__(self, listener: Callable[[int], None]):
+        self.listener = listener
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.listener(int(state.epoch or 0))
+
+
 class StudyTrainer(Trainer):
     """Trainer whose order of samples, prompts and augmentations depends on seed, epoch and sample alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sampler: EpochSampler | None = None
+        self.add_callback(TellEpoch(self._set_epoch))
+
+    def _set_epoch(self, epoch: int) -> None:
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
+        self.sampler = EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
+        return self.sampler
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """
@@ -58,10 +89,6 @@ class StudyTrainer(Trainer):
                 "smaller, use fewer processes, or set `dataloader_drop_last` to false. Questions that share a volume count as "
                 "one sample."
             )
-        if isinstance(loader.batch_sampler, BatchSamplerShard):
-            # Where a run is resumed within an epoch, accelerate wraps the batch sampler once more, and tells the epoch only to
-            # samplers that it was given this way.
-            loader.set_sampler(loader.batch_sampler.batch_sampler.sampler)  # type: ignore[attr-defined]
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -237,4 +264,4 @@ class GenerationTrainer(StudyTrainer):
         return path
 
 
-__all__ = ["ContrastiveTrainer", "GenerationTrainer", "StudyTrainer"]
+__all__ = ["ContrastiveTrainer", "GenerationTrainer", "StudyTrainer", "TellEpoch"]

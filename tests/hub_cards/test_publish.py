@@ -119,6 +119,35 @@ def test_results_stay_behind_where_other_inputs_or_weights_are_published(scored,
     assert "Not stated." in text and "model-index" not in text and "org/data" not in text
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json"])
+def test_a_card_of_other_files_is_not_believed(scored, tmp_path, name, caplog):
+    """As after a training that saved into the folder."""
+    place = scored / name
+    if place.suffix == ".json":
+        place.write_text(place.read_text() + "\n")
+    else:
+        weights = load_file(place)
+        save_file(
+            {key: value + 1 if value.is_floating_point() else value for key, value in weights.items()},
+            place,
+            {"format": "pt"},
+        )
+    (scored / "conversion.json").write_text("{}")
+    publish(scored, tmp_path / "again")
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "Not stated." in text and "model-index" not in text and "license: unknown" in text
+    assert not (tmp_path / "again" / "conversion.json").exists()
+    assert "have changed since its card was written" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["---\na: [\n---\n", "---\na text\n---\n", "# Mine\n"])
+def test_a_readme_of_another_make_stops_nothing(published, tmp_path, content):
+    folder = shutil.copytree(published["encoder"], tmp_path / "own")
+    (folder / "README.md").write_text(content)
+    publish(folder, tmp_path / "again")
+    assert "Not stated." in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_the_record_of_a_conversion_goes_along(published, tmp_path):
     digest = "0123456789abcdef" * 4
     record = {

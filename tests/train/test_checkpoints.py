@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from med3dvlm.train import checkpoints
 from med3dvlm.train.checkpoints import (
@@ -320,6 +320,23 @@ def test_a_stop_within_an_epoch_saves_once(tmp_path, monkeypatch):
     )
     _, stop, _ = training_program.train(tmp_path, signal_at=2, save_strategy="epoch")
     assert stop.was_stopped and saved == [0.5]
+
+
+@pytest.mark.parametrize(
+    "metric, epoch, at_step, at_end",
+    [(None, 0.5, False, False), (None, 1.0, False, False), ("loss", 0.5, True, False), ("loss", 1.0, True, True)],
+)
+def test_a_stop_leaves_out_the_validation_that_is_due_unless_the_run_depends_on_it(
+    metric, epoch, at_step, at_end, tmp_path
+):
+    stop, args = StopOnSignal(), training_program.make_arguments(tmp_path, metric_for_best_model=metric)
+    state, control = TrainerState(epoch=epoch), TrainerControl(should_evaluate=True)
+    stop._received = signal.SIGTERM
+    stop.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop and control.should_evaluate == at_step
+    control.should_evaluate = control.should_save = True  # Trainer's own callback, at the end of the epoch
+    stop.on_epoch_end(args, state, control)
+    assert control.should_evaluate == control.should_save == at_end
 
 
 def test_outside_the_main_thread_training_goes_on_without_handlers(tmp_path, uninterrupted):

@@ -75,4 +75,7 @@ def test_cards_of_another_make_and_repositories_say_nothing(base, adapter, tmp_p
         (tmp_path / "README.md").rename(base / "README.md")
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert card.data.license == "unknown" and "Not stated." in card.text
+    merge_adapter(adapter, tmp_path / "of_known_base")
+    text = (tmp_path / "of_known_base" / "README.md").read_text()
+    assert "Of the adapter: not stated.\n\nThe base model, before that: Reports." in text
     assert read_adapter_card("org/adapter") == {} == read_adapter_card(str(Path(tmp_path) / "nowhere"))

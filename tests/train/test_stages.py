@@ -29,13 +29,14 @@ from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.models import train_word_piece_tokenizer
-from med3dvlm.train.recipe import DataRecipe, load_recipe, save_recipe
+from med3dvlm.train.recipe import DataRecipe, Recipe, load_recipe, save_recipe
 from med3dvlm.train.stages import (
     build_trainer,
     build_training_arguments,
     check_attention,
     choose_precision,
     describe_content,
+    fixed_settings,
     read_deepspeed_config,
     read_samples,
     run_recipe,
@@ -361,6 +362,20 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(manifest, 
     recipe.data.cache, recipe.training["learning_rate"] = None, 1.0
     with pytest.raises(ValueError, match=r"finished run with other settings \(training.learning_rate\)"):
         run_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "stage, cache, cache_dtype, is_cached",
+    [
+        ("projector", "cache", "float16", True),
+        ("projector", None, "float16", False),
+        ("projector", "cache", "float32", False),
+        ("language", "cache", "float16", False),
+    ],
+)
+def test_a_cache_that_rounds_is_part_of_a_run(stage, cache, cache_dtype, is_cached):
+    recipe = Recipe(stage=stage, data=DataRecipe(cache=cache, cache_dtype=cache_dtype))
+    assert fixed_settings(recipe)["data"]["is_cached"] is is_cached
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

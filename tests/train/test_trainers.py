@@ -14,7 +14,6 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_firs
 from torch.utils.data import BatchSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from med3dvlm.train.data.dataset import EpochSampler
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -139,36 +138,26 @@ def test_a_validation_takes_every_sample_where_training_drops_the_last_batch(num
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [4]
 
 
-def shards_of_an_epoch(trainer, num_samples, monkeypatch, epoch, **options):
-    """The loaders of two processes, as accelerate makes them, before that epoch."""
-    loaders = []
+def shards_of_an_epoch(trainer, epoch, num_skipped=0):
+    """What two processes draw in an epoch, or in what is left of it, as Trainer and accelerate go about it."""
+    drawn = []
     for rank in range(2):
-        batches = BatchSampler(EpochSampler(num_samples, seed=0), 1, options.get("drop_last", False))
-        loader = DataLoaderShard(range(10**6), batch_sampler=BatchSamplerShard(batches, 2, rank), collate_fn=list)
-        monkeypatch.setattr(Trainer, "get_train_dataloader", lambda self, loader=loader: loader)
-        loaders.append(trainer.get_train_dataloader())
-        loaders[-1].set_epoch(epoch)
-    return loaders
+        batches = BatchSamplerShard(BatchSampler(trainer._get_train_sampler(range(10)), 1, False), 2, rank)
+        loader = DataLoaderShard(range(10**6), batch_sampler=batches, collate_fn=list)
+        trainer.state.epoch = epoch + num_skipped / len(loader)
+        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        if num_skipped:
+            loader = skip_first_batches(loader, num_skipped)
+        loader.set_epoch(epoch)
+        drawn.append([number for batch in loader for number in batch])
+    return drawn
 
 
-def test_processes_share_an_epoch_out(tmp_path, monkeypatch):
+def test_processes_share_an_epoch_out_and_go_on_with_it_where_they_are_resumed(tmp_path):
     trainer = trainer_of(tmp_path, num_train=2, num_validation=2)
-    drawn = [
-        number
-        for loader in shards_of_an_epoch(trainer, 10, monkeypatch, epoch=3)
-        for batch in loader
-        for number in batch
-    ]
-    assert sorted(drawn) == list(range(30, 40))
-
-
-def test_a_shard_that_is_resumed_within_an_epoch_goes_on_with_that_epoch(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path, num_train=2, num_validation=2)
-    for rank in range(2):
-        whole = list(shards_of_an_epoch(trainer, 10, monkeypatch, epoch=3)[rank])
-        resumed = skip_first_batches(shards_of_an_epoch(trainer, 10, monkeypatch, epoch=0)[rank], 2)
-        resumed.set_epoch(3)  # as Trainer does
-        assert list(resumed) == whole[2:] and len(whole) == 5
+    whole = shards_of_an_epoch(trainer, 3)
+    assert sorted(whole[0] + whole[1]) == list(range(30, 40)) and list(map(len, whole)) == [5, 5]
+    assert shards_of_an_epoch(trainer, 3, num_skipped=2) == [drawn[2:] for drawn in whole]
 
 
 def test_a_validation_leaves_the_random_numbers_of_training_as_they_are(tmp_path, monkeypatch):

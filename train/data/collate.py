@@ -144,7 +144,7 @@ class ConversationCollator:
         logger.warning(
             f"{num_long} of the {num_conversations} conversations of a batch have more than {self.max_length} tokens: their "
             f"answers are shortened to whole sentences{cut}. To learn them whole, raise `data.max_text_length` (`max_length` of "
-            "the collator). Further batches are not told of."
+            "the collator). Each process says so once."
         )
 
 

@@ -104,7 +104,7 @@ class DrawnDataset(Dataset):
     """
     What data sets of samples have in common: an index counts draws, and a draw is one sample, or a group of them, with the
     random numbers of an epoch. Index `epoch * len(dataset) + i` is sample, or group, `i` in that epoch, which [`EpochSampler`]
-    makes use of; a plain index below the length is one in the epoch that was set last.
+    makes use of; a plain index below the length is one in the epoch that has begun.
 
     Args:
         samples (`datasets.Dataset`):
@@ -118,11 +118,14 @@ class DrawnDataset(Dataset):
     def __init__(self, samples: datasets.Dataset, seed: int, owners: Sequence[str], questions_per_owner: int):
         self.samples, self.seed = samples, seed
         self.groups = QuestionGroups(owners, questions_per_owner) if questions_per_owner > 1 else None
-        self.epoch = 0
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers of a loader hear of it
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch by the loader of a plain Trainer, whose indices are below the length, in one process."""
-        self.epoch = epoch
+    def begin_epoch(self, epoch: int) -> None:
+        """
+        Lets plain indices be of another epoch: for a plain Trainer, with the callback `TellEpoch(dataset.begin_epoch)`. It has not
+        the name `set_epoch`, by which loaders of validations would call it too.
+        """
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.samples if self.groups is None else self.groups)
@@ -136,7 +139,7 @@ class DrawnDataset(Dataset):
         """
         if draw < 0:
             raise IndexError(f"Expected an index from 0, got {draw}.")
-        epoch, index = divmod(draw, len(self)) if draw >= len(self) else (self.epoch, draw)
+        epoch, index = divmod(draw, len(self)) if draw >= len(self) else (int(self.epoch), draw)
         rows = [index] if self.groups is None else self.groups.rows_of(index, self.seed, epoch)
         return [self.samples[row] for row in rows], item_generator(self.seed, epoch, index)
 
@@ -145,9 +148,8 @@ class StudyDataset(DrawnDataset):
     """
     Training items of samples.
 
-    Indices count draws, see [`DrawnDataset`]. Train with [`~train.trainers.StudyTrainer`], whose order, prompts and augmentation
-    follow from seed and epoch in any number of processes, or with a plain Trainer in one process; in several, each of its
-    epochs is epoch 0.
+    Indices count draws, see [`DrawnDataset`]. Train with [`~train.trainers.StudyTrainer`], or with a plain Trainer and the callback
+    [`~train.trainers.TellEpoch`], without which each epoch draws the same prompts and augmentation.
 
     Args:
         samples (`datasets.Dataset`):

@@ -19,6 +19,7 @@ their choices and the splits are disjoint is found by `med3dvlm prepare check`, 
 import csv
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -403,16 +404,23 @@ def read_csv_rows(
             _check_delimiter(path, file.readline())
             file.seek(0)
             header = [name.strip() for name in next(reader, [])]
+            width = len(header)
+            while header and not header[-1]:  # spreadsheets save the empty columns beside a table
+                header.pop()
             _check_header(path, header, required)
             if check_header is not None:
                 check_header(header)
             for row, cells in enumerate(reader, start=2):
                 if not cells:  # a blank line, such as the last one
                     continue
-                if len(cells) != len(header):
+                if len(cells) != width:
                     raise ValueError(
-                        f"{path}, row {row}: expected {len(header)} cells as in the header, got {len(cells)}. A text "
+                        f"{path}, row {row}: expected {width} cells as in the header, got {len(cells)}. A text "
                         'with commas or line breaks must stand in double quotes, a double quote in it as "".'
+                    )
+                if any(cells[len(header) :]):
+                    raise ValueError(
+                        f"{path}, row {row}: has a text in a column without a name. Name it, or empty it."
                     )
                 yield row, dict(zip(header, cells))
         except csv.Error as error:
@@ -423,8 +431,9 @@ def read_csv_rows(
 
 def _check_delimiter(path: Path, header: str) -> None:
     """Refuses a table whose columns something else than commas separates, as the first line shows before it is parsed."""
+    unquoted = re.sub(r'"[^"]*"', "", header)
     for sign, name in ((";", "semicolons"), ("\t", "tabs")):
-        if header.count(sign) > header.count(","):
+        if sign in unquoted and "," not in unquoted:
             raise ValueError(
                 f"{path}, header: expected commas between the columns, got {name}, it seems. Save it as CSV with commas; a "
                 "text with commas must then stand in double quotes."

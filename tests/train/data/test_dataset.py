@@ -97,13 +97,19 @@ def test_epochs_differ_in_order_prompt_and_augmentation_and_repeat_by_seed():
     assert runs[0] != runs[1] and runs[0] != runs[3]
 
 
-def test_a_plain_index_is_of_the_epoch_that_was_set_last():
+def test_a_plain_index_is_of_the_epoch_that_has_begun_in_workers_too():
+    def prompts(items):
+        return [item["messages"][0]["content"][1]["text"] for item in items]
+
     dataset = StudyDataset(samples(3), Constant(), ConversationBuilder(), seed=5)
-    in_epochs = [dataset[draw]["messages"] for draw in range(9)]
+    in_epochs = [prompts(dataset[3 * epoch + index] for index in range(3)) for epoch in range(3)]
+    assert in_epochs[0] != in_epochs[1] != in_epochs[2]
+    loader = DataLoader(dataset, 3, num_workers=1, persistent_workers=True, collate_fn=lambda items: items)
     for epoch in (2, 0, 1):
-        dataset.set_epoch(epoch)
-        assert [dataset[index]["messages"] for index in range(3)] == in_epochs[3 * epoch : 3 * epoch + 3]
-    assert in_epochs[:3] != in_epochs[3:6]
+        dataset.begin_epoch(epoch)
+        assert prompts(dataset[index] for index in range(3)) == in_epochs[epoch]
+        (batch,) = loader
+        assert prompts(batch) == in_epochs[epoch]
 
 
 def test_sampler_takes_every_sample_once_an_epoch():

@@ -17,7 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2] / "goldens"))
 import make_slices
 
-from med3dvlm.train.data.m3d import read_m3d_cap, read_m3d_cap_raw, read_m3d_vqa
+from med3dvlm.train.data.m3d import read_csv_rows, read_m3d_cap, read_m3d_cap_raw, read_m3d_vqa
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 
 
@@ -170,6 +170,15 @@ def test_bad_tables_are_refused(root, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_m3d_vqa(root, "train")
+
+
+def test_empty_columns_beside_a_table_and_semicolons_within_names_do_not_matter(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('case,"effusion; left; right",,\n1,0,,\n')
+    assert list(read_csv_rows(path)) == [(2, {"case": "1", "effusion; left; right": "0"})]
+    path.write_text("case,liver,\n1,0,x\n")
+    with pytest.raises(ValueError, match="row 2: has a text in a column without a name"):
+        list(read_csv_rows(path))
 
 
 def test_a_table_that_is_not_utf8_is_refused(root):
