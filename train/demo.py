@@ -123,7 +123,7 @@ print(json.dumps(answers))
 # What the demonstration replaces in the recipes to be done in minutes.
 QUICK: dict[str, list[str]] = {
     stage: ["training.max_steps=-1", f"training.num_train_epochs={epochs}", "training.eval_strategy=no"]
-    for stage, epochs in {"language": 1, "contrastive": 6, "projector": 0.6, "finetune": 0.4}.items()
+    for stage, epochs in {"language": 1, "contrastive": 7, "projector": 0.6, "finetune": 0.4}.items()
 }
 # The plain loss of `phantom/contrastive`, with the offset that fits 32 pairs.
 WITHOUT_SIMILAR_REPORTS = ["data.similar_reports=0", "model.dual_encoder.logit_bias_init_value=-3.434"]
@@ -138,7 +138,7 @@ STARTS_FROM: dict[str, dict[str, str]] = {
 }
 
 
-def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = False) -> None:
+def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = False) -> None:
     """
     Shows the whole way on phantoms, and says on stdout what each thing is: a study is made, a small language model and the
     three stages are trained, the result is published, loaded in a process that cannot import this package, asked about a
@@ -147,7 +147,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     Args:
         output (`Path`):
             Folder for all that is made.
-        num_cases (`int`, *optional*, defaults to 1200):
+        num_cases (`int`, *optional*, defaults to 900):
             Phantoms.
         seed (`int`, *optional*, defaults to 0):
             Of phantoms and training.
@@ -169,7 +169,7 @@ def run_demo(output: Path, num_cases: int = 1200, seed: int = 0, full: bool = Fa
     def report(message: str) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {message}", flush=True)
 
-    num_validation, num_test = (100, 400) if full else (None, None)
+    num_validation, num_test = (100, 400) if full else (None, min(100, num_cases // 9))
     summary = write_study(
         study, num_cases, seed, num_validation=num_validation, num_test=num_test, progress=sys.stderr.isatty()
     )
