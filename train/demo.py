@@ -123,7 +123,7 @@ print(json.dumps(answers))
 # What the demonstration replaces in the recipes to be done in minutes.
 QUICK: dict[str, list[str]] = {
     stage: ["training.max_steps=-1", f"training.num_train_epochs={epochs}", "training.eval_strategy=no"]
-    for stage, epochs in {"language": 1, "contrastive": 7, "projector": 0.6, "finetune": 0.4}.items()
+    for stage, epochs in {"language": 0.9, "contrastive": 7, "projector": 0.6, "finetune": 0.35}.items()
 }
 # The plain loss of `phantom/contrastive`, with the offset that fits 32 pairs.
 WITHOUT_SIMILAR_REPORTS = ["data.similar_reports=0", "model.dual_encoder.logit_bias_init_value=-3.434"]
