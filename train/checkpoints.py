@@ -393,10 +393,10 @@ class StopOnSignal(TrainerCallback):
     Saves a checkpoint and ends training, on all ranks after the same step, when one of them receives a signal.
 
     SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`. The time between
-    signal and kill must cover a step and the saving; a validation that is due then is left out, unless the run depends on
-    its score (`metric_for_best_model`). If it does not, nothing is lost but the steps since the last complete checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the
-    environment variable `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` names other seconds: `med3dvlm train` and the launch files of this
-    package set 280.
+    signal and kill must cover a step and the saving; a validation that is due then is left out, unless the run depends
+    on its score (`metric_for_best_model`). If it does not, nothing is lost but the steps since the last complete
+    checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the environment variable
+    `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` names other seconds: `med3dvlm train` and the launch files of this package set 280.
 
     Attributes:
         was_stopped (`bool`): whether a signal ended the training. The caller should then exit with `exit_code`.
