@@ -206,13 +206,17 @@ def read_current_card(folder: Path) -> OldCard | None:
     return read_old_card(folder)
 
 
+def hashes_of_files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a model's weights and settings, by name, in order."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
+    return {file.name: sha256_of(file) for file in files}
+
+
 def digest_of_files(folder: Path) -> str:
     """The SHA-256 of the names and contents of a model's weights and settings; where weights come from changes no answer."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".jinja") and file.name != CONVERSION_NAME:
-            digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
+    hashes = hashes_of_files(folder)
+    hashes.pop(CONVERSION_NAME, None)
+    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes.items()).encode()).hexdigest()
 
 
 def merge_fields(old_card: OldCard | None, given: dict[str, Any], source: Path | None) -> dict[str, Any]:
@@ -496,6 +500,7 @@ __all__ = [
     "check_whole",
     "digest_of_files",
     "greedy_generation_config",
+    "hashes_of_files",
     "load_model",
     "publish",
     "put_in_place",

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.utils import CONFIG_NAME
 
-from ...hub_cards.publish import CONVERSION_NAME
+from ...hub_cards.publish import CONVERSION_NAME, hashes_of_files
 from ...modeling_med3dvlm.original_source import few, sha256_of
 from ..files import write_json_atomically, write_json_lines
 from ..stages import PUBLISHED, differing_keys
@@ -86,10 +86,9 @@ def describe_source(name: str) -> dict[str, Any]:
     if path.is_file():
         return {"name": path.name, "sha256": {path.name: sha256_of(path)}}
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
         # A stage calls its result `published`: what tells it from others is the folder above.
         place = path.absolute().parent if path.name == PUBLISHED else path
-        return {"name": place.name, "sha256": {file.name: sha256_of(file) for file in files}}
+        return {"name": place.name, "sha256": hashes_of_files(path)}
     return {"name": name, "sha256": {}}
 
 
