@@ -18,15 +18,20 @@ from .recipe import load_recipe
 from .stages import run_recipe
 
 
-# The same for all: a rate that is lower than the recipe's, which is DCFormer-naive's, and the plain losses.
-ENCODER_SETTINGS = ["training.learning_rate=1.5e-3", *WITHOUT_SIMILAR_REPORTS]
+# One question about a volume at a time, in batches of 32.
+ONE_QUESTION_AT_A_TIME = ["data.questions_per_volume=1", "training.per_device_train_batch_size=32"]
+# The same for all variants, whatever the recipes do for their scores: the plain losses, at rates that suit all.
+STAGE_SETTINGS: dict[str, list[str]] = {
+    "language": ONE_QUESTION_AT_A_TIME,
+    "contrastive": ["training.learning_rate=1.5e-3", *WITHOUT_SIMILAR_REPORTS],
+    "projector": ["training.learning_rate=2.0e-3", *ONE_QUESTION_AT_A_TIME],
+}
 # What each variant replaces in `phantom/contrastive`. DCFormer is the smallest, and the ViT3D has as many parameters, within a
 # factor of 2.
 ENCODERS: dict[str, list[str]] = {
-    "DCFormer + SigLIP": [*ENCODER_SETTINGS, "model.vision.variant=nano"],
-    "DCFormer + CLIP": [*ENCODER_SETTINGS, "model.vision.variant=nano", "model.dual_encoder.loss_type=softmax"],
+    "DCFormer + SigLIP": ["model.vision.variant=nano"],
+    "DCFormer + CLIP": ["model.vision.variant=nano", "model.dual_encoder.loss_type=softmax"],
     "ViT3D + CLIP": [
-        *ENCODER_SETTINGS,
         "model.dual_encoder.loss_type=softmax",
         "model.vision.variant=null",
         "model.vision.layer_scale_init_value=null",
@@ -92,7 +97,7 @@ def run_ablations(
             f"training.seed={seed}",
         ]
         values += [f"training.max_steps={steps[stage]}", "training.eval_strategy=no"]
-        return run_recipe(load_recipe(f"phantom/{stage}", [*values, *changes, *overrides]))
+        return run_recipe(load_recipe(f"phantom/{stage}", [*values, *STAGE_SETTINGS[stage], *changes, *overrides]))
 
     write_study(study, num_cases, seed=0)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {"encoders": {}, "projectors": {}}

@@ -4,16 +4,18 @@ import pytest
 
 from med3dvlm import DCFormerSiglipConfig, Med3DVLMConfig
 from med3dvlm.modeling_med3dvlm.modeling_dcformer_siglip import VISION_MODELS
-from med3dvlm.train.ablations import ENCODERS, PROJECTORS, format_ablations
+from med3dvlm.train.ablations import ENCODERS, PROJECTORS, STAGE_SETTINGS, format_ablations
 from med3dvlm.train.models import vision_config_fields
 from med3dvlm.train.recipe import load_recipe
 
 
 def test_encoders_differ_in_loss_and_volume_encoder_alone():
     weights = {}
-    plain = load_recipe("phantom/contrastive", ENCODERS["DCFormer + SigLIP"])
+    same = STAGE_SETTINGS["contrastive"]
+    plain = load_recipe("phantom/contrastive", [*same, *ENCODERS["DCFormer + SigLIP"]])
+    assert plain.data.similar_reports == 0
     for name, changes in ENCODERS.items():
-        recipe = load_recipe("phantom/contrastive", changes)
+        recipe = load_recipe("phantom/contrastive", [*same, *changes])
         assert recipe.training == plain.training and recipe.data == plain.data, name
         config = DCFormerSiglipConfig(
             vision_config=vision_config_fields(recipe.model.vision), **recipe.model.dual_encoder
@@ -38,6 +40,12 @@ def test_projectors_are_those_of_the_papers_table():
         "1xMixer-H": ("mixer", 1),
         "2xMixer-H": ("mixer", 2),
     }
+
+
+def test_one_question_at_a_time_whatever_the_recipes_do():
+    for stage in ("language", "projector"):
+        recipe = load_recipe(f"phantom/{stage}", STAGE_SETTINGS[stage])
+        assert (recipe.data.questions_per_volume, recipe.training["per_device_train_batch_size"]) == (1, 32)
 
 
 def test_tables_give_mean_and_spread():
