@@ -4,7 +4,7 @@ The blind control gives every question the volume of another case. A model that 
 volume has not used the volume.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import datasets
 import torch
@@ -23,7 +23,8 @@ def retrieval_recall(
     """
     Share of queries whose match is among the `k` nearest of the gallery. Query `i` belongs to entry `i`.
 
-    Equal similarities are counted as if their order were drawn: an entry that ties with others gets its expected share.
+    Equal similarities are counted as if their order were drawn: an entry that ties with others gets its expected share. Equal
+    entries always tie.
 
     Args:
         queries (`torch.Tensor` of shape `(num_pairs, projection_dim)`):
@@ -79,7 +80,9 @@ def retrieval_hits(
     """
     check_finite("queries", queries)
     check_finite("gallery", gallery)
-    similarities = queries.float() @ gallery.float().T
+    # Equal entries are compared once: in a large product, their similarities may differ in the last bit by where they stand.
+    entries, places = torch.unique(gallery.float(), dim=0, return_inverse=True)
+    similarities = (queries.float() @ entries.T)[:, places]
     same = group_ids[:, None] == group_ids[None]
     own = similarities.diagonal().unsqueeze(1)
     best = similarities.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
@@ -93,6 +96,24 @@ def retrieval_hits(
         hits[f"plain_recall_at_{rank}"] = ((rank - nearer) / ties).clamp(0, 1)
         hits[f"recall_at_{rank}"] = _chance_of_a_match(rank - before, matches_at_best, others_at_best)
     return hits
+
+
+def one_vector_per_text(text_embeds: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """
+    The vectors of reports with one for all that are identical, that of the first: made in other batches they differ by
+    rounding, which would decide between reports that nobody can tell apart.
+
+    Args:
+        text_embeds (`torch.Tensor` of shape `(num_pairs, projection_dim)`):
+            Vectors of the reports.
+        group_ids (`torch.Tensor` of shape `(num_pairs,)`):
+            Equal for identical reports.
+
+    Returns:
+        `torch.Tensor` of shape `(num_pairs, projection_dim)`.
+    """
+    first: dict[int, int] = {}
+    return text_embeds[[first.setdefault(group, place) for place, group in enumerate(group_ids.tolist())]]
 
 
 def check_finite(name: str, vectors: torch.Tensor) -> None:
@@ -141,21 +162,41 @@ def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> 
     return sum(chances) / len(chances)
 
 
-def with_volume_of_another_case(samples: datasets.Dataset) -> datasets.Dataset:
+def with_volume_of_another_case(samples: datasets.Dataset, broken: Collection[str] = ()) -> datasets.Dataset:
     """
     The samples with the volume of another case each, for the blind control: all samples of a case get that of one other.
 
+    Args:
+        samples (`datasets.Dataset`):
+            Rows of `SAMPLE_FEATURES`.
+        broken (`Collection[str]`, *optional*):
+            Images that cannot be read. No sample gets one of them; a case whose other one is sound keeps it.
+
     Raises:
-        ValueError: all samples are of one case.
+        ValueError: all samples are of one case, or there is no sound volume of another one.
     """
-    images: dict[str, str] = {}
+    # Of each case the images, and the one that stands for it elsewhere.
+    images: dict[str, set[str]] = {}
+    sound: dict[str, str] = {}
     for case, image in zip(samples["case"], samples["image"]):
-        images.setdefault(case, image)
+        images.setdefault(case, set()).add(image)
+        if image not in broken:
+            sound.setdefault(case, image)
     cases = list(images)
     if len(cases) < 2:
         raise ValueError(f"The blind control needs samples of at least two cases, got {len(cases)}.")
-    # Half-way round: neighbours in a list are often alike.
-    other = {case: images[cases[(place + len(cases) // 2) % len(cases)]] for place, case in enumerate(cases)}
+    other: dict[str, str] = {}
+    for place, case in enumerate(cases):
+        # Half-way round: neighbours in a list are often alike.
+        start = place + len(cases) // 2
+        turns = (cases[(start + turn) % len(cases)] for turn in range(len(cases)))
+        found = next((sound[name] for name in turns if name in sound and sound[name] not in images[case]), None)
+        if found is None and case in sound:
+            raise ValueError(
+                "The blind control needs sound volumes of at least two cases, and there is none beside those of one case: take "
+                "more cases, or leave the control out."
+            )
+        other[case] = found or ""  # nothing of a case that is left out itself
     replaced = [other[case] for case in samples["case"]]
     return samples.remove_columns("image").add_column("image", replaced).cast(samples.features)
 
@@ -164,6 +205,7 @@ __all__ = [
     "RECALL_RANKS",
     "chance_recall",
     "check_finite",
+    "one_vector_per_text",
     "retrieval_hits",
     "retrieval_recall",
     "with_volume_of_another_case",

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.scoring import chance_recall, retrieval_hits, retrieval_recall, with_volume_of_another_case
+from med3dvlm.train.scoring import (
+    chance_recall,
+    one_vector_per_text,
+    retrieval_hits,
+    retrieval_recall,
+    with_volume_of_another_case,
+)
 
 
 def unit(vectors):
@@ -57,6 +63,26 @@ def test_a_collapsed_model_scores_chance_whatever_reports_are_identical():
     recalls = retrieval_recall(constant, constant, groups)
     for rank in (1, 5, 10):
         assert recalls[f"recall_at_{rank}"] == pytest.approx(chance_recall(groups, 12, rank))
+
+
+def test_equal_entries_tie_wherever_they_stand():
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (
+        torch.nn.functional.normalize(torch.randn(9, 64, generator=generator), dim=1) for _ in range(2)
+    )
+    gallery[[4, 8]] = gallery[0].clone()  # a matrix product may sum the last column in another order than the first
+    queries[[4, 8]] = queries[0].clone()
+    hits = retrieval_hits(queries, gallery, torch.arange(9), ranks=(1, 9))
+    own = hits["plain_recall_at_1"][[0, 4, 8]]
+    assert own.tolist() in ([0, 0, 0], [pytest.approx(1 / 3)] * 3)
+    queries[:] = gallery[0]  # nearest to all: three entries tie for each
+    hits = retrieval_hits(queries, gallery, torch.arange(9), ranks=(1,))["plain_recall_at_1"]
+    assert hits.tolist() == [pytest.approx(1 / 3) if place in (0, 4, 8) else 0 for place in range(9)]
+
+
+def test_identical_reports_have_one_vector():
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1e-7], [0.6, 0.8]])
+    assert one_vector_per_text(vectors, torch.tensor([5, 2, 5, 3])).equal(vectors[[0, 1, 0, 3]])
 
 
 def test_vectors_that_are_not_finite_are_refused():
@@ -114,3 +140,18 @@ def test_blind_control_gives_every_case_the_volume_of_another():
     assert len(pairs) == 3 and all(image != f"{case}.nii.gz" for case, image in pairs)
     with pytest.raises(ValueError, match="at least two cases, got 1"):
         with_volume_of_another_case(rows(["x", "x"]))
+
+
+def test_blind_control_passes_over_volumes_that_cannot_be_read():
+    samples = rows(["v", "w", "w", "x", "y", "z"])
+    plain = with_volume_of_another_case(samples)["image"][:]
+    assert plain == [f"{case}.nii.gz" for case in "xyyzvw"]
+    images = with_volume_of_another_case(samples, {"y.nii.gz"})["image"][:]
+    assert images == [f"{case}.nii.gz" for case in "xzzzvw"]  # all but those of the broken one stay
+    with pytest.raises(ValueError, match="sound volumes of at least two cases, and there is none beside those of one"):
+        with_volume_of_another_case(samples, {f"{case}.nii.gz" for case in "vwyz"})
+
+
+def test_a_volume_that_two_cases_share_is_no_control():
+    samples = rows(["v", "w", "x"]).map(lambda row: {"image": row["image"].replace("w", "v")})
+    assert with_volume_of_another_case(samples)["image"][:] == ["x.nii.gz", "x.nii.gz", "v.nii.gz"]

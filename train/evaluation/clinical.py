@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..data.m3d import read_csv_rows
 from .scores import TextMetric
-from .tables import percent
+from .tables import escape_cell, percent
 from .text_metrics import SampleMetric
 
 
@@ -496,7 +496,7 @@ def format_labels(scores: Sequence[LabelScore]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for score in scores:
-        cells = [score.label, percent(score.precision), percent(score.recall), percent(score.f1)]
+        cells = [escape_cell(score.label), percent(score.precision), percent(score.recall), percent(score.f1)]
         cells += [str(score.num_reference), str(score.num_predicted), str(score.num_unknown)]
         lines.append(f"| {' | '.join(cells)} |")
     without = [score.label for score in scores if math.isnan(score.f1)]

@@ -1,6 +1,7 @@
 """The commands `med3dvlm evaluate ...`. Heavy imports wait until a command needs them."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ from ..command_line import (
 if TYPE_CHECKING:
     from .settings import EvaluationSettings, Work
 
+
+# What answers are compared with in a check whether a model uses its volume.
+DEPENDENCE_METRICS = ("bleu_1", "rouge_1")
 
 evaluate_app = typer.Typer(
     name="evaluate",
@@ -117,6 +121,14 @@ LabellerOption = Annotated[
         show_default=False,
     ),
 ]
+SkipBrokenOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken",
+        help="Leave samples out whose scan cannot be read, and list the scans in skipped.jsonl. All scans are read for it first, "
+        "once for a folder.",
+    ),
+]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, at least 1")
 ]
@@ -146,6 +158,7 @@ def evaluate_retrieval_command(
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
     prepared: PreparedOption = False,
+    skip_broken: SkipBrokenOption = False,
     published: PublishedOption = None,
     processes: ProcessesOption = None,
     as_json: JsonOption = False,
@@ -161,7 +174,6 @@ def evaluate_retrieval_command(
     with bad_input_is_an_answer():
         require_eval_extra()
         source = check_source(model, embeddings, "--embeddings")
-        start_processes_if_needed(processes, device)
         settings = make_settings(
             data,
             ("report",),
@@ -172,11 +184,12 @@ def evaluate_retrieval_command(
             dtype=dtype,
             prepared=prepared,
         )
+        start_processes_if_needed(processes, device)
         with step("importing"):
             from .runner import evaluate_retrieval
         hush_progress_bars()
         result = evaluate_retrieval(
-            out, settings, source, embeddings, system=name, work=make_work(batch_size, device, cache)
+            out, settings, source, embeddings, system=name, work=make_work(batch_size, device, cache, skip_broken)
         )
         text = show(result, out, published, None, False, None)
         if result:
@@ -204,6 +217,7 @@ def evaluate_report_command(
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
     prepared: PreparedOption = False,
+    skip_broken: SkipBrokenOption = False,
     published: PublishedOption = None,
     show_case_names: CaseNamesOption = False,
     processes: ProcessesOption = None,
@@ -225,7 +239,7 @@ def evaluate_report_command(
             name,
             {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
             (metrics, bertscore_model, bertscore_layers, labeller),
-            (batch_size, device, cache),
+            (batch_size, device, cache, skip_broken),
             {"dtype": dtype, "prepared": prepared},
             published,
             show_case_names,
@@ -258,6 +272,7 @@ def evaluate_vqa_command(
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
     prepared: PreparedOption = False,
+    skip_broken: SkipBrokenOption = False,
     published: PublishedOption = None,
     show_case_names: CaseNamesOption = False,
     processes: ProcessesOption = None,
@@ -282,7 +297,7 @@ def evaluate_vqa_command(
             name,
             {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
             (metrics, bertscore_model, bertscore_layers, None),
-            (batch_size, device, cache),
+            (batch_size, device, cache, skip_broken),
             {"dtype": dtype, "prepared": prepared},
             published,
             show_case_names,
@@ -316,6 +331,7 @@ def evaluate_all_command(
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
     prepared: PreparedOption = False,
+    skip_broken: SkipBrokenOption = False,
     published: PublishedOption = None,
     show_case_names: CaseNamesOption = False,
     processes: ProcessesOption = None,
@@ -334,23 +350,25 @@ def evaluate_all_command(
             raise ValueError("Expected --model, the vision-language model, and --dual-encoder for retrieval.")
         source = check_model_name(model)
         encoder = None if dual_encoder is None else check_model_name(dual_encoder)
+        options = {"split": split, "num_cases": cases, "blind": blind, "dtype": dtype, "prepared": prepared}
+        make_settings(data, ("report",), **options)
         start_processes_if_needed(processes, device)
         with step("importing"):
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
             from .clinical import CLINICAL_METRICS, build_clinical_metrics
             from .runner import MetricOptions, build_text_metrics, evaluate_answers, evaluate_retrieval, questions_of
-            from .settings import check_kind
+            from .settings import check_kind, device_of_process, find_model, start_processes
         hush_progress_bars()
-        options = {"split": split, "num_cases": cases, "blind": blind, "dtype": dtype, "prepared": prepared}
         metric_options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers)
         # Before hours of retrieval: what is missing or does not fit is to be known now.
-        check_kind(source, Med3DVLMForConditionalGeneration)
+        work = make_work(batch_size, device, cache, skip_broken)
+        state = start_processes(work)
+        check_kind(find_model(source), Med3DVLMForConditionalGeneration)
         if encoder is not None:
-            check_kind(encoder, DCFormerSiglipModel)
-        build_text_metrics(metric_options, ("report",))
+            check_kind(find_model(encoder), DCFormerSiglipModel)
+        build_text_metrics(metric_options, ("report",), device_of_process(work), state.is_main_process)
         build_clinical_metrics([name for name in metric_options.names if name in CLINICAL_METRICS])
-        work = make_work(batch_size, device, cache)
         parts: dict[str, dict[str, Any]] = {}
         texts = []
         if encoder is not None:
@@ -402,7 +420,11 @@ def evaluate_zero_shot_command(
     ] = None,
     split: SplitOption = "test",
     validation: Annotated[
-        Path | None, typer.Option(help="Labels of other volumes, to choose thresholds with.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Labels of other volumes, to choose thresholds with; with --data, of cases of its split validation.",
+            show_default=False,
+        ),
     ] = None,
     rule: Annotated[
         str | None,
@@ -427,12 +449,16 @@ def evaluate_zero_shot_command(
         require_eval_extra()
         require_extra("eval", "sklearn")
         source = check_model_name(model)
-        settings = make_settings(data or "", ("report",), split=split, dtype=dtype, prepared=prepared)
+        settings = make_settings(
+            data or "", ("report",), split=split, dtype=dtype, prepared=prepared, max_text_length=max_text_length
+        )
         with step("importing"):
+            from dataclasses import asdict
+
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ..data.study import read_task
-            from ..files import write_atomically, write_json_atomically
-            from .settings import build_volumes, load_for_evaluation
+            from .folders import ZERO_SHOT, describe_source, open_folder
+            from .settings import build_volumes, check_kind, find_model, load_for_evaluation, start_processes
             from .zero_shot import (
                 PHANTOM_PROMPTS,
                 format_zero_shot,
@@ -443,12 +469,27 @@ def evaluate_zero_shot_command(
             )
         hush_progress_bars()
         work = make_work(batch_size, device, cache)
+        start_processes(work)
         classes = read_prompts(prompts or PHANTOM_PROMPTS)
         names = [entry.name for entry in classes]
-        images = None if data is None else images_by_case(read_task(data, settings.split, "report"))
-        labelled = read_labels(labels, names, images)
-        held = None if validation is None else read_labels(validation, names, images)
-        loaded, processor = load_for_evaluation(source, DCFormerSiglipModel, settings, work)
+
+        def images_of(part: Any) -> Any:
+            return None if data is None else lambda: images_by_case(read_task(data, part, "report"))
+
+        labelled = read_labels(labels, names, images_of(settings.split))
+        held = None if validation is None else read_labels(validation, names, images_of("validation"))
+        folder = find_model(source)
+        check_kind(folder, DCFormerSiglipModel)
+        described = {
+            **asdict(settings),
+            "model": describe_source(source, folder),
+            "prompts": [asdict(entry) for entry in classes],
+            "labels": describe_source(str(labels)),
+            "validation": None if validation is None else describe_source(str(validation)),
+            "rule": rule,
+        }
+        open_folder(out, described)
+        loaded, processor = load_for_evaluation(folder, DCFormerSiglipModel, settings, work)
         result = run_zero_shot(
             loaded,
             processor,
@@ -461,10 +502,13 @@ def evaluate_zero_shot_command(
             batch_size,
             work.progress,
         )
-        text = format_zero_shot(result)
-        write_json_atomically(result.to_dict(), out / "zero_shot.json")
-        write_atomically(f"# Zero-shot classification, {Path(source).name}\n\n{text}\n".encode(), out / "README.md")
-        typer.echo(json.dumps(result.to_dict()) if as_json else text)
+        content = write_result(
+            out / ZERO_SHOT,
+            f"# Zero-shot classification, {Path(source).name}\n\n{format_zero_shot(result)}\n",
+            result.to_dict(),
+            described,
+        )
+        typer.echo(json.dumps(content) if as_json else format_zero_shot(result))
 
 
 @evaluate_app.command("dependence")
@@ -486,7 +530,7 @@ def evaluate_dependence_command(
     ] = None,
     split: SplitOption = "test",
     cases: Annotated[int, typer.Option("--cases", min=2, help="The first so many cases.")] = 50,
-    max_new_tokens: TokensOption = 64,
+    max_new_tokens: TokensOption = 256,
     max_text_length: LengthOption = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffling.")] = 0,
     batch_size: BatchOption = 16,
@@ -506,36 +550,71 @@ def evaluate_dependence_command(
         require_eval_extra()
         source = check_model_name(model)
         with step("importing"):
+            from dataclasses import asdict
+
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
-            from ..files import write_atomically, write_json_atomically
+            from ..data.preparation_record import check_not_prepared
+            from .folders import DEPENDENCE, describe_source, open_folder
             from .image_dependence import check_image_dependence, format_dependence
-            from .runner import read_samples
-            from .settings import build_volumes, load_for_evaluation, model_type_of
+            from .runner import MetricOptions, build_text_metrics, check_blind_control, read_samples
+            from .settings import (
+                build_volumes,
+                find_model,
+                load_for_evaluation,
+                model_type_of,
+                prepared_options,
+                start_processes,
+            )
         hush_progress_bars()
-        is_dual = model_type_of(source) == DCFormerSiglipModel.config_class.model_type
-        asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
-        settings = make_settings(data, asked, split=split, num_cases=cases, dtype=dtype, prepared=prepared)
         work = make_work(batch_size, device, cache)
+        start_processes(work)
+        folder = find_model(source)
+        is_dual = model_type_of(folder) == DCFormerSiglipModel.config_class.model_type
+        asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
+        settings = make_settings(
+            data,
+            asked,
+            split=split,
+            num_cases=cases,
+            max_new_tokens=max_new_tokens,
+            max_text_length=max_text_length,
+            dtype=dtype,
+            prepared=prepared,
+        )
         samples, _ = read_samples(settings)
+        check_blind_control(settings, samples)
+        check_not_prepared(samples[0]["image"], prepared_options(prepared))
+        # Hardly a report is right in every word, so that by `exact` alone nothing could fall.
+        metrics = {} if is_dual else build_text_metrics(MetricOptions(DEPENDENCE_METRICS), settings.tasks)
+        described = {
+            **asdict(settings),
+            "model": describe_source(source, folder),
+            "metrics": list(metrics),
+            "seed": seed,
+        }
+        open_folder(out, described)
         kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
-        loaded, processor = load_for_evaluation(source, kind, settings, work)
+        loaded, processor = load_for_evaluation(folder, kind, settings, work)
         rows = check_image_dependence(
             loaded,
             processor,
             samples,
             build_volumes(processor, settings, work),
+            text_metrics=metrics,
             max_new_tokens=max_new_tokens,
             max_text_length=max_text_length,
             batch_size=batch_size,
             seed=seed,
             show_progress=work.progress,
         )
-        text = format_dependence(rows)
-        content = {"model": source, "num_cases": cases, "rows": [row.to_dict() for row in rows]}
-        write_json_atomically(content, out / "dependence.json")
-        write_atomically(f"# Image dependence, {Path(source).name}\n\n{text}\n".encode(), out / "README.md")
-        typer.echo(json.dumps(content) if as_json else text)
+        content = write_result(
+            out / DEPENDENCE,
+            f"# Image dependence, {Path(source).name}\n\n{format_dependence(rows)}\n",
+            {"model": source, "num_cases": cases, "rows": [row.to_dict() for row in rows]},
+            described,
+        )
+        typer.echo(json.dumps(content) if as_json else format_dependence(rows))
 
 
 @evaluate_app.command("card")
@@ -565,9 +644,15 @@ def evaluate_card_command(
     """
     with bad_input_is_an_answer():
         from ...hub_cards.model_index import add_results_to_card
-        from .folders import SCORES, check_scores_are_of, describe_source
+        from .folders import DEPENDENCE, SCORES, ZERO_SHOT, check_scores_are_of, describe_source
 
         for folder in evaluations:
+            others = [name for name in (ZERO_SHOT, DEPENDENCE) if (folder / name).is_file()]
+            if others:
+                raise ValueError(
+                    f"{folder}: {others[0]} does not go into cards. Expected a folder that `med3dvlm evaluate` retrieval, report "
+                    "or vqa filled."
+                )
             if not (folder / SCORES).is_file():
                 raise FileNotFoundError(
                     f"{folder}: there are no scores. Expected a folder that `med3dvlm evaluate` filled."
@@ -581,7 +666,7 @@ def evaluate_card_command(
             check_scores_are_of(model, folder, result["settings"]["model"], content)
         for result in results:
             settings = result["settings"]
-            name = dataset or Path(settings["data"]).name
+            name = dataset or name_of_data(settings["data"])
             word = re.sub(r"[^\w.]+", "-", name).strip("-")
             card = add_results_to_card(model, result, name, dataset_id or word, split=settings["split"])
         typer.echo(str(card))
@@ -622,6 +707,12 @@ def evaluate_references_command(
         typer.echo(f"{out}: {len(references)} lines")
 
 
+def name_of_data(data: str) -> str:
+    """The name of a study's folder, which is often named by its manifest, or from within."""
+    path = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100 (links stay: the folder is named as given)
+    return path.parent.name if path.suffix.lower() in (".csv", ".jsonl") else path.name
+
+
 def answer_and_score(
     tasks: tuple[str, ...] | None,
     data: str,
@@ -632,7 +723,7 @@ def answer_and_score(
     name: str | None,
     asked: dict[str, Any],
     metric_options: tuple[str, str | None, int | None, str | None],
-    work_options: tuple[int, str, Path | None],
+    work_options: tuple[int, str, Path | None, bool],
     model_options: dict[str, Any],
     published: Path | None,
     show_case_names: bool,
@@ -642,6 +733,7 @@ def answer_and_score(
     """What `evaluate report` and `evaluate vqa` have in common."""
     require_eval_extra()
     source = check_source(model, predictions, "--predictions")
+    make_settings(data, tasks or (), **asked, **model_options)  # what is wrong is said once, not by each process
     start_processes_if_needed(processes, work_options[1])
     with step("importing"):
         from .runner import MetricOptions, evaluate_answers, questions_of
@@ -654,6 +746,17 @@ def answer_and_score(
     text = show(result, out, published, work, show_case_names, source)
     if result:
         typer.echo(json.dumps(result) if as_json else text)
+
+
+def write_result(path: Path, text: str, result: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes a result with its settings and versions, and `README.md` beside it; returns what is in the file."""
+    from ..files import write_atomically, write_json_atomically
+    from .folders import versions
+
+    content = {**result, "settings": settings, "versions": versions()}
+    write_json_atomically(content, path)
+    write_atomically(text.encode(), path.with_name("README.md"))
+    return content
 
 
 def require_eval_extra() -> None:
@@ -694,11 +797,16 @@ def start_processes_if_needed(processes: int | None, device: str) -> None:
 def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> "EvaluationSettings":
     """
     Raises:
+        FileNotFoundError: there are no such data.
         ValueError: a task, split or precision is not known.
     """
     from ..data.samples import SPLITS, TASKS
     from .settings import EvaluationSettings
 
+    if not Path(data).expanduser().exists():
+        raise FileNotFoundError(
+            f"{data}: there is no such study. Expected a folder in the layout of M3D, or a manifest."
+        )
     for kind, value, choices in (
         *(("task", task, TASKS) for task in tasks),
         ("--split", fields.get("split", "test"), SPLITS),
@@ -709,11 +817,11 @@ def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> "Evaluati
     return EvaluationSettings(data=data, tasks=tasks, **fields)  # type: ignore[arg-type]
 
 
-def make_work(batch_size: int, device: str, cache: Path | None) -> "Work":
+def make_work(batch_size: int, device: str, cache: Path | None, skip_broken: bool = False) -> "Work":
     """How the work is done."""
     from .settings import Work
 
-    return Work(batch_size, device, None if cache is None else str(cache), sys.stderr.isatty())
+    return Work(batch_size, device, None if cache is None else str(cache), sys.stderr.isatty(), skip_broken)
 
 
 def show(

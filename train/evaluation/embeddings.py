@@ -19,7 +19,7 @@ from ..answering import embed_samples
 from ..files import write_atomically
 from ..scoring import check_finite
 from .predictions import Reference
-from .settings import EvaluationSettings, Work, build_volumes, load_for_evaluation
+from .settings import EvaluationSettings, Work, broken_scans_have_a_way_out, build_volumes, load_for_evaluation
 
 
 logger = logging.get_logger(__name__)
@@ -48,9 +48,10 @@ def embed_all(
         starts = range(0, len(mine), work.batch_size)
         for start in tqdm(starts, desc="embedding", disable=not work.progress):
             places = mine[start : start + work.batch_size]
-            image_embeds, text_embeds = embed_samples(
-                model, processor, samples.select(places), volumes, settings.max_text_length, work.batch_size
-            )
+            with broken_scans_have_a_way_out(work):
+                image_embeds, text_embeds = embed_samples(
+                    model, processor, samples.select(places), volumes, settings.max_text_length, work.batch_size
+                )
             ids = [references[place].id for place in places]
             content = save({"image_embeds": image_embeds, "text_embeds": text_embeds}, {"ids": json.dumps(ids)})
             name = hashlib.blake2b(json.dumps(ids).encode(), digest_size=8).hexdigest()

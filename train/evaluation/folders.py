@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils import CONFIG_NAME
+from huggingface_hub import snapshot_download
+from transformers.utils import CONFIG_NAME, logging
 
 from ...hub_cards.publish import CONVERSION_NAME, hashes_of_files
 from ...modeling_med3dvlm.original_source import few, sha256_of
@@ -19,6 +20,13 @@ from .predictions import read_json_lines
 from .scores import Score
 
 
+logger = logging.get_logger(__name__)
+
+# What a repository must have here: configuration, weights, processor and tokenizer.
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+JOURNAL, SKIPPED = "journal", "skipped.jsonl"
+# What the commands write that have no scores in the form of the others.
+ZERO_SHOT, DEPENDENCE = "zero_shot.json", "dependence.json"
 RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
     "run.json",
     "references.jsonl",
@@ -30,24 +38,38 @@ RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
 
 def open_folder(output: Path, settings: dict[str, Any]) -> None:
     """
-    Begins an evaluation in a folder, or goes on with the one that is there.
+    Begins an evaluation in a folder, or goes on with the one that is there. One in which nothing was answered yet, such as one
+    with a wrong option that ended at once, is begun anew if need be. `run.json` also keeps the versions of the first call.
 
     Raises:
         ValueError: the folder holds something else.
     """
     path = output / RUN
-    settings = json.loads(json.dumps(settings))
+    settings, found = json.loads(json.dumps(settings)), versions()
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun != settings:
-            keys = ", ".join(sorted(differing_keys(begun, settings)))
-            raise ValueError(
-                f"{output}: holds an evaluation with other settings ({keys}). Choose another folder, or remove it."
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        before = begun.pop("versions", found)
+        keys = ", ".join(sorted(differing_keys(begun, settings)))
+        if has_answers(output):
+            if keys:
+                raise ValueError(
+                    f"{output}: holds an evaluation with other settings ({keys}). Choose another folder, or remove it."
+                )
+            if before != found:
+                changed = ", ".join(sorted(differing_keys(before, found)))
+                logger.warning(f"{output}: begun with other versions ({changed}), with which answers may be others.")
+            return
+        for name in (REFERENCES, SKIPPED) if keys else ():
+            (output / name).unlink(missing_ok=True)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: expected a new folder, or one of an evaluation; it holds something else.")
-    write_json_atomically(settings, path)
+    write_json_atomically({**settings, "versions": found}, path)
+
+
+def has_answers(output: Path) -> bool:
+    """Whether the folder of an evaluation holds answers, embeddings or scores, which are of its settings and data alone."""
+    kept = [path for path in (output / JOURNAL).glob("[!.]*") if path.stat().st_size]
+    return bool(kept) or any((output / name).exists() for name in (EMBEDDINGS, SCORES, ZERO_SHOT, DEPENDENCE))
 
 
 def keep_references(output: Path, references: Sequence[dict[str, Any]]) -> None:
@@ -59,7 +81,7 @@ def keep_references(output: Path, references: Sequence[dict[str, Any]]) -> None:
         ValueError: the data have changed since.
     """
     path = output / REFERENCES
-    if not path.is_file():
+    if not path.is_file() or not has_answers(output):
         write_json_lines(references, path)
         return
     begun = [row for _, row in read_json_lines(path)]
@@ -77,10 +99,32 @@ def keep_references(output: Path, references: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def describe_source(name: str) -> dict[str, Any]:
+def snapshot_of(repository: str, revision: str | None = None) -> Path:
+    """
+    The files of a model on the Hub that an evaluation needs, downloaded unless they are there: the folder, whose name is the
+    revision. Offline, what an earlier download left.
+
+    Raises:
+        OSError: there is no such repository, or, offline, no download of it.
+    """
+    return Path(
+        snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"])
+    )
+
+
+def describe_source(name: str, snapshot: str | Path | None = None) -> dict[str, Any]:
     """
     What identifies a model or a file: its name, and the SHA-256 of its content; of a folder, those of its configuration and
-    weights. What is neither is a repository on the Hub, and its name alone.
+    weights. What is neither is a repository on the Hub: its revision is named too.
+
+    Args:
+        name (`str`):
+            Of the folder, file or repository.
+        snapshot (`str` or `Path`, *optional*):
+            Of a repository the files that are used, see [`snapshot_of`], which is called if they are not given.
+
+    Raises:
+        OSError: there is no such repository.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -89,7 +133,8 @@ def describe_source(name: str) -> dict[str, Any]:
         # A stage calls its result `published`: what tells it from others is the folder above.
         place = path.absolute().parent if path.name == PUBLISHED else path
         return {"name": place.name, "sha256": hashes_of_files(path)}
-    return {"name": name, "sha256": {}}
+    snapshot = Path(snapshot or snapshot_of(name))
+    return {"name": name, "revision": snapshot.name, "sha256": hashes_of_files(snapshot)}
 
 
 def check_scores_are_of(model: Path, folder: Path, scored: Mapping[str, Any], content: Mapping[str, str]) -> None:
@@ -170,16 +215,22 @@ def versions() -> dict[str, str]:
 
 
 __all__ = [
+    "DEPENDENCE",
     "EMBEDDINGS",
+    "JOURNAL",
     "PREDICTIONS",
     "REFERENCES",
     "RUN",
     "SCORES",
+    "SKIPPED",
+    "ZERO_SHOT",
     "check_scores_are_of",
     "describe_source",
+    "has_answers",
     "keep_references",
     "open_folder",
     "read_scores",
     "score_fields",
+    "snapshot_of",
     "versions",
 ]

@@ -177,6 +177,9 @@ def check_image_dependence(
       questions change; whole reports may differ in a word. The mean cosine is at least `stable_cosine`.
     - "mirrored": of the answers that name a side, more change than not.
 
+    Of a score that is not above chance with the true volumes, beyond its interval, nothing can be said: there is nothing that it
+    could fall from.
+
     Args:
         model ([`Med3DVLMForConditionalGeneration`], a `peft.PeftModel` of one, or [`DCFormerSiglipModel`]):
             Used in evaluation mode; its mode is restored.
@@ -307,7 +310,9 @@ def _score_row(
 ) -> Dependence:
     """A score, and whether it falls as it should: `others` are those with the volume of another case."""
     low, high = bootstrap_interval([new - old for new, old in zip(changed, original)], cases)
-    expectation, holds, remark = "", None, ""
+    expectation: str = ""
+    holds: bool | None = None
+    remark = ""
     if change == "shifted":
         expectation, holds = "the score does not fall", high >= 0
     elif change in (OTHER_CASE, "blank", "shuffled"):
@@ -322,6 +327,10 @@ def _score_row(
             remark = "with another case's volume the score is not lower beyond its interval"
         elif not holds:
             remark = f"{_mean(changed):.1%} is above the {_mean(others):.1%} of another case"
+    lowest, _ = bootstrap_interval(original, cases)
+    if expectation and not lowest > chance:
+        holds = None
+        remark = f"nothing to fall from: {_mean(original):.1%} is not above chance, {chance:.1%}, beyond its interval"
     return Dependence(
         change, task, metric, _mean(original), _mean(changed), low, high, len(changed), expectation, holds, remark
     )
@@ -432,7 +441,11 @@ def format_dependence(rows: Sequence[Dependence]) -> str:
     for row in rows:
         scale, digits = (1.0, 3) if row.metric == COSINE else (100.0, 1)
         shown = ["" if value is None else f"{scale * value:.{digits}f}" for value in (row.original, row.changed)]
-        interval = "" if row.original is None else f"{scale * row.low:+.{digits}f} to {scale * row.high:+.{digits}f}"
+        interval = (
+            ""
+            if row.original is None or math.isnan(row.low)
+            else f"{scale * row.low:+.{digits}f} to {scale * row.high:+.{digits}f}"
+        )
         if math.isnan(row.changed):
             shown[1], interval = "-", ""
         lines.append(f"| {row.task} | {row.change} | {row.metric} | {' | '.join(shown)} | {interval} | {row.count} |")

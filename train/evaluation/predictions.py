@@ -2,7 +2,8 @@
 Questions with their references, and what a system answered: one JSON line for each, matched by id.
 
 Any system can be scored by the harness: `references.jsonl` lists what is asked, and a file with a line
-`{"id": "closed_vqa/000012", "prediction": "B. spleen"}` for each of its entries answers it.
+`{"id": "closed_vqa/000012", "prediction": "B. spleen"}` for each of its entries answers it. An id says only which row of the
+data is meant: best add `prediction` to the lines of `references.jsonl`, so that what was asked can be compared.
 """
 
 import json
@@ -13,6 +14,10 @@ from typing import Any
 
 from ..data.samples import QUESTION_TYPES, TASKS
 from ..prompts import format_answer, format_question
+
+
+# Of a reference, what a line with a prediction may repeat.
+CHECKED_FIELDS = ("question", "reference", "answer_choice")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
 
     Args:
         path (`Path`):
-            JSON lines with `id` and `prediction`; further keys, and ids of tasks that are not asked, are ignored.
+            JSON lines with `id` and `prediction`. Where a line also has `question`, `reference` or `answer_choice`, as those of
+            `references.jsonl` do, they must be those of the reference with its id: an id alone says only which row of the data
+            was asked about. Other keys, and ids of tasks that are not asked, are ignored.
         references (`Sequence[Reference]`):
             What was asked.
 
@@ -97,10 +104,12 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not of this form, an id occurs twice, is not among the references, or has no line. The message
-            names the line, or the first few ids and how many there are.
+        ValueError: a line is not of this form, an id occurs twice, is not among the references, or has no line, or a line is
+            about something else than its reference. The message names the line, or the first few ids and how many there are,
+            and no text of a patient.
     """
     found: dict[str, str] = {}
+    asked = {reference.id: reference for reference in references}
     for number, row in read_json_lines(path):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "prediction")):
             raise ValueError(
@@ -109,6 +118,13 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
         if row["id"] in found:
             raise ValueError(f"{path}, line {number}: the id {row['id']!r} occurs a second time.")
         found[row["id"]] = row["prediction"].strip()
+        for field in CHECKED_FIELDS if row["id"] in asked else ():
+            said, true = row.get(field), getattr(asked[row["id"]], field)
+            if said is not None and (not isinstance(said, str) or said.split() != true.split()):
+                raise ValueError(
+                    f"{path}, line {number}: the {field!r} of {row['id']} is another one in these data, so that the answer is to "
+                    "something else. Answer what `med3dvlm evaluate references` writes for them."
+                )
     wanted = [reference.id for reference in references]
     known, not_asked = set(wanted), {*TASKS} - {reference.task for reference in references}
     unknown = [name for name in found if name not in known and name.partition("/")[0] not in not_asked]

@@ -13,7 +13,7 @@ from ..data.manifest import find_manifest
 from ..files import write_atomically
 from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
 from .clinical import LabelScore, format_labels
-from .folders import PREDICTIONS, SCORES, read_scores
+from .folders import PREDICTIONS, SCORES, read_scores, snapshot_of
 from .html_report import AnsweredTask, write_html_report
 from .plots import RecallCurve, draw_calibration, draw_recall_curves, draw_type_bars
 from .predictions import Reference, read_json_lines
@@ -43,8 +43,8 @@ def present(
         output (`Path`):
             The folder, with its `scores.json`.
         published (`Path`, *optional*):
-            File of published figures to stand in the tables; for data in the layout of M3D that are no phantoms, those that come
-            with the package if not given.
+            File of published figures to stand in the tables; if not given, those that come with the package, for the split "test"
+            of data in the layout of M3D that are no phantoms.
         work ([`Work`], *optional*):
             Has the cache of volumes, for the slices in the report.
         show_case_names (`bool`, *optional*):
@@ -61,7 +61,9 @@ def present(
     """
     scores = read_scores(output / SCORES)
     result = json.loads((output / SCORES).read_text(encoding="utf-8"))
-    others = read_published(published) if published is not None or is_m3d(result["settings"]["data"]) else []
+    # Those of the package are of the test.
+    is_comparable = result["settings"]["split"] == "test" and is_m3d(result["settings"]["data"])
+    others = read_published(published) if published is not None or is_comparable else []
     tables = build_tables(scores, result["system"], others)
     write_tables(tables, scores, output / "tables")
     tasks = list(dict.fromkeys(score.task for score in scores))
@@ -79,7 +81,7 @@ def present(
             summary=[describe_run(result), *result["notes"]],
             scores=scores,
             plots=plots,
-            volumes=load_volumes(model, result["settings"], work),
+            volumes=load_volumes(find_on_disk(model, result["settings"]), result["settings"], work),
             show_case_names=show_case_names,
         )
     text = format_readme(result, [f"## {table.title}\n\n{table.to_markdown()}" for table in tables], plots, output)
@@ -140,6 +142,13 @@ def draw_answers(
             path, hits = output / f"plots/{task}_calibration.png", entry.scores[HIT_METRICS[task]]
             plots[f"Calibration, {task}"] = draw_calibration(confidences, hits, path, title=f"Calibration, {task}")
     return plots
+
+
+def find_on_disk(model: str | None, settings: dict[str, Any]) -> str | None:
+    """The folder of a model; of a repository on the Hub, that of the revision that was evaluated."""
+    if model is None or Path(model).expanduser().is_dir():
+        return model
+    return str(snapshot_of(model, settings["model"].get("revision")))
 
 
 def load_volumes(model: str | None, settings: dict[str, Any], work: Work | None) -> VolumeLoader | None:

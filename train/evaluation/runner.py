@@ -2,7 +2,8 @@
 Evaluations as folders: what was asked, what was answered, the scores, and the settings under which all of it was made.
 
 A folder is filled by one call or by several: a call that was ended, or killed, goes on where it was. With several processes
-(torchrun, accelerate) each volume is dealt to one of them, and nothing depends on how many there are.
+(torchrun, accelerate) each volume is dealt to one of them, and what is asked does not depend on how many there are. Batches
+do, and with them, in low precision, perhaps a word of an answer: `scores.json` records the work, see [`describe_work`].
 """
 
 import time
@@ -14,19 +15,25 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import save
 from transformers.utils import logging
 
 from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+from ...processing.processing_med3dvlm import Med3DVLMProcessor
 from ..answering import iterate_answers
+from ..checkpoints import done_by_first_process
 from ..data.dataset import text_group_id
 from ..data.m3d import VQA_FOLDER, VQA_SPLITS
 from ..data.manifest import find_manifest
+from ..data.preparation_record import check_not_prepared
+from ..data.reading import find_broken
 from ..data.samples import SPLITS, Task
 from ..data.study import first_cases, read_task
 from ..files import write_atomically, write_json_atomically, write_json_lines
-from ..scoring import with_volume_of_another_case
+from ..scoring import one_vector_per_text, with_volume_of_another_case
+from ..stages import folder_of
 from .clinical import (
     CLINICAL_METRICS,
     as_text_metrics,
@@ -38,8 +45,10 @@ from .clinical import (
 from .embeddings import embed_all, gather_embeddings, read_embeddings
 from .folders import (
     EMBEDDINGS,
+    JOURNAL,
     PREDICTIONS,
     SCORES,
+    SKIPPED,
     describe_source,
     keep_references,
     open_folder,
@@ -59,9 +68,31 @@ from .scores import (
     summarise,
     types_of_one_case,
 )
-from .settings import EvaluationSettings, Work, build_volumes, check_kind, load_for_evaluation, start_processes
+from .settings import (
+    EvaluationSettings,
+    Work,
+    broken_scans_have_a_way_out,
+    build_volumes,
+    check_kind,
+    describe_work,
+    device_of_process,
+    find_model,
+    load_for_evaluation,
+    prepared_options,
+    start_processes,
+)
 from .statistics import describe_answers
-from .text_metrics import BertScore, Bleu1, Meteor, Rouge1, RougeL, check_nltk_data, corpus_bleu_4, language_note
+from .text_metrics import (
+    BertScore,
+    Bleu1,
+    Meteor,
+    Rouge1,
+    RougeL,
+    check_nltk_data,
+    corpus_bleu_4,
+    encoder_note,
+    language_note,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -132,32 +163,44 @@ def evaluate_answers(
     if model is not None and blind_predictions is not None:
         raise ValueError("Blind predictions belong to a file of predictions; a model is asked for its own.")
     metrics, work = metrics or MetricOptions(), work or Work()
+    state = start_processes(work)
     # Before any work: what is missing or does not fit is to be known now.
-    if model is not None:
-        check_kind(model, Med3DVLMForConditionalGeneration)
-    text_metrics = build_text_metrics(metrics, settings.tasks)
+    folder = None if model is None else find_model(model)
+    if folder is not None:
+        check_kind(folder, Med3DVLMForConditionalGeneration)
+    text_metrics = build_text_metrics(metrics, settings.tasks, device_of_process(work), state.is_main_process)
     clinical = build_clinical_metrics([name for name in metrics.names if name in CLINICAL_METRICS])
     text_metrics |= as_text_metrics(clinical)
     if metrics.labeller is not None:
         find_labeller(metrics.labeller)
         if "report" not in settings.tasks:
             raise ValueError("A labeller is for reports: leave it out, or evaluate reports.")
-    state = start_processes(work)
     samples, is_part = read_samples(settings)
     references = build_references(samples)
     # What is given is looked at before the folder is begun, which is then for it alone.
     answers: dict[str, list[dict[str, Any]]] = {}
     if model is not None:
         check_blind_control(settings, samples)
+        check_not_prepared(samples[0]["image"], prepared_options(settings.prepared))
     for mode, file in {"given": predictions, "blind": blind_predictions}.items():
         if file is not None:
             answers[mode] = [{"prediction": text} for text in read_predictions(file, references)]
-    folder_settings = begin(output, settings, model or str(predictions), references, state)
+    identity = {"model": describe(model or str(predictions), folder, state)}
+    if blind_predictions is not None:
+        identity["blind_predictions"] = describe(str(blind_predictions), None, state)
+    folder_settings = begin(output, settings, identity, references, state)
 
-    seconds, num_new = 0.0, 0
-    if model is not None:
+    skipped_note, seconds, num_new, num_all = None, 0.0, 0, len(references)
+    if folder is not None:
+        broken = find_unreadable(output, settings, folder, samples, work)
+        versions_of_samples = {"given": samples}
+        if settings.blind:
+            versions_of_samples["blind"] = with_volume_of_another_case(samples, broken)
+        skipped_note, kept = leave_out(output, samples, broken)
+        samples, references = samples.select(kept), [references[row] for row in kept]
+        versions_of_samples = {mode: version.select(kept) for mode, version in versions_of_samples.items()}
         start = time.perf_counter()
-        answers, num_new = answer_all(output, settings, model, samples, references, work, state)
+        answers, num_new = answer_all(output, settings, folder, versions_of_samples, references, work, state)
         seconds = time.perf_counter() - start
     if not state.is_main_process:
         return {}
@@ -170,13 +213,17 @@ def evaluate_answers(
         scores,
         system=system or folder_settings["model"]["name"],
         settings=folder_settings,
+        work=None if folder is None else describe_work(folder, settings, work),
         decoding=None if model is None else "greedy",
         metrics=asdict(metrics),
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
-        part_of_split=is_part,
+        num_skipped=num_all - len(references),
+        part_of_split=is_part or skipped_note is not None,
         notes=[
             *notes_on(settings, is_part, references, answers),
+            *([] if skipped_note is None else [skipped_note]),
+            *notes_on_encoder(text_metrics, metrics),
             *notes_on_language(references, text_metrics, metrics),
             *clinical_notes(clinical),
         ],
@@ -217,31 +264,41 @@ def evaluate_retrieval(
     state = start_processes(work)
     samples, is_part = read_samples(settings)
     references = build_references(samples)
-    if model is not None:
-        check_kind(model, DCFormerSiglipModel)
+    folder = None if model is None else find_model(model)
+    if folder is not None:
+        check_kind(folder, DCFormerSiglipModel)
+        check_not_prepared(samples[0]["image"], prepared_options(settings.prepared))
     check_blind_control(settings, samples)
     if embeddings is not None:
         image_embeds, text_embeds = read_embeddings(embeddings, len(references))
-    folder_settings = begin(output, settings, model or str(embeddings), references, state)
+    identity = {"model": describe(model or str(embeddings), folder, state)}
+    folder_settings = begin(output, settings, identity, references, state)
 
-    seconds, num_new = 0.0, 0
-    if model is not None:
+    seconds, num_new, num_all = 0.0, 0, len(references)
+    broken = [] if folder is None else find_unreadable(output, settings, folder, samples, work)
+    blind = with_volume_of_another_case(samples, broken) if settings.blind else None
+    skipped_note, kept = leave_out(output, samples, broken)
+    samples, references = samples.select(kept), [references[row] for row in kept]
+    if folder is not None:
         start = time.perf_counter()
-        num_new = embed_all(output, settings, model, samples, references, work, state)
+        num_new = sum(gather_object([embed_all(output, settings, folder, samples, references, work, state)]))
         seconds = time.perf_counter() - start
     if not state.is_main_process:
         return {}
-    if model is not None:
+    if folder is not None:
         image_embeds, text_embeds = gather_embeddings(output, references)
         write_atomically(save({"image_embeds": image_embeds, "text_embeds": text_embeds}), output / EMBEDDINGS)
     group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
+    text_embeds = one_vector_per_text(text_embeds, group_ids)
     blind_order = None
-    if settings.blind:
+    if blind is not None:
         places = {image: place for place, image in enumerate(samples["image"])}
-        blind_order = [places[image] for image in with_volume_of_another_case(samples)["image"]]
+        blind_order = [places[image] for image in blind.select(kept)["image"]]
     scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
     num_reports = len(set(group_ids.tolist()))
     notes = notes_on(settings, is_part, references, {})
+    if skipped_note is not None:
+        notes.append(skipped_note)
     missing = [size for size in GALLERY_SIZES if size > len(references)]
     if missing:
         notes.append(f"No gallery of {', '.join(map(str, missing))}: there are only {len(references)} pairs.")
@@ -252,25 +309,90 @@ def evaluate_retrieval(
         scores,
         system=system or folder_settings["model"]["name"],
         settings=folder_settings,
+        work=None if folder is None else describe_work(folder, settings, work),
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
-        part_of_split=is_part,
+        num_skipped=num_all - len(references),
+        part_of_split=is_part or skipped_note is not None,
         notes=notes,
         samples_per_second=num_new / seconds if num_new else None,
         details={"recall_curves": curves},
     )
 
 
+def describe(source: str, snapshot: str | None, state: PartialState) -> dict[str, Any]:
+    """[`describe_source`] in the first process, which alone keeps it: weights are read as a whole for it."""
+    return describe_source(source, snapshot) if state.is_main_process else {}
+
+
 def begin(
-    output: Path, settings: EvaluationSettings, source: str, references: Sequence[Reference], state: PartialState
+    output: Path,
+    settings: EvaluationSettings,
+    identity: Mapping[str, Any],
+    references: Sequence[Reference],
+    state: PartialState,
 ) -> dict[str, Any]:
-    """Opens the folder, writes what is asked, and returns the settings with what identifies the model."""
-    folder_settings = {**asdict(settings), "model": describe_source(source)}
+    """Opens the folder, writes what is asked, and returns the settings with what identifies the model or the files."""
+    folder_settings = {**asdict(settings), **identity}
     if state.is_main_process:
         open_folder(output, folder_settings)
         keep_references(output, [asdict(reference) for reference in references])
     state.wait_for_everyone()
     return folder_settings
+
+
+def find_unreadable(
+    output: Path, settings: EvaluationSettings, model: str, samples: datasets.Dataset, work: Work
+) -> list[str]:
+    """
+    The images that cannot be read, the same ones in all processes: those in the folder's listing, which the first process makes
+    by reading all of them, unless there is one. None without `work.skip_broken`.
+    """
+    if not work.skip_broken:
+        return []
+
+    def find() -> list[str]:
+        volumes = build_volumes(Med3DVLMProcessor.from_pretrained(model), settings, work)
+        images = list(dict.fromkeys(samples["image"]))
+        return find_broken(
+            volumes,
+            images,
+            output / SKIPPED,
+            base=folder_of(settings.data),
+            is_resumed=True,
+            progress=work.progress,
+        )
+
+    return done_by_first_process(find)
+
+
+def leave_out(output: Path, samples: datasets.Dataset, broken: Collection[str]) -> tuple[str | None, list[int]]:
+    """
+    What is left of samples without those whose image cannot be read.
+
+    Returns:
+        What a reader of the scores must know of that, `None` where nothing is left out; and the rows that are kept.
+
+    Raises:
+        ValueError: nothing is left of a task.
+    """
+    images, tasks = list(samples["image"]), list(samples["task"])
+    without = set(broken)
+    kept = [row for row, image in enumerate(images) if image not in without]
+    if len(kept) == len(images):
+        return None, kept
+    lost = sorted(set(tasks) - {tasks[row] for row in kept})
+    if lost:
+        raise ValueError(
+            f"Not one volume of the task {lost[0]!r} can be read: {output / SKIPPED} lists the reasons. Mend them, and remove "
+            "this listing, so that all are read anew."
+        )
+    cases = {case for case, image in zip(samples["case"], images) if image in without}
+    note = (
+        f"{len(without)} volumes ({len(cases)} cases) cannot be read and were left out; {SKIPPED} lists them: "
+        f"{len(images) - len(kept):,} of {len(images):,} samples were not scored."
+    )
+    return note, kept
 
 
 def check_blind_control(settings: EvaluationSettings, samples: datasets.Dataset) -> None:
@@ -320,9 +442,10 @@ def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
 
 def questions_of(data: str, split: str) -> tuple[Task, ...]:
     """
-    The tasks of questions that a study has: yes/no questions only where there is a file of them, or in a manifest.
+    The tasks of questions that a study has: in the layout of M3D, those that there is a file of for the split.
 
     Raises:
+        FileNotFoundError: there is no such study.
         ValueError: the split is not known.
     """
     if split not in SPLITS:
@@ -331,13 +454,34 @@ def questions_of(data: str, split: str) -> tuple[Task, ...]:
     if find_manifest(root) is not None:
         tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
         return tuple(task for task in tasks if len(read_task(root, split, task)))
-    has_yes_no = (root / VQA_FOLDER / f"M3D_VQA_yn_{VQA_SPLITS[split]}.csv").is_file()
-    return ("closed_vqa", "open_vqa", "yes_no_vqa") if has_yes_no else ("closed_vqa", "open_vqa")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root}: there is no such study. Expected a folder in the layout of M3D, or a manifest."
+        )
+    files: dict[str, tuple[Task, ...]] = {"M3D_VQA": ("closed_vqa", "open_vqa"), "M3D_VQA_yn": ("yes_no_vqa",)}
+    return tuple(
+        task
+        for name, tasks_of_file in files.items()
+        if (root / VQA_FOLDER / f"{name}_{VQA_SPLITS[split]}.csv").is_file()
+        for task in tasks_of_file
+    )
 
 
-def build_text_metrics(options: MetricOptions, tasks: Sequence[Task]) -> dict[str, TextMetric]:
+def build_text_metrics(
+    options: MetricOptions, tasks: Sequence[Task], device: str | None = None, is_first: bool = True
+) -> dict[str, TextMetric]:
     """
     The metrics of `TEXT_METRICS` by name, with all they need loaded; none, where no task has texts to compare.
+
+    Args:
+        options ([`MetricOptions`]):
+            Which ones.
+        tasks (`Sequence[Task]`):
+            What is asked.
+        device (`str`, *optional*):
+            Where BERTScore's encoder runs.
+        is_first (`bool`, *optional*):
+            Whether this is the first process, which alone scores; in others BERTScore's encoder is not loaded.
 
     Raises:
         FileNotFoundError: METEOR's data are not there.
@@ -357,9 +501,9 @@ def build_text_metrics(options: MetricOptions, tasks: Sequence[Task]) -> dict[st
         if name == "meteor":
             check_nltk_data()
         if name == "bertscore":
-            bert_score = BertScore(options.bertscore_model, options.bertscore_layers)
+            bert_score = BertScore(options.bertscore_model, options.bertscore_layers, device=device)
             try:
-                _ = bert_score.scorer
+                _ = bert_score.scorer if is_first else None
             except OSError as error:
                 raise OSError(
                     f"BERTScore's encoder {options.bertscore_model or 'roberta-large'!r} cannot be loaded: name another or "
@@ -376,21 +520,18 @@ def answer_all(
     output: Path,
     settings: EvaluationSettings,
     model_name: str,
-    samples: datasets.Dataset,
+    versions_of_samples: Mapping[str, datasets.Dataset],
     references: Sequence[Reference],
     work: Work,
     state: PartialState,
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """
-    Lets a model answer what it has not answered yet.
+    Lets a model answer what it has not answered yet: of each mode, "given" and perhaps "blind", the samples of the references.
 
     Returns:
-        By mode, what the journal has for each reference, in their order; and how many answers this process made.
+        By mode, what the journal has for each reference, in their order; and how many answers all processes made.
     """
-    versions_of_samples = {"given": samples}
-    if settings.blind:
-        versions_of_samples["blind"] = with_volume_of_another_case(samples)
-    journals = {mode: Journal(output / "journal", mode) for mode in versions_of_samples}
+    journals = {mode: Journal(output / JOURNAL, mode) for mode in versions_of_samples}
     pending: list[tuple[str, list[dict[str, Any]]]] = []
     for mode, rows in versions_of_samples.items():
         done = journals[mode].read()
@@ -412,13 +553,15 @@ def answer_all(
             answers = iterate_answers(
                 model, processor, left, volumes, settings.max_new_tokens, work.batch_size, work.progress
             )
-            for rows_answered, said in answers:
-                journals[mode].append(
-                    {"id": row["id"], "prediction": answer.text, "confidence": answer.confidence}
-                    for row, answer in zip(rows_answered, said)
-                )
-                num_new += len(said)
+            with broken_scans_have_a_way_out(work):
+                for rows_answered, said in answers:
+                    journals[mode].append(
+                        {"id": row["id"], "prediction": answer.text, "confidence": answer.confidence}
+                        for row, answer in zip(rows_answered, said)
+                    )
+                    num_new += len(said)
     state.wait_for_everyone()
+    num_new = sum(gather_object([num_new]))
     found = {mode: journal.read() for mode, journal in journals.items()} if state.is_main_process else {}
     return {mode: [rows[reference.id] for reference in references] for mode, rows in found.items()}, num_new
 
@@ -540,6 +683,12 @@ def notes_on(
             shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
             notes.append(f"{len(empty)} of {len(references)} answers ({mode}) are empty and score 0: {shown}.")
     return notes
+
+
+def notes_on_encoder(text_metrics: Collection[str], options: MetricOptions) -> list[str]:
+    """What a reader of the scores must know where BERTScore has another encoder than the original's."""
+    note = encoder_note(options.bertscore_model, options.bertscore_layers) if "bertscore" in text_metrics else None
+    return [] if note is None else [note]
 
 
 def notes_on_language(

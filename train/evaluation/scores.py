@@ -109,7 +109,8 @@ def summarise(
         blind_scores (`dict`, *optional*):
             The same, of answers that were given with the volume of another case.
         chance_scores (`dict`, *optional*):
-            The same, of [`answers_of_another_case`]. Chance of an accuracy is one in the number of choices instead.
+            The same, of [`answers_of_another_case`]. Chance of an accuracy, by either rule, is one in the number of choices
+            instead.
 
     Returns:
         `list[Score]`. The mean over types stands there only if there are types. Of texts, a group with a type of question that
@@ -132,7 +133,7 @@ def summarise(
     for metric, values in scores.items():
         for group, places in groups.items():
             if task in CHANCE:
-                chance = CHANCE[task] if metric == "accuracy" else None
+                chance = CHANCE[task]
             elif chance_scores is None or any(references[place].question_type in alone for place in places):
                 chance = None
             else:

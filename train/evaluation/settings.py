@@ -1,19 +1,26 @@
 """What is evaluated on what, and how the work is done."""
 
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig
 
-from ...hub_cards.publish import check_whole, load_model
+from ...hub_cards.publish import check_source, check_whole, load_model
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
+from ...processing.volume_io import InvalidVolumeError
+from ..checkpoints import done_by_first_process
 from ..data.cache import VolumeCache
 from ..data.dataset import ProcessedVolumes, VolumeLoader
 from ..data.preparation_record import PREPARED
 from ..data.samples import Split, Task
+from .folders import snapshot_of
 
 
 # For processes whose share is done sooner. The default of torch, minutes, ends an evaluation of many cases at its last step.
@@ -51,19 +58,23 @@ class EvaluationSettings:
 @dataclass(frozen=True)
 class Work:
     """
-    How the work is done; none of it changes a score.
+    How the work is done. None of it changes what is asked; but what is computed in another order is rounded otherwise, which in
+    low precision may change a word of an answer, so that `scores.json` records it.
 
     Args:
         batch_size (`int`, *optional*): Questions, or pairs, at a time.
         device (`str`, *optional*): Where the model runs; CUDA if there is one.
         cache (`str`, *optional*): Folder of a cache of processed volumes.
         progress (`bool`, *optional*): Whether to show progress bars.
+        skip_broken (`bool`, *optional*): Whether samples whose scan cannot be read are left out, listed and counted; otherwise
+            such a scan ends the evaluation. For it, all scans are read before the first is asked about.
     """
 
     batch_size: int = 16
     device: str = ""
     cache: str | None = None
     progress: bool = False
+    skip_broken: bool = False
 
 
 def start_processes(work: Work) -> PartialState:
@@ -74,6 +85,56 @@ def start_processes(work: Work) -> PartialState:
 def choose_device(work: Work) -> str:
     """`work.device`, or CUDA if there is one."""
     return work.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of_process(work: Work) -> str:
+    """The device of this process: with several GPUs each process has its own. To be called after [`start_processes`]."""
+    device = choose_device(work)
+    return f"cuda:{PartialState().local_process_index}" if device == "cuda" else device
+
+
+def find_model(model: str) -> str:
+    """
+    The folder of a model: of a repository on the Hub, its files on this machine, of one revision in all processes. To be called
+    after [`start_processes`].
+
+    Raises:
+        OSError: there is no such model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    check_source(model)
+    found = done_by_first_process(lambda: str(snapshot_of(model)))
+    return found if Path(found).is_dir() else str(snapshot_of(model, Path(found).name))  # on another machine
+
+
+def describe_work(model: str, settings: EvaluationSettings, work: Work) -> dict[str, Any]:
+    """What answers in low precision depend on beside the settings: how many at a time, in which precision, and where."""
+    device = device_of_process(work)
+    is_cuda = torch.device(device).type == "cuda"
+    dtype = AutoConfig.from_pretrained(model).dtype if settings.dtype == "auto" else settings.dtype
+    return {
+        "batch_size": work.batch_size,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{device}, {platform.machine()}",
+        "num_processes": PartialState().num_processes,
+    }
+
+
+@contextmanager
+def broken_scans_have_a_way_out(work: Work) -> Iterator[None]:
+    """
+    Raises:
+        FileNotFoundError, InvalidVolumeError: as they come, with what else can be done about them.
+    """
+    try:
+        yield
+    except (FileNotFoundError, InvalidVolumeError) as error:
+        if work.skip_broken:
+            raise
+        hint = "Mend it, or go on without such scans: --skip-broken."
+        raise type(error)(f"{str(error).rstrip('. ')}. {hint}") from error
 
 
 def model_type_of(model: str) -> str:
@@ -110,10 +171,7 @@ def load_for_evaluation(model: str, kind: type[Any], settings: EvaluationSetting
     loaded: Any = load_model(model)
     if settings.dtype != "auto":
         loaded = loaded.to(getattr(torch, settings.dtype))
-    device = choose_device(work)
-    if device == "cuda":
-        device = f"cuda:{PartialState().local_process_index}"
-    return loaded.eval().to(device), Med3DVLMProcessor.from_pretrained(model)
+    return loaded.eval().to(device_of_process(work)), Med3DVLMProcessor.from_pretrained(model)
 
 
 def build_volumes(processor: Any, settings: EvaluationSettings, work: Work) -> VolumeLoader:
@@ -132,9 +190,13 @@ def prepared_options(prepared: bool) -> dict[str, Any]:
 __all__ = [
     "EvaluationSettings",
     "Work",
+    "broken_scans_have_a_way_out",
     "build_volumes",
     "check_kind",
     "choose_device",
+    "describe_work",
+    "device_of_process",
+    "find_model",
     "load_for_evaluation",
     "model_type_of",
     "prepared_options",

@@ -36,7 +36,8 @@ def bootstrap_interval(
             Of the draws.
 
     Returns:
-        `tuple[float, float]`: the lower and the upper end; NaN for no values.
+        `tuple[float, float]`: the lower and the upper end; NaN for values of fewer than two clusters, which do not show how much
+        others would differ.
 
     Raises:
         ValueError: `level` is not between 0 and 1, or `clusters` or `groups` has another length.
@@ -57,6 +58,8 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     rows = _numbered(range(len(values)) if clusters is None else clusters)
     columns = _numbered([0] * len(values) if groups is None else groups)
+    if rows.max() == 0:
+        return float("nan"), float("nan")
     # Of each cluster (row) and group (column): the sum and the number of its values.
     sums = np.zeros((rows.max() + 1, columns.max() + 1))
     sizes = np.zeros_like(sums)

@@ -61,7 +61,7 @@ class Table:
     def to_markdown(self) -> str:
         """The table and its notes, without its title."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        text = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+        text = "\n".join(f"| {' | '.join(map(escape_cell, line))} |" for line in lines)
         return "\n\n".join([text, *self.notes])
 
     def to_csv(self) -> str:
@@ -71,7 +71,8 @@ class Table:
         return stream.getvalue()
 
 
-def _escaped(cell: str) -> str:
+def escape_cell(cell: str) -> str:
+    """A text that cannot end a cell of a Markdown table, nor its row."""
     return cell.replace("|", "\\|").replace("\n", " ")
 
 
@@ -193,4 +194,4 @@ def write_tables(tables: Sequence[Table], scores: Sequence[Score], folder: Path)
     write_atomically(Table("all_scores", "", names, rows).to_csv().encode(), folder / "all_scores.csv")
 
 
-__all__ = ["Table", "build_tables", "format_score", "percent", "write_tables"]
+__all__ = ["Table", "build_tables", "escape_cell", "format_score", "percent", "write_tables"]

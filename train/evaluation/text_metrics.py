@@ -17,6 +17,7 @@ import functools
 import tempfile
 import unicodedata
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,6 +26,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 
+# BERTScore's encoder in the original, and the layer that bert_score takes of it.
+DEFAULT_ENCODER, DEFAULT_LAYER = "roberta-large", 17
 NLTK_DATA = ("corpora/wordnet", "tokenizers/punkt_tab/english")
 NLTK_HINT = (
     "METEOR needs data of NLTK: run `python -m nltk.downloader wordnet punkt_tab` where there is a network, and point the "
@@ -208,6 +211,35 @@ class BertScore(SampleMetric):
         )
 
 
+def encoder_note(model: str | None = None, num_layers: int | None = None) -> str | None:
+    """
+    What a reader of BERTScores must know where they are those of another encoder than the original's.
+
+    Args:
+        model (`str`, *optional*), num_layers (`int`, *optional*):
+            As for [`BertScore`].
+
+    Returns:
+        `str`, or `None` for the original's encoder.
+
+    Example:
+
+    ```python
+    >>> from med3dvlm.train.evaluation.text_metrics import encoder_note
+
+    >>> encoder_note("microsoft/deberta-base", 9)
+    "BERTScore's encoder: microsoft/deberta-base, layer 9; not comparable with figures of roberta-large."
+    ```"""
+    from bert_score.utils import model2layers
+
+    layer = num_layers or model2layers.get(model or DEFAULT_ENCODER)
+    if model in (None, DEFAULT_ENCODER) and layer == DEFAULT_LAYER:
+        return None
+    name = Path(model or DEFAULT_ENCODER)
+    shown = name.name if name.is_absolute() or len(name.parts) > 2 or name.exists() else str(name)
+    return f"BERTScore's encoder: {shown}, layer {layer}; not comparable with figures of {DEFAULT_ENCODER}."
+
+
 def language_note(
     references: Sequence[str], metrics: Collection[str], bertscore_model: str | None = None
 ) -> str | None:
@@ -244,7 +276,7 @@ def language_note(
     effects = {
         name: effect
         for name, effect in EFFECTS_OF_OTHER_LETTERS.items()
-        if name in metrics and not (name == "bertscore" and bertscore_model not in (None, "roberta-large"))
+        if name in metrics and not (name == "bertscore" and bertscore_model not in (None, DEFAULT_ENCODER))
     }
     if share <= MOST_OTHER_LETTERS or not effects:
         return None
@@ -288,5 +320,6 @@ __all__ = [
     "SampleMetric",
     "check_nltk_data",
     "corpus_bleu_4",
+    "encoder_note",
     "language_note",
 ]

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ from ..files import write_atomically
 from ..phantoms.anatomy import ORGANS
 from ..phantoms.study import TRUTH_FILE
 from .scores import Score
-from .tables import percent
+from .tables import escape_cell, percent
 
 
 Rule = Literal["sigmoid", "against negatives", "among classes"]
@@ -217,7 +217,9 @@ def _read_class(path: Path, name: str, entry: Any) -> ClassPrompts:
 
 
 def read_labels(
-    path: str | Path, classes: Sequence[str], images_of: Mapping[str, Sequence[str]] | None = None
+    path: str | Path,
+    classes: Sequence[str],
+    images_of: Mapping[str, Sequence[str]] | Callable[[], Mapping[str, Sequence[str]]] | None = None,
 ) -> Labels:
     """
     Reads the labels of volumes.
@@ -228,9 +230,9 @@ def read_labels(
             for each class: 1, 0, or empty for unknown.
         classes (`Sequence[str]`):
             Those that are scored; each must have a column.
-        images_of (`Mapping`, *optional*):
-            Paths of the volumes of each case, for a file without `image`: see [`images_by_case`]. The labels then belong to
-            each of them.
+        images_of (`Mapping` or `Callable`, *optional*):
+            Paths of the volumes of each case, or what finds them, for a file without `image`: see [`images_by_case`]. The labels
+            then belong to each of them.
 
     Returns:
         [`Labels`].
@@ -244,6 +246,7 @@ def read_labels(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of labels.")
     columns: list[str] = []
+    images_of_cases: dict[str, Sequence[str]] = {}
 
     def check_columns(header: list[str]) -> None:
         columns.extend(header)
@@ -256,6 +259,8 @@ def read_labels(
             raise ValueError(f"{path}: expected a column 'image' or 'case', got {', '.join(header)}.")
         if "image" not in header and images_of is None:
             raise ValueError(f"{path}: has no column 'image'. Add one, or say which volumes a case has.")
+        if "image" not in header and images_of is not None:
+            images_of_cases.update(images_of() if callable(images_of) else images_of)
 
     volumes: list[LabelledVolume] = []
     seen: dict[str, int] = {}
@@ -270,10 +275,10 @@ def read_labels(
             # As in manifests: absolute, and links stay.
             images: Sequence[str] = [os.path.abspath(path.parent / row["image"].strip())]  # noqa: PTH100
         else:
-            images = (images_of or {}).get(case, ())
+            images = images_of_cases.get(case, ())
             if not images:
                 raise ValueError(
-                    f"{where}: the case {case!r} is not among the {len(images_of or {})} cases of the data."
+                    f"{where}: the case {case!r} is not among the {len(images_of_cases)} cases of the data."
                 )
         for image in images:
             if image in seen:
@@ -395,7 +400,7 @@ def run_zero_shot(
 
     Raises:
         ValueError: the rule does not fit the model or the prompts, a prompt is too long, all volumes are of one case, or a
-            volume for validation is among those that are scored.
+            volume or case for validation is among those that are scored.
     """
     if not prompts:
         raise ValueError("Expected prompts for at least one class, got none.")
@@ -406,6 +411,12 @@ def run_zero_shot(
     if shared:
         raise ValueError(
             f"{len(shared)} volumes are both for validation and scored, such as {shared[0]}: remove them."
+        )
+    cases = {volume.case for volume in labels.volumes}
+    if validation is not None and (common := {volume.case for volume in validation.volumes} & cases):
+        raise ValueError(
+            f"{len(common)} cases are both for validation and scored, with other volumes, so that thresholds would be chosen on "
+            f"patients that are scored, such as {min(common)}: remove them from one of the files."
         )
     other = _places_of_another_case([volume.case for volume in labels.volumes])
 
@@ -651,11 +662,13 @@ def auroc_interval(
             Of the draws.
 
     Returns:
-        `tuple[float, float]`: the lower and the upper end; NaN if no draw has both labels.
+        `tuple[float, float]`: the lower and the upper end; NaN if no draw has both labels, or there are fewer than two cases.
     """
     truth, given = np.asarray(truth), np.asarray(given, dtype=float)
     names: dict[Any, int] = {}
     rows = np.array([names.setdefault(name, len(names)) for name in clusters])
+    if len(names) < 2:
+        return math.nan, math.nan
     order = np.argsort(given, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(given[order]) != 0))  # of equal values
     generator = np.random.default_rng(seed)
@@ -715,7 +728,7 @@ def format_zero_shot(result: ZeroShotResult) -> str:
     lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
     for score in result.scores:
         interval = "" if math.isnan(score.low) else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
-        cells = [score.name, percent(score.auroc), interval, percent(score.blind_auroc)]
+        cells = [escape_cell(score.name), percent(score.auroc), interval, percent(score.blind_auroc)]
         cells += [percent(score.f1), percent(score.accuracy)]
         if has_threshold:
             cells += ["" if score.threshold is None else f"{score.threshold:.3g}"]

@@ -20,7 +20,7 @@ from ..evaluation.scores import (
     summarise,
 )
 from ..evaluation.tables import percent
-from ..scoring import chance_recall, retrieval_recall, with_volume_of_another_case
+from ..scoring import chance_recall, one_vector_per_text, retrieval_recall, with_volume_of_another_case
 
 
 GALLERY_SIZE = 100
@@ -67,6 +67,7 @@ def score_retrieval(
     size = min(gallery_size, len(samples))
     image_embeds, text_embeds = embed_samples(model, processor, samples, volumes)
     group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
+    text_embeds = one_vector_per_text(text_embeds, group_ids)
     # The blind control: each phantom is represented by the volume of another one.
     places = {image: place for place, image in enumerate(samples["image"])}
     other = image_embeds[[places[image] for image in with_volume_of_another_case(samples)["image"]]]

@@ -1,5 +1,7 @@
 """A study of phantoms and two untrained models, small enough for seconds."""
 
+import shutil
+
 import pytest
 
 from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMImageProcessor, Med3DVLMProcessor
@@ -25,6 +27,21 @@ def vlm(tmp_path_factory):
     model, processor = build_tiny_model(IMAGE_SIZE)
     publish(model, folder, processor=processor)
     return str(folder)
+
+
+@pytest.fixture
+def on_the_hub(tmp_path, monkeypatch):
+    """Puts folders into a cache of the Hub, as downloads of the revision that is current."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(folder, repository, revision):
+        place = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        shutil.copytree(folder, place / "snapshots" / revision, dirs_exist_ok=True)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / "main").write_text(revision)
+        return place / "snapshots" / revision
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -260,3 +260,9 @@ def test_labels_made_elsewhere_are_matched_by_id(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_report_labels(path, ["a"])
+
+
+def test_labels_cannot_end_a_cell():
+    text = format_labels(score_labels([{"a|b": 1}], [{"a|b": 1}]))
+    (row,) = [line for line in text.splitlines() if line.startswith("| a")]
+    assert row.startswith("| a\\|b | 100.0 |")

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.evaluation import commands
-from med3dvlm.train.evaluation.folders import describe_source
 from med3dvlm.train.evaluation.zero_shot import write_phantom_labels
 
 
@@ -123,6 +122,42 @@ def test_published_figures_stand_beside_scores_on_m3d_alone(study, tmp_path):
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert "| Med3DVLM | published [1] |" in result.stdout and "arXiv 2503.20047" in result.stdout
+    # They are of the test, and stand beside nothing else.
+    assert run("references", answers, "-d", m3d, "--tasks", "closed_vqa", "--split", "validation").exit_code == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    answers.write_text("".join(json.dumps({**row, "prediction": "A."}) + "\n" for row in rows))
+    result = run(*arguments[:4], tmp_path / "validation", *arguments[5:], "--split", "validation")
+    assert result.exit_code == 0 and "published" not in result.stdout, result.output
+
+
+def test_a_study_with_reports_alone_has_no_part_of_questions(study, vlm, tmp_path):
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    (reports / "M3D_Cap_npy").symlink_to(study / "M3D_Cap_npy")
+    assert run("references", tmp_path / "references.jsonl", "-d", reports).exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "references.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"report"}
+    options = ["--cases", "2", "--max-new-tokens", "2", "--metrics", "bleu_1"]
+    result = run("all", "-m", vlm, "-d", reports, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0 and "no questions in the split 'test'" in result.stderr, result.output
+
+
+def test_a_data_set_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "lung study").mkdir()
+    monkeypatch.chdir(tmp_path / "lung study")
+    for data in (".", "manifest.csv", tmp_path / "lung study", "../lung study/manifest.jsonl", "../lung study/"):
+        assert commands.name_of_data(str(data)) == "lung study"
+
+
+def test_wrong_settings_are_known_before_processes_are_started(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "launch", lambda *_: pytest.fail("processes were started"))
+    for part, source in (("retrieval", "--embeddings"), ("report", "--predictions"), ("vqa", "--predictions")):
+        for wrong, message in (
+            (["-d", tmp_path / "nowhere"], "nowhere: there is no such study"),
+            (["-d", study, "--dtype", "int8"], "--dtype: expected one of auto"),
+        ):
+            result = run(part, source, "p", "-o", tmp_path / "out", "--processes", "2", "--device", "cpu", *wrong)
+            assert result.exit_code == 2 and message in result.stderr, result.output
 
 
 def test_results_go_into_the_card(study, vlm, tmp_path):
@@ -175,7 +210,7 @@ def test_scores_of_other_weights_are_kept_out_of_the_card(study, vlm, tmp_path):
     assert run(*arguments).exit_code == 0
     refuse(tmp_path / "file", f"its scores are of the file predictions.jsonl, not of the model in {model}.")
     scores = json.loads((tmp_path / "vqa" / "scores.json").read_text())
-    scores["settings"]["model"] = describe_source("org/med3dvlm")
+    scores["settings"]["model"] = {"name": "org/med3dvlm", "sha256": {}}  # as earlier versions wrote it
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "scores.json").write_text(json.dumps(scores))
     refuse(tmp_path / "hub", "its scores are of the repository org/med3dvlm, of whose files they say nothing")
@@ -235,6 +270,14 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
     assert result.exit_code == 0, result.output
     saved = json.loads((tmp_path / "zero" / "zero_shot.json").read_text())
     assert saved == json.loads(result.stdout) and "AUROC" in (tmp_path / "zero" / "README.md").read_text()
+    settings = saved["settings"]
+    assert settings["model"]["sha256"] and settings["labels"]["sha256"] and len(settings["prompts"]) > 1
+    assert settings["split"] == "test" and settings["dtype"] == "auto" and "torch" in saved["versions"]
+    again = run("zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "zero", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout) == saved, again.output
+    other = ["--rule", "against negatives"]
+    result = run("zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "zero", *other)
+    assert result.exit_code == 2 and "holds an evaluation with other settings (rule)" in result.stderr
     result = run("dependence", "-m", dual_encoder, "-d", study, "-o", tmp_path / "dependence", "--cases", "4")
     assert result.exit_code == 0, result.output
     assert {
@@ -246,6 +289,45 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
         "mirrored",
         "shifted",
     }
+    settings = json.loads((tmp_path / "dependence" / "dependence.json").read_text())["settings"]
+    assert (settings["num_cases"], settings["seed"], settings["data"]) == (4, 0, str(study))
+    result = run("card", dual_encoder, tmp_path / "zero")
+    assert result.exit_code == 2 and "zero_shot.json does not go into cards" in result.stderr
+
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "README.md").write_text("mine")
+    for arguments in (["zero-shot", "--labels", labels], ["dependence", "-d", study]):
+        result = run(*arguments, "-m", dual_encoder, "-o", notes)
+        assert result.exit_code == 2 and "it holds something else" in result.stderr, result.output
+    assert (notes / "README.md").read_text() == "mine" and len(list(notes.iterdir())) == 1
+
+
+def test_dependence_compares_the_texts_of_reports(study, vlm, tmp_path):
+    arguments = ["dependence", "-m", vlm, "-d", study, "-o", tmp_path / "out", "--cases", "2", "--max-new-tokens", "3"]
+    result = run(*arguments, "--tasks", "report")
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "out" / "dependence.json").read_text())
+    assert {"bleu_1", "rouge_1", "exact"} <= {row["metric"] for row in content["rows"]}
+    assert content["settings"]["max_new_tokens"] == 3
+    result = run(*arguments, "--tasks", "report", "--seed", "1")
+    assert result.exit_code == 2 and "other settings (seed)" in result.stderr
+
+
+def test_thresholds_are_chosen_on_cases_of_the_validation(study, dual_encoder, tmp_path):
+    def labels(split):
+        path = write_phantom_labels(study, tmp_path / f"{split}.csv", split)
+        header, *rows = list(csv.reader(path.open(newline="")))
+        with path.open("w", newline="") as file:  # by case alone
+            csv.writer(file).writerows([header[1:], *(row[1:] for row in rows)])
+        return path
+
+    arguments = ["zero-shot", "-m", dual_encoder, "-d", study, "--labels", labels("test")]
+    result = run(*arguments, "--validation", labels("validation"), "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["validation"]["name"] == "validation.csv"
+    result = run(*arguments, "--validation", labels("test"), "-o", tmp_path / "other")
+    assert result.exit_code == 2 and "is not among the 1 cases of the data" in result.stderr, result.output
 
 
 @pytest.mark.parametrize(

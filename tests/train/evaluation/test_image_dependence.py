@@ -178,6 +178,30 @@ def test_a_score_at_chance_has_fallen_far_enough():
         assert find(rows, "blank", "accuracy").holds is holds
 
 
+def test_a_score_with_nothing_to_fall_from_says_nothing():
+    samples = make_samples(20, "report")
+    shared = {
+        "shared": lambda texts, references: [len({*a.split()} & {*b.split()}) / 9 for a, b in zip(texts, references)]
+    }
+    true, other = ["a left lung"] * 20, ["a right kidney"] * 20
+    changed = {OTHER_CASE: other, "blank": other, "shifted": true}
+    rows = compare_answers(samples, true, changed, shared)  # no report is right in every word
+    for change in changed:
+        row = find(rows, change, "exact")
+        assert row.expectation and row.holds is None
+        assert row.remark == "nothing to fall from: 0.0% is not above chance, 0.0%, beyond its interval"
+        assert find(rows, change, "shared").holds is True
+    text = format_dependence(rows)
+    assert "3 hold, 0 do not hold, and 3 cannot be said" in text
+    closed = make_samples(20, "closed_vqa").map(
+        lambda row: {"choices": ["left lung", "right lung", "liver", "spleen"], "answer_choice": "A"},
+        load_from_cache_file=False,
+    )
+    guesses = ["A. left lung"] * 6 + ["B. right lung"] * 14  # of 20, hardly more than a quarter
+    rows = compare_answers(closed, guesses, {OTHER_CASE: guesses, "shifted": guesses})
+    assert find(rows, OTHER_CASE, "accuracy").holds is None
+
+
 def test_without_a_side_nothing_can_be_said_of_mirroring():
     rows = compare_answers(make_samples(4), ["liver"] * 4, {OTHER_CASE: ["a"] * 4, "mirrored": ["b"] * 4})
     row = find(rows, "mirrored", SIDES_CHANGED)

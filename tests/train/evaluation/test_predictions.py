@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -61,6 +62,24 @@ def test_answers_to_tasks_that_are_not_asked_are_passed_over(tmp_path):
     write(path, *answers, {"id": "open_vqa/000009", "prediction": ""})  # of a task that is asked
     with pytest.raises(ValueError, match="1 ids are not among the 1 asked: open_vqa/000009"):
         read_predictions(path, references)
+
+
+def test_answers_to_something_else_are_refused(tmp_path):
+    references = build_references(SAMPLES)
+    rows = [{**asdict(entry), "prediction": "x"} for entry in references]
+    rows[1]["answer_choice"] = None  # as a table without it writes it
+    assert read_predictions(write(tmp_path / "p.jsonl", *rows), references) == ["x"] * 4
+    for place, field, value in (
+        (0, "question", "Where is Mr Smith's cyst?"),
+        (1, "answer_choice", "B"),
+        (3, "reference", "Mr Smith has a cyst."),
+        (3, "reference", 5),
+    ):
+        changed = [{**row, field: value} if number == place else row for number, row in enumerate(rows)]
+        message = f"line {place + 1}: the '{field}' of {references[place].id} is another one in these data"
+        with pytest.raises(ValueError, match=message) as caught:
+            read_predictions(write(tmp_path / "p.jsonl", *changed), references)
+        assert "Smith" not in str(caught.value) and "cyst" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -116,3 +116,10 @@ def test_a_file_of_another_form_is_refused(tmp_path):
 def test_the_file_of_the_package_is_among_its_data():
     project = (PUBLISHED_RESULTS.parents[2] / "pyproject.toml").read_text()
     assert '"med3dvlm.train.evaluation" = ["published_results.json", "prompts/*.yaml"]' in project
+
+
+def test_figures_of_the_abstract_say_how_the_original_asks():
+    notes = {score.task: score.note for score in read_published() if score.system == "Med3DVLM"}
+    assert "first 1,000 reports" in notes["report"] and "request drawn at random" in notes["report"]
+    for task in ("report", "open_vqa", "closed_vqa"):
+        assert "sample" in notes[task] and "decoded greedily" in notes[task]

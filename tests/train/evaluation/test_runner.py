@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import nibabel
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,10 +13,12 @@ from med3dvlm.processing.processing_med3dvlm import Med3DVLMProcessor
 from med3dvlm.train.answering import answer_samples
 from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.manifest import write_example_manifest
+from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
 from med3dvlm.train.data.study import read_task
 from med3dvlm.train.evaluation import runner, settings
 from med3dvlm.train.evaluation.folders import describe_source, read_scores
 from med3dvlm.train.evaluation.predictions import read_json_lines
+from med3dvlm.train.evaluation.presentation import present
 from med3dvlm.train.evaluation.runner import MetricOptions, evaluate_answers, evaluate_retrieval, questions_of
 from med3dvlm.train.evaluation.settings import EvaluationSettings, Work
 
@@ -134,6 +137,8 @@ def test_two_processes_give_what_one_gives(study, vlm, evaluated, tmp_path):
     assert [line["blind_prediction"] for line in two] == [line["blind_prediction"] for line in one]
     assert len(list((tmp_path / "two" / "journal").glob("given.*"))) == 2  # both did a share
     assert (tmp_path / "two" / "report.html").exists() and "closed" in result.stdout.lower()
+    scores = json.loads((tmp_path / "two" / "scores.json").read_text())
+    assert scores["work"]["num_processes"] == 2 and scores["samples_per_second"] > 0
 
 
 def test_a_folder_of_something_else_is_refused(study, vlm, evaluated, tmp_path):
@@ -179,8 +184,223 @@ def test_the_blind_control_of_one_case_is_refused_before_anything_is_written(stu
     evaluate_answers(tmp_path / "out", asked(study, ("report",), num_cases=1, blind=False), vlm, metrics=METRICS)
 
 
-def test_repositories_are_their_names():
-    assert describe_source("org/Med3DVLM-Qwen-2.5-7B") == {"name": "org/Med3DVLM-Qwen-2.5-7B", "sha256": {}}
+def test_repositories_are_their_names_revisions_and_files(vlm, on_the_hub):
+    first = on_the_hub(vlm, "org/Med3DVLM-Qwen-2.5-7B", "a" * 40)
+    described = describe_source("org/Med3DVLM-Qwen-2.5-7B")
+    assert described == {
+        "name": "org/Med3DVLM-Qwen-2.5-7B",
+        "revision": "a" * 40,
+        "sha256": describe_source(vlm)["sha256"],
+    }
+    on_the_hub(vlm, "org/Med3DVLM-Qwen-2.5-7B", "b" * 40)
+    assert describe_source("org/Med3DVLM-Qwen-2.5-7B")["revision"] == "b" * 40
+    assert describe_source("org/Med3DVLM-Qwen-2.5-7B", first) == described  # what was found is not looked for again
+    with pytest.raises(OSError):
+        describe_source("org/not-there")
+
+
+def test_a_repository_is_evaluated_in_one_revision(study, vlm, evaluated, on_the_hub, tmp_path):
+    wanted, options = asked(study, ("closed_vqa",), num_cases=2), {"metrics": METRICS, "work": Work(batch_size=5)}
+    on_the_hub(vlm, "org/med3dvlm", "a" * 40)
+    result = evaluate_answers(tmp_path / "out", wanted, "org/med3dvlm", **options)
+    assert result["system"] == "org/med3dvlm" and result["settings"]["model"]["revision"] == "a" * 40
+    of_folder = {line["id"]: line["prediction"] for line in lines_of(evaluated[0])}
+    assert all(line["prediction"] == of_folder[line["id"]] for line in lines_of(tmp_path / "out"))
+    assert present(tmp_path / "out", model="org/med3dvlm").startswith("# org/med3dvlm")
+    changed = on_the_hub(vlm, "org/med3dvlm", "b" * 40)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, "another": 1}))
+    with pytest.raises(ValueError, match=r"other settings \(model.revision, model.sha256.config.json\)"):
+        evaluate_answers(tmp_path / "out", wanted, "org/med3dvlm", **options)
+
+
+@pytest.fixture
+def with_broken_scans(tmp_path):
+    """A manifest for a test of five cases with a report each; the scans of two are no volumes."""
+    manifest = write_example_manifest(tmp_path / "example")
+    text = manifest.read_text().replace(",train,", ",test,").replace(",validation,", ",test,")
+    manifest.write_text(text)
+    for number in (2, 4):
+        (manifest.parent / f"scan_{number}.nii.gz").write_bytes(b"no volume")
+    return manifest
+
+
+def listed(folder):
+    return [json.loads(line)["image"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_scans_that_cannot_be_read_are_left_out_if_that_is_asked_for(with_broken_scans, vlm, tmp_path):
+    wanted = EvaluationSettings(str(with_broken_scans), ("report", "open_vqa"), max_new_tokens=2)
+    out, way_on = tmp_path / "out", r"scan_2.*Mend it, or go on without such scans: --skip-broken\."
+    with pytest.raises(ValueError, match=way_on):
+        evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=1))
+    journal = [json.loads(line) for file in (out / "journal").iterdir() for line in file.read_text().splitlines()]
+    assert [row["id"] for row in journal] == ["report/000000"]
+
+    # The only open question is about one of them.
+    with pytest.raises(ValueError, match=r"Not one volume of the task 'open_vqa' can be read: .*skipped.jsonl lists"):
+        evaluate_answers(tmp_path / "none", wanted, vlm, metrics=METRICS, work=Work(skip_broken=True))
+    assert listed(tmp_path / "none") == ["scan_2.nii.gz", "scan_4.nii.gz"]
+
+    wanted = EvaluationSettings(str(with_broken_scans), ("report",), max_new_tokens=2)
+    out = tmp_path / "reports"
+    with pytest.raises(ValueError, match=way_on):
+        evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=1))
+    result = evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=1, skip_broken=True))
+    assert listed(out) == ["scan_2.nii.gz", "scan_4.nii.gz"]
+    note = "2 volumes (2 cases) cannot be read and were left out; skipped.jsonl lists them: 2 of 5 samples were not scored."
+    assert note in result["notes"] and result["part_of_split"] and result["num_skipped"] == 2
+    assert result["num_samples"] == result["num_cases"] == 3
+    assert [line["id"] for line in lines_of(out)] == ["report/000000", "report/000002", "report/000004"]
+    assert len((out / "references.jsonl").read_text().splitlines()) == 5
+    answered = {
+        row["id"]: row["prediction"]
+        for file in (out / "journal").glob("given.*")
+        for row in map(json.loads, file.read_text().splitlines())
+    }
+    assert {line["id"]: line["prediction"] for line in lines_of(out)} == answered  # that of the first call among them
+    assert note in present(out)
+
+    # A listing that is there holds, and the answers of another system are scored all the same.
+    (out / "skipped.jsonl").write_text('{"image": "scan_2.nii.gz", "reason": ""}\n')
+    with pytest.raises(ValueError, match="scan_4"):
+        evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=1, skip_broken=True))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"id": f"report/{row:06d}", "prediction": "x"}) + "\n" for row in range(5)))
+    result = evaluate_answers(
+        tmp_path / "file", wanted, predictions=answers, metrics=METRICS, work=Work(skip_broken=True)
+    )
+    assert (result["num_samples"], result["num_skipped"], result["work"]) == (5, 0, None)
+
+
+def test_retrieval_leaves_scans_out_that_cannot_be_read(with_broken_scans, dual_encoder, tmp_path):
+    wanted = EvaluationSettings(str(with_broken_scans), ("report",))
+    with pytest.raises(ValueError, match="scan_2.*--skip-broken"):
+        evaluate_retrieval(tmp_path / "out", wanted, dual_encoder, work=Work(batch_size=1))
+    result = evaluate_retrieval(tmp_path / "out", wanted, dual_encoder, work=Work(batch_size=1, skip_broken=True))
+    assert (result["num_samples"], result["num_skipped"], result["part_of_split"]) == (3, 2, True)
+    assert any(note.startswith("2 volumes (2 cases) cannot be read") for note in result["notes"])
+    images = load_file(tmp_path / "out" / "embeddings.safetensors")["image_embeds"]
+    assert images.shape == (3, 8)
+    # Of cases 1 to 5 another is two further on, or, where that is broken, the next one that is not: 3, 5, 3.
+    texts = load_file(tmp_path / "out" / "embeddings.safetensors")["text_embeds"]
+    blind = images[[1, 2, 1]] @ texts.T
+    hits = (blind.argmax(dim=1) == torch.arange(3)).float().mean()
+    assert result["scores"][0]["blind"] == pytest.approx(float(hits))
+
+
+def test_a_first_call_that_was_wrong_does_not_stand_in_the_way(study, vlm, evaluated, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "load_for_evaluation", fail)
+    with pytest.raises(RuntimeError, match="memory"):
+        evaluate_answers(tmp_path / "out", asked(study, ("report",)), vlm, metrics=METRICS)
+    monkeypatch.undo()
+    wanted = asked(study, ("closed_vqa",), num_cases=2)
+    result = evaluate_answers(tmp_path / "out", wanted, vlm, metrics=METRICS, work=Work(batch_size=5))
+    assert result["settings"]["tasks"] == ("closed_vqa",) and result["settings"]["num_cases"] == 2
+    ids = [json.loads(line)["id"] for line in (tmp_path / "out" / "references.jsonl").read_text().splitlines()]
+    assert ids == [f"closed_vqa/{row:06d}" for row in range(10)]
+    with pytest.raises(ValueError, match=r"other settings \(num_cases\)"):
+        evaluate_answers(tmp_path / "out", asked(study, ("closed_vqa",), num_cases=3), vlm, metrics=METRICS)
+
+
+@pytest.mark.parametrize("kind", ["vlm", "dual_encoder"])
+def test_prepared_volumes_are_known_before_the_folder_is_begun(kind, request, tmp_path):
+    manifest = write_example_manifest(tmp_path / "example")
+    for scan in manifest.parent.glob("*.nii.gz"):
+        image = nibabel.load(scan)
+        image.header.extensions.append(
+            nibabel.nifti1.Nifti1Extension(COMMENT, json.dumps({"made_by": MADE_BY}).encode())
+        )
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(), image.affine, image.header), scan)
+    wanted = EvaluationSettings(str(manifest), ("report",), "train")
+    model, options = request.getfixturevalue(kind), {"metrics": METRICS} if kind == "vlm" else {}
+    evaluate = evaluate_answers if kind == "vlm" else evaluate_retrieval
+    with pytest.raises(ValueError, match="--prepared in an evaluation"):
+        evaluate(tmp_path / "out", wanted, model, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_answers_depend_on_beside_the_settings_is_kept(study, vlm, evaluated, tmp_path, monkeypatch):
+    folder, result = evaluated
+    assert result["work"]["batch_size"] == 5 and result["work"]["dtype"] == "float32"
+    assert result["work"]["num_processes"] == 1 and result["work"]["device"].startswith("cpu")
+    begun = json.loads((folder / "run.json").read_text())
+    assert begun["versions"] == result["versions"] and "versions" not in result["settings"]
+    wanted, out = asked(study, ("closed_vqa",), num_cases=2), tmp_path / "out"
+    evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=5))
+    begun = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**begun, "versions": {**begun["versions"], "torch": "1.0"}}))
+    said = []
+    monkeypatch.setattr("med3dvlm.train.evaluation.folders.logger.warning", said.append)
+    evaluate_answers(out, wanted, vlm, metrics=METRICS)
+    assert len(said) == 1 and "begun with other versions (torch)" in said[0]
+    assert json.loads((out / "run.json").read_text())["versions"]["torch"] == "1.0"  # that of the first call
+
+
+def test_answers_of_the_blind_control_are_part_of_the_settings(study, evaluated, tmp_path):
+    predictions, blind = evaluated[0] / "predictions.jsonl", tmp_path / "blind.jsonl"
+    blind.write_text(predictions.read_text())
+    wanted = asked(study)
+    result = evaluate_answers(
+        tmp_path / "out", wanted, predictions=predictions, blind_predictions=blind, metrics=METRICS
+    )
+    assert result["settings"]["blind_predictions"] == describe_source(str(blind))
+    blind.write_text(predictions.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"other settings \(blind_predictions.sha256.blind.jsonl\)"):
+        evaluate_answers(tmp_path / "out", wanted, predictions=predictions, blind_predictions=blind, metrics=METRICS)
+
+
+def test_the_encoder_of_bertscore_is_loaded_once_on_the_device_and_named(study, evaluated, tmp_path, monkeypatch):
+    made = []
+
+    class Encoder:
+        def __init__(self, model, num_layers, device):
+            self.device, self.is_loaded = device, False
+            made.append(self)
+
+        @property
+        def scorer(self):
+            self.is_loaded = True
+
+        def score_samples(self, predictions, references):
+            return [0.5] * len(predictions)
+
+    monkeypatch.setattr(runner, "BertScore", Encoder)
+    options = MetricOptions(("bertscore",), str(tmp_path / "minilm"), 6)
+    result = evaluate_answers(
+        tmp_path / "out",
+        asked(study),
+        predictions=evaluated[0] / "predictions.jsonl",
+        metrics=options,
+        work=Work(device="cpu"),
+    )
+    assert made[0].is_loaded and made[0].device == "cpu"
+    assert any(note.startswith("BERTScore's encoder: minilm, layer 6; not comparable") for note in result["notes"])
+    runner.build_text_metrics(options, ("report",), "cpu", is_first=False)
+    assert not made[1].is_loaded
+    with pytest.raises(ValueError, match="got bleu_7"):
+        runner.build_text_metrics(MetricOptions(("bleu_7",)), ("report",), "cpu", is_first=False)
+
+
+def test_identical_reports_get_one_vector_whatever_batch_they_were_in(study, tmp_path, monkeypatch):
+    texts, given = ["a", "b", "a", "c", "b", "d"], {}
+    samples = read_task(study, "test", "report").remove_columns("answer").add_column("answer", texts)
+    monkeypatch.setattr(runner, "read_samples", lambda settings: (samples, False))
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)
+    save_file({"image_embeds": vectors, "text_embeds": vectors.roll(1, 0)}, tmp_path / "embeddings.safetensors")
+    score = runner.score_retrieval
+
+    def keep(images, texts, *arguments):
+        given["texts"] = texts
+        return score(images, texts, *arguments)
+
+    monkeypatch.setattr(runner, "score_retrieval", keep)
+    evaluate_retrieval(tmp_path / "out", asked(study, ("report",)), embeddings=tmp_path / "embeddings.safetensors")
+    assert torch.allclose(given["texts"], vectors.roll(1, 0)[[0, 1, 0, 3, 1, 5]])
 
 
 def test_bad_input_is_named(study, vlm, dual_encoder, tmp_path):
@@ -222,6 +442,15 @@ def test_fewer_cases_and_empty_answers_are_said(study, vlm, tmp_path):
 
 def test_questions_of_a_study(study, tmp_path):
     assert questions_of(str(study), "test") == ("closed_vqa", "open_vqa", "yes_no_vqa")
+    folder = tmp_path / "M3D-VQA"
+    assert questions_of(str(tmp_path), "test") == ()  # reports alone
+    folder.mkdir()
+    (folder / "M3D_VQA_yn_test.csv").touch()
+    assert questions_of(str(tmp_path), "test") == ("yes_no_vqa",) and questions_of(str(tmp_path), "train") == ()
+    (folder / "M3D_VQA_val.csv").touch()
+    assert questions_of(str(tmp_path), "validation") == ("closed_vqa", "open_vqa")
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such study"):
+        questions_of(str(tmp_path / "nowhere"), "test")
 
 
 def test_retrieval_of_a_model_and_of_its_embeddings(study, dual_encoder, tmp_path):

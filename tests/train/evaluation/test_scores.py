@@ -47,9 +47,18 @@ def test_means_by_type_over_types_and_over_all():
     assert whole.low == 0 and whole.high == 1 and lines[2].low == 0 < lines[2].value < lines[2].high == 1
 
 
+def test_chance_of_a_choice_is_that_of_both_rules():
+    asked = references("closed_vqa", 3, 3, 1, letter="B")
+    scores = score_samples(asked, ["B.", "C.", "A."], {})
+    assert {(line.metric, line.chance) for line in summarise(asked, scores)} == {
+        ("accuracy", 0.25),
+        ("original_accuracy", 0.25),
+    }
+
+
 def test_reports_have_no_types_and_no_chance():
-    (line,) = summarise(references("report", 0, 0), {"rouge_1": [0.5, 0.7]})
-    assert line == Score("report", "rouge_1", "all", 0.6, line.low, line.high, 2) and line.low == pytest.approx(0.6)
+    (line,) = summarise(references("report", 0, 0, 0, 0), {"rouge_1": [0.5, 0.7] * 2})  # of two cases
+    assert line == Score("report", "rouge_1", "all", 0.6, line.low, line.high, 4) and line.low == pytest.approx(0.6)
 
 
 def answered(*entries):

@@ -35,6 +35,12 @@ def test_the_same_seed_gives_the_same_interval_and_no_values_give_none():
     assert all(map(math.isnan, bootstrap_interval([])))
 
 
+def test_one_case_has_no_interval():
+    assert all(map(math.isnan, bootstrap_interval([0.0, 1.0, 1.0], ["a", "a", "a"])))
+    assert all(map(math.isnan, bootstrap_interval([0.5])))
+    assert bootstrap_interval([0.0, 1.0], ["a", "b"]) == (0.0, 1.0)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="`level` must lie between 0 and 1, got 95"):
         bootstrap_interval([1.0], level=95)

@@ -20,6 +20,8 @@ from med3dvlm.train.evaluation.text_metrics import (
     Rouge1,
     RougeL,
     check_nltk_data,
+    corpus_bleu_4,
+    encoder_note,
     language_note,
 )
 
@@ -50,6 +52,29 @@ def test_metrics_equal_the_published_scripts(metric, name):
     result = metric().compute(predictions=PREDICTIONS, references=REFERENCES)
     assert result["per_sample"] == pytest.approx(expected(name), abs=GOLDEN["tolerance"][name])
     assert result[metric.name] == pytest.approx(sum(expected(name)) / len(PREDICTIONS), abs=1e-12)
+
+
+def test_bleu_of_the_corpus_equals_the_published_script():
+    assert corpus_bleu_4(PREDICTIONS, REFERENCES) == pytest.approx(GOLDEN["corpus"]["bleu4"], abs=1e-9)
+
+
+def test_rouge_l_minds_the_order_of_words():
+    pair = next(pair for pair in GOLDEN["pairs"] if pair["id"] == "reordered")
+    texts = {"predictions": [pair["prediction"]], "references": [pair["reference"]]}
+    # 9 words each, and "a simple cyst is seen" is the longest sequence that they share.
+    assert RougeL().compute(**texts)["rouge_l"] == pytest.approx(5 / 9)
+    assert Rouge1().compute(**texts)["rouge_1"] == 1
+
+
+def test_another_encoder_than_the_original_is_said(tmp_path):
+    assert (
+        encoder_note() is None and encoder_note("roberta-large") is None and encoder_note("roberta-large", 17) is None
+    )
+    assert encoder_note(None, 9).startswith("BERTScore's encoder: roberta-large, layer 9; not comparable")
+    assert "encoder: bert-base-uncased, layer 9;" in encoder_note("bert-base-uncased")
+    (tmp_path / "minilm").mkdir()
+    note = encoder_note(str(tmp_path / "minilm"), 6)
+    assert note == "BERTScore's encoder: minilm, layer 6; not comparable with figures of roberta-large."
 
 
 @pytest.mark.skipif(not has_nltk_data(), reason="needs WordNet and punkt_tab of NLTK, see NLTK_DATA")

@@ -214,6 +214,22 @@ def test_the_interval_of_the_auroc_is_that_of_resampled_cases():
     as_cases = auroc_interval(np.repeat(truth, 4), np.repeat(given, 4), np.repeat(np.arange(60), 4))
     assert narrow[1] - narrow[0] < 0.7 * (as_cases[1] - as_cases[0])
     assert all(map(math.isnan, auroc_interval([1, 1], [0.1, 0.2], [0, 1])))
+    assert all(map(math.isnan, auroc_interval([1, 0], [0.1, 0.2], ["one case", "one case"])))
+
+
+def test_a_case_is_not_both_for_validation_and_scored():
+    model, processor = build()
+    rows = labelled([1, 0, 1, 0, 1, 0, 1, 0]).volumes  # of two volumes a case
+    with pytest.raises(ValueError, match=r"1 cases are both for validation and scored, .* such as case 2: remove"):
+        run_zero_shot(model, processor, PROMPTS, Labels(rows[:5]), Noise(), validation=Labels(rows[5:]))
+
+
+def test_names_of_classes_cannot_end_a_cell():
+    model, processor = build()
+    volumes = [LabelledVolume(str(place), str(place), {"a|b": place % 2}) for place in range(4)]
+    result = run_zero_shot(model, processor, [ClassPrompts("a|b", ("A nodule.",))], Labels(volumes), Noise())
+    lines = [line for line in format_zero_shot(result).splitlines() if line.startswith("| a")]
+    assert len(lines) == 1 and lines[0].startswith("| a\\|b |")
 
 
 def test_volumes_of_one_case_and_long_prompts_are_refused():
@@ -275,6 +291,7 @@ def test_labels_are_read_by_image_or_by_case(tmp_path):
         read_labels(path, ["liver"], {"x": ["1"]})
     with pytest.raises(ValueError, match="has no column 'image'"):
         read_labels(path, ["liver"])
+    assert read_labels(path, ["liver"], lambda: images) == read_labels(path, ["liver"], images)
     with pytest.raises(FileNotFoundError, match="no such file of labels"):
         read_labels(tmp_path / "none.csv", ["liver"])
     for text, message in {
