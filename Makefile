@@ -49,7 +49,7 @@ bench: $(VENV)/.installed  ## Measure speed and memory on this machine, and the 
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_cache.py
 
 phantom-scores: $(VENV)/.installed  ## Train the recipes phantom/* in full and score them: about an hour on two cores
-	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo --full --cases 4600 --output phantom_scores
+	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo --full --output phantom_scores
 
 ablations: $(VENV)/.installed  ## Compare losses, encoders and projectors on phantoms, three seeds each
 	HF_HUB_OFFLINE=1 $(BIN)/python -m med3dvlm.train.ablations ablations

@@ -22,7 +22,9 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -35,7 +37,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .files import write_json_atomically
+from .files import only_one_at, write_json_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -43,6 +45,7 @@ logger = logging.get_logger(__name__)
 MARKER_NAME = "COMPLETE.json"
 # In the output folder: the checkpoints in it were written under the guard. The underscore keeps it off the Hub.
 GUARDED_NAME = "_guarded_checkpoints.json"
+LOCK_NAME = "_run.lock"
 CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 Result = TypeVar("Result")
@@ -54,13 +57,25 @@ class CheckpointGuard(TrainerCallback):
 
     Give it to [`Trainer`] as the last callback that writes into checkpoints, and start with [`prepare_resume`].
 
+    Under [`train_or_finish`] the marker also keeps what Trainer forgets: the losses since the last row of the log, and the loss
+    and the time of the whole run. A resumed run then logs what an uninterrupted one does, and its final figures are those of
+    all its starts, but for steps that were lost.
+
     Args:
         settings (`Mapping[str, Any]`, *optional*):
             What must stay the same for a resumed run to be the same run, as JSON can hold it; kept in the marker.
+
+    Attributes:
+        trainer (`Trainer` or `None`):
+            Whose training it guards, while [`train_or_finish`] runs.
+        seconds_before (`float`):
+            What earlier starts took, up to the checkpoint that was resumed from.
     """
 
     def __init__(self, settings: Mapping[str, Any] | None = None):
         self.settings = as_json_holds_it(settings)
+        self.trainer: Trainer | None = None
+        self.seconds_before, self._began_at = 0.0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,13 +87,41 @@ class CheckpointGuard(TrainerCallback):
         check_checkpoint_arguments(args)
         if state.is_world_process_zero:
             write_json_atomically({"marker": MARKER_NAME}, Path(str(args.output_dir)) / GUARDED_NAME)
+        self.seconds_before, self._began_at = 0.0, time.monotonic()
+        if self.trainer is not None and state.global_step > 0:
+            marker = read_marker(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}") or {}
+            if "progress" in marker:  # not in those of earlier versions
+                self._go_on_from(marker["progress"], self.trainer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        description = {**describe_processes(args), "settings": self.settings}
+        if self.trainer is not None:
+            description["progress"] = self._describe_progress(self.trainer)
         if is_distributed():
             dist.barrier()  # each process writes its own random state, and under DeepSpeed its share of the optimizer
         if state.is_world_process_zero:
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            mark_complete(checkpoint, {**describe_processes(args), "settings": self.settings})
+            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", description)
+
+    def _describe_progress(self, trainer: Trainer) -> dict[str, Any]:
+        """Where Trainer's sums are; to be called on all ranks, each of which has losses of its own."""
+        losses = [trainer._tr_loss]
+        if is_distributed():
+            losses = [torch.zeros_like(trainer._tr_loss) for _ in range(dist.get_world_size())]
+            dist.all_gather(losses, trainer._tr_loss)
+        return {
+            "unlogged_losses": [loss.item() for loss in losses],  # of each process, since `last_logged_step`
+            "last_logged_step": trainer._globalstep_last_logged,
+            "logged_losses": trainer._total_loss_scalar,
+            "seconds": self.seconds_before + time.monotonic() - self._began_at,
+        }
+
+    def _go_on_from(self, progress: Mapping[str, Any], trainer: Trainer) -> None:
+        """Puts Trainer's sums, which it has just set to zero, where they were."""
+        trainer._tr_loss += progress["unlogged_losses"][trainer.args.process_index]
+        trainer._globalstep_last_logged = progress["last_logged_step"]
+        trainer._total_loss_scalar = progress["logged_losses"]
+        trainer._initial_global_step = 0  # the final figures are of the steps since this one
+        self.seconds_before = progress["seconds"]
 
 
 def check_checkpoint_arguments(args: TrainingArguments) -> None:
@@ -105,6 +148,25 @@ def check_checkpoint_arguments(args: TrainingArguments) -> None:
             "Expected `enable_jit_checkpoint=False`, got True: it saves without a marker, and each process by itself. "
             "StopOnSignal saves at a signal instead."
         )
+
+
+@contextmanager
+def only_run_in(output_dir: Path) -> Iterator[None]:
+    """
+    Keeps a second start of a run away, which would delete the checkpoints that the first one is writing. To be called on all
+    ranks, before [`prepare_resume`]; the first one holds the lock.
+
+    Raises:
+        BlockingIOError: in the first process, that another run is at work in the folder.
+        ValueError: in the others, the same.
+    """
+    message = (
+        f"{output_dir}: another run is at work in this folder, or processes of an earlier start have not ended. Wait for it, "
+        "or end it, or choose another training.output_dir."
+    )
+    with ExitStack() as locks:
+        done_by_first_process(lambda: locks.enter_context(only_one_at(output_dir / LOCK_NAME, message)))
+        yield
 
 
 def prepare_resume(
@@ -173,19 +235,29 @@ def train_or_finish(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
     """
     `trainer.train(resume_from_checkpoint=checkpoint)`, except that a run that had reached its last step stays as it was.
 
-    Trainer resumes such a run correctly if it ended with an epoch; in the middle of one it would take another step.
+    Trainer resumes such a run correctly if it ended with an epoch; in the middle of one it would take another step. With a
+    [`CheckpointGuard`] among the callbacks, the figures that it returns are of the whole run.
     """
-    run_epoch = trainer._run_epoch
+    run_epoch, finalize = trainer._run_epoch, trainer._finalize_training
+    guards = [entry for entry in trainer.callback_handler.callbacks if isinstance(entry, CheckpointGuard)]
 
     def run_epoch_if_steps_are_left(**kwargs: Any) -> None:
         if trainer.state.global_step < trainer.state.max_steps:
             run_epoch(**kwargs)
 
+    def finalize_all_starts(trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
+        return finalize(trial, num_train_samples, start_time - sum(guard.seconds_before for guard in guards))
+
     trainer._run_epoch = run_epoch_if_steps_are_left  # type: ignore[assignment, method-assign]
+    trainer._finalize_training = finalize_all_starts  # type: ignore[method-assign]
+    for guard in guards:
+        guard.trainer = trainer
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
     finally:
-        trainer._run_epoch = run_epoch  # type: ignore[method-assign]
+        trainer._run_epoch, trainer._finalize_training = run_epoch, finalize  # type: ignore[method-assign]
+        for guard in guards:
+            guard.trainer = None
 
 
 def clean_and_find(
@@ -392,7 +464,9 @@ class StopOnSignal(TrainerCallback):
     """
     Saves a checkpoint and ends training, on all ranks after the same step, when one of them receives a signal.
 
-    SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`. The time between
+    SIGTERM is what clusters send before they kill; SIGUSR1 is for SLURM's `--signal=USR1@SECONDS`, which torchrun passes on only
+    if the environment variable `PET_SIGNALS_TO_HANDLE` lists it, as `med3dvlm train` and the launch files of this package have
+    it. The time between
     signal and kill must cover a step and the saving; a validation that is due then is left out, unless the run depends
     on its score (`metric_for_best_model`). If it does not, nothing is lost but the steps since the last complete
     checkpoint. torchrun passes SIGTERM on and kills 30 s later, unless the environment variable
@@ -454,7 +528,7 @@ class StopOnSignal(TrainerCallback):
         if received:
             self.stopped_by_signal = signal.Signals(received).name
             logger.warning(f"{self.stopped_by_signal} received: saving step {state.global_step} and stopping.")
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
             if args.metric_for_best_model is None:
                 control.should_evaluate = False  # it would come before the saving
 

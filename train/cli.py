@@ -16,6 +16,7 @@ from .command_line import (
     check_answers_questions,
     check_device,
     check_model_name,
+    end_with_torchrun,
     hush_progress_bars,
     is_to_be_launched,
     launch,
@@ -97,10 +98,19 @@ def ask(
             from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
             from ..processing.image_processing_med3dvlm import format_preprocessing_report
+            from .data.preparation_record import MADE_BY, PREPARED, read_preparation_record
         hush_progress_bars()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
         check_answers_questions(model)
+        is_prepared = str(scan).endswith(".nii.gz") and read_preparation_record(scan) is not None
+        if is_prepared:
+            if "hu_range" in options or options.get("intensity_mode", "none") != "none":
+                raise ValueError(
+                    f"{scan}: written by `{MADE_BY}`, so it is cropped and scaled already, and is taken as it is: leave out "
+                    "--intensity-mode and --hu-range, or ask about the scan it was made from."
+                )
+            options.update(PREPARED)
 
         # The scan first: one that cannot be used is refused before a large model is loaded.
         with step(f"preparing {scan}"):
@@ -117,6 +127,10 @@ def ask(
                 processor_kwargs={**options, "return_report": True},
             )
             (report,) = inputs.pop("preprocessing_report")
+            if is_prepared:
+                report["warnings"].append(
+                    f"Written by `{MADE_BY}`: cropped and scaled before, so at most resized now."
+                )
         typer.echo(f"\n{format_preprocessing_report(report)}\n", err=True)
         with step(f"loading {model}"):
             generator = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval().to(device)
@@ -259,6 +273,7 @@ def train(
         ):
             command = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
             raise typer.Exit(code=launch(processes, command))
+        end_with_torchrun()
         with step("importing"):
             from .stages import run_recipe
         hush_progress_bars()
@@ -620,10 +635,15 @@ def bench(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for what the demonstration makes.")] = Path("demo_output"),
-    cases: Annotated[int, typer.Option(min=60, help="Phantoms.")] = 900,
+    cases: Annotated[int | None, typer.Option(min=60, help="Phantoms.", show_default="900; with --full 4600")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of phantoms and training.")] = 0,
     full: Annotated[
-        bool, typer.Option("--full", help="Train as long as the recipes phantom/* say, about an hour on two cores.")
+        bool,
+        typer.Option(
+            "--full",
+            help="Train as long as the recipes phantom/* say, on as many phantoms as they are made for: about an hour on two "
+            "cores.",
+        ),
     ] = False,
 ) -> None:
     """

@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,14 @@ ModelOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+# Which signals torchrun passes on to its processes: its own choice, and SLURM's for `--signal=USR1@SECONDS`. The environment
+# stands for its option `--signals-to-handle`, which older ones do not know.
+SIGNALS_OF_TORCHRUN, ALL_SIGNALS = "PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+# What torch puts around an error of a loader's worker: the whole traceback, which ends with the error itself.
+OF_A_WORKER = re.compile(
+    r"Caught (\w+) in \S+ worker process \d+\.\nOriginal Traceback .*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL
+)
 # How the options of Python functions, which messages name, are called here.
 OPTIONS_HERE = {
     "`overwrite=True`": "--overwrite",
@@ -48,6 +57,8 @@ def bad_input_is_an_answer(**options_here: str) -> Iterator[None]:
         yield
     except (ImportError, OSError, ValueError) as error:
         message = str(error)
+        if match := OF_A_WORKER.fullmatch(message):
+            message = match[2].strip()
         for there, here in {**OPTIONS_HERE, **{f"`{name}`": option for name, option in options_here.items()}}.items():
             message = message.replace(there, here)
         typer.echo(f"med3dvlm: {message}", err=True)
@@ -111,8 +122,9 @@ def check_answers_questions(model: str) -> None:
         ValueError: the model is of another kind than those that answer.
     """
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
-    if (Path(model) / "adapter_config.json").exists():
+    if find_adapter_config_file(model) is not None:
         return  # its base model answers
     model_type = AutoConfig.from_pretrained(model).model_type
     if model_type != "med3dvlm":
@@ -151,24 +163,56 @@ def is_to_be_launched(processes: int | None, use_cpu: bool = False, needs_launch
 
 def launch(processes: int | None, command: list[str]) -> int:
     """
-    Runs a command of ours in several processes of this machine by torchrun, and returns its exit code. After SIGTERM they
-    have 280 s to save, unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set; torchrun would give them 30.
+    Runs a command of ours in several processes of this machine by torchrun, and returns its exit code. After SIGTERM or SIGUSR1
+    they have 280 s to save, unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set; torchrun would give them 30, and die of SIGUSR1.
+    On Linux they save and stop also where this process is killed.
     """
     import torch
 
     count = processes or max(1, torch.cuda.device_count())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "280", **os.environ}
-    process = subprocess.Popen([*torchrun, "-m", "med3dvlm.train.cli", *command], env=environment)
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "280", SIGNALS_OF_TORCHRUN: ALL_SIGNALS, **os.environ}
+    process = subprocess.Popen(
+        [*torchrun, "-m", "med3dvlm.train.cli", *command], env=environment, preexec_fn=prepare_to_end_with_parent()
+    )
+    passed_on: dict[int, int] = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT}
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        passed_on[signal.SIGUSR1] = signal.SIGTERM  # which every torchrun passes on
     previous = {
-        number: signal.signal(number, lambda received, frame: process.send_signal(received))
-        for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, lambda received, frame: process.send_signal(passed_on[received]))
+        for number in passed_on
     }
     try:
         return process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def prepare_to_end_with_parent() -> Callable[[], None] | None:
+    """
+    What a process calls to get SIGTERM when the one that started it ends, even by SIGKILL, which tells no one. It imports
+    nothing, so that it can be called between fork and exec. None where there is no such thing: only Linux has it.
+    """
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    library = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        library.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+    return end_with_parent
+
+
+def end_with_torchrun() -> None:
+    """
+    Has this process save and stop, as after SIGTERM, where the torchrun that started it is killed. Not under other launchers:
+    what counts is the thread that started the process, and theirs may end before.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and (end_with_parent := prepare_to_end_with_parent()) is not None:
+        end_with_parent()
 
 
 __all__ = [
@@ -179,9 +223,11 @@ __all__ = [
     "check_answers_questions",
     "check_device",
     "check_model_name",
+    "end_with_torchrun",
     "hush_progress_bars",
     "is_to_be_launched",
     "launch",
+    "prepare_to_end_with_parent",
     "require_extra",
     "step",
 ]

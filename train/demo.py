@@ -138,7 +138,7 @@ STARTS_FROM: dict[str, dict[str, str]] = {
 }
 
 
-def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = False) -> None:
+def run_demo(output: Path, num_cases: int | None = None, seed: int = 0, full: bool = False) -> None:
     """
     Shows the whole way on phantoms, and says on stdout what each thing is: a study is made, a small language model and the
     three stages are trained, the result is published, loaded in a process that cannot import this package, asked about a
@@ -147,8 +147,8 @@ def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = Fal
     Args:
         output (`Path`):
             Folder for all that is made.
-        num_cases (`int`, *optional*, defaults to 900):
-            Phantoms.
+        num_cases (`int`, *optional*):
+            Phantoms; 900 by default, and with `full` the 4,600 that the recipes are made for.
         seed (`int`, *optional*, defaults to 0):
             Of phantoms and training.
         full (`bool`, *optional*, defaults to `False`):
@@ -164,6 +164,7 @@ def run_demo(output: Path, num_cases: int = 900, seed: int = 0, full: bool = Fal
     from .stages import run_recipe
 
     start = time.perf_counter()
+    num_cases = num_cases or (4600 if full else 900)
     study, cache = output / "phantoms", output / "cache"
 
     def report(message: str) -> None:

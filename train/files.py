@@ -1,11 +1,27 @@
-"""Writing JSON that appears whole or not at all."""
+"""Writing JSON that appears whole or not at all, and keeping a folder to one process."""
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from transformers.utils import logging
 
 from ..hub_cards.files import write_atomically, write_json_atomically
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing then keeps two calls apart
+    fcntl = None  # type: ignore[assignment]
+
+
+logger = logging.get_logger(__name__)
+
+# Locks that this process holds.
+_held: set[IO[str]] = set()
 
 
 def write_json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -13,4 +29,45 @@ def write_json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
 
 
-__all__ = ["write_atomically", "write_json_atomically", "write_json_lines"]
+@contextmanager
+def only_one_at(lock: Path, message: str) -> Iterator[None]:
+    """
+    Holds a lock on a file, which stays behind empty. The system frees it when this process ends, whatever ends it.
+
+    Args:
+        lock (`Path`):
+            The file, in the folder that is kept to one; it is made if need be.
+        message (`str`):
+            Of the error.
+
+    Raises:
+        BlockingIOError: another process, or another part of this one, holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as stream:
+        if fcntl is not None:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(message) from error
+            except OSError as error:
+                logger.warning(f"{lock.parent}: its disk has no locks ({error}); let no other call work on it.")
+        _held.add(stream)
+        try:
+            yield
+        finally:
+            _held.discard(stream)
+
+
+def _let_go_in_child() -> None:
+    """A forked process, such as a worker of a data loader, has the lock too, and could outlive the one that it is of."""
+    for stream in _held:
+        stream.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+__all__ = ["only_one_at", "write_atomically", "write_json_atomically", "write_json_lines"]

@@ -35,6 +35,9 @@ IMAGE_TOKEN = "<image>"
 # The linear layers of a language model's blocks, by the names that Qwen2 and Llama give them.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+# What language models do to the scores of the next token: Granite, Cohere, Gemma 2 and Falcon-H1.
+SCALES_OF_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+
 
 @contextmanager
 def made_whole(arguments: TrainingArguments) -> Iterator[None]:
@@ -80,7 +83,8 @@ def build_dual_encoder(
     """
     if recipe.start_from:
         warn_of_unused(recipe)
-        return DCFormerSiglipModel.from_pretrained(recipe.start_from), load_processor(recipe)
+        # Trained weights are float32 whatever the precision of the files.
+        return DCFormerSiglipModel.from_pretrained(recipe.start_from, dtype=torch.float32), load_processor(recipe)
     if recipe.text_encoder is None:
         raise ValueError(
             "`model.text_encoder` is empty: name a pretrained text encoder, or give the fields of a configuration, such "
@@ -193,7 +197,8 @@ def build_vision_language_model(
 
     Raises:
         OSError: a pretrained model cannot be found.
-        ValueError: a field is missing or cannot be, or `start_from` is another kind of model.
+        ValueError: a field is missing or cannot be, `start_from` is another kind of model, or the language model scores words
+            in another way than the model that it becomes a part of.
     """
     start_config = AutoConfig.from_pretrained(str(recipe.start_from))
     if start_config.model_type == Med3DVLMConfig.model_type:
@@ -211,6 +216,7 @@ def build_vision_language_model(
     dual_encoder = DCFormerSiglipModel.from_pretrained(recipe.start_from, dtype=torch.float32)
     image_processor = load_processor(recipe).image_processor
     language_model, tokenizer = build_language_model(recipe, texts)
+    check_head(language_model)
 
     config = Med3DVLMConfig(
         vision_config=dual_encoder.config.vision_config,
@@ -221,13 +227,33 @@ def build_vision_language_model(
     with torch.device("meta"):  # every part is replaced by one that exists: nothing large is made twice
         model = Med3DVLMForConditionalGeneration(config)
     model.model.vision_tower = dual_encoder.vision_model
-    model.model.language_model = language_model.get_decoder()
+    model.model.language_model = language_model.base_model  # what `AutoModel` builds
     model.lm_head = language_model.get_output_embeddings()
     model.model.multi_modal_projector = PROJECTORS[config.projector_type](config)
     model.model.multi_modal_projector.apply(model._init_weights)
     model.generation_config = language_model.generation_config
     processor = Med3DVLMProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
     return model, processor
+
+
+def check_head(language_model: Any) -> None:
+    """
+    Raises:
+        ValueError: the scores of the next token are not the product of the last hidden state and the head's weight: the loss
+            would not be the language model's own.
+    """
+    config = language_model.config.get_text_config(decoder=True)
+    faults = [
+        f"`{name}` {value}" for name in SCALES_OF_LOGITS if (value := getattr(config, name, None)) not in (None, 1)
+    ]
+    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
+        faults.append("a bias in its head")
+    if faults:
+        raise ValueError(
+            f"`model.language_model`: expected one whose scores are the product of hidden state and head, as Qwen2's and "
+            f"Llama's are; {type(language_model).__name__} has {' and '.join(faults)}, which Med3DVLM's head has not. Choose "
+            "another language model."
+        )
 
 
 def build_language_model(recipe: ModelRecipe, texts: Iterable[str]) -> tuple[Any, Any]:

@@ -16,6 +16,8 @@ from .files import write_atomically
 # Before the paper's three stages, `language` makes a small language model where none can be downloaded.
 STAGES = ("language", "contrastive", "projector", "finetune")
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+# Of those that transformers has: the order depends on seed, epoch and sample alone, not on lengths.
+SAMPLING_STRATEGIES = ("random", "sequential")
 
 
 # Fields of `model` that may be a folder or a repository on the Hub.
@@ -109,7 +111,8 @@ class DataRecipe:
         num_validation (`int`, *optional*, defaults to 512):
             Only the first so many validation samples of each task.
         skip_broken (`bool`, *optional*, defaults to `False`):
-            Whether cases that cannot be read are left out, and listed in `skipped.jsonl`. Otherwise they stop the run.
+            Whether volumes that are missing or cannot be read, and rows without a report or a complete question, are left out,
+            and listed in `skipped.jsonl` with their reasons. Otherwise they stop the run.
     """
 
     root: str = ""
@@ -338,6 +341,8 @@ def check_recipe(recipe: Recipe) -> None:
             near = difflib.get_close_matches(str(name), training_fields, n=1)
             hint = f" Did you mean `training.{near[0]}`?" if near else ""
             raise ValueError(f"`training.{name}` is no field of transformers.TrainingArguments.{hint}")
+    strategy = recipe.training.get("train_sampling_strategy", SAMPLING_STRATEGIES[0])
+    _check_choice("training.train_sampling_strategy", strategy, SAMPLING_STRATEGIES)
 
 
 def check_places(recipe: Recipe) -> None:
@@ -414,6 +419,7 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 __all__ = [
     "PARTS",
     "PLACES",
+    "SAMPLING_STRATEGIES",
     "STAGES",
     "DataRecipe",
     "ModelRecipe",

@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .checkpoints import (
     StopOnSignal,
     differences,
     done_by_first_process,
+    only_run_in,
     prepare_resume,
     train_or_finish,
     with_defaults,
@@ -51,7 +52,7 @@ from .data.preparation_record import PREPARED
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
-from .files import write_json_atomically
+from .files import write_json_atomically, write_json_lines
 from .memory import keep_freed_memory
 from .merge import publish_adapter
 from .models import (
@@ -69,7 +70,7 @@ from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 logger = logging.get_logger(__name__)
 
-PUBLISHED, SUMMARY, RECIPE = "published", "summary.json", "recipe.yaml"
+PUBLISHED, SUMMARY, RECIPE, SKIPPED = "published", "summary.json", "recipe.yaml", "skipped.jsonl"
 # What may differ between a run and its continuation, because no weight depends on it.
 FREE_SETTINGS = (
     "dataloader_num_workers",
@@ -83,6 +84,7 @@ FREE_SETTINGS = (
     "report_to",
     "run_name",
     "save_steps",
+    "save_strategy",
     "save_total_limit",
 )
 
@@ -106,6 +108,7 @@ def run_recipe(recipe: Recipe) -> Path:
         FileNotFoundError: the data, or what the run starts from, is not there.
         ValueError: data, models and recipe do not fit each other, or the output folder holds another run.
         RuntimeError: training ended before its last step, and not because of a signal.
+        BlockingIOError: another run is at work in the output folder.
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
     check_places(recipe)
@@ -114,7 +117,8 @@ def run_recipe(recipe: Recipe) -> Path:
     if arguments.device.type == "cpu":
         keep_freed_memory()
     output_dir = Path(str(arguments.output_dir))
-    samples = {split: read_samples(recipe.data, split) for split in splits_of(arguments)}
+    left_out: list[dict[str, str]] = []
+    samples = {split: read_samples(recipe.data, split, left_out) for split in splits_of(arguments)}
     settings = done_by_first_process(
         lambda: without_places({**fixed_settings(recipe), "content": describe_content(recipe, samples)})
     )
@@ -122,6 +126,19 @@ def run_recipe(recipe: Recipe) -> Path:
         logger.warning(f"{output_dir}: this run is finished; its result is {output_dir / PUBLISHED}.")
         return output_dir / PUBLISHED
     set_seed(arguments.seed)
+    with only_run_in(output_dir):
+        return train_and_publish(recipe, arguments, samples, settings, left_out)
+
+
+def train_and_publish(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    samples: Mapping[Split, datasets.Dataset],
+    settings: dict[str, Any],
+    left_out: Sequence[Mapping[str, str]],
+) -> Path:
+    """What [`run_recipe`] does once all that it needs is read, and the output folder is its own."""
+    output_dir = Path(str(arguments.output_dir))
     # Before anything is loaded: another run's folder is refused here.
     resume_from = prepare_resume(arguments, settings, lambda before: bring_up_to_date(before, settings))
     if arguments.process_index == 0:
@@ -129,7 +146,7 @@ def run_recipe(recipe: Recipe) -> Path:
         save_recipe(recipe, output_dir / RECIPE)
 
     stop, guard = StopOnSignal(), CheckpointGuard(settings)
-    trainer = build_trainer(recipe, arguments, samples, [stop, guard], is_resumed=resume_from is not None)
+    trainer = build_trainer(recipe, arguments, samples, [stop, guard], resume_from is not None, left_out)
     try:
         output = train_or_finish(trainer, resume_from)
     finally:
@@ -239,8 +256,12 @@ def build_trainer(
     samples: Mapping[Split, datasets.Dataset],
     callbacks: list[Any],
     is_resumed: bool = False,
+    left_out: Sequence[Mapping[str, str]] = (),
 ) -> StudyTrainer:
-    """The stage's trainer with model, data and collator; `samples` are those of each split, as [`read_samples`] gives them."""
+    """
+    The stage's trainer with model, data and collator; `samples` are those of each split, and `left_out` the rows without a
+    text, as [`read_samples`] gives them.
+    """
     data = recipe.data
     draw_similar = None
     if data.similar_reports:
@@ -250,6 +271,8 @@ def build_trainer(
     if data.questions_per_volume > 1:
         check_attention(model, data.max_text_length)
     if recipe.stage == "language":  # conversations in words alone, no volumes
+        if data.skip_broken and arguments.process_index == 0:
+            write_json_lines(left_out, Path(str(arguments.output_dir)) / SKIPPED)
         return StudyTrainer(
             model=model,
             args=arguments,
@@ -273,7 +296,7 @@ def build_trainer(
         collator = ConversationCollator(processor, data.max_text_length)
         trainer_class, options = GenerationTrainer, {"num_answers": recipe.num_answers}
     volumes = build_volume_loader(data, processor.image_processor)
-    samples = read_ahead(data, arguments, samples, volumes, is_resumed)
+    samples = read_ahead(data, arguments, samples, volumes, is_resumed, left_out)
     validation = None
     if "validation" in samples:
         validation = StudyDataset(samples["validation"], volumes, validation_builder, seed=arguments.seed)
@@ -349,9 +372,18 @@ def build_model(
     return model, processor
 
 
-def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
+def read_samples(data: DataRecipe, split: Split, left_out: list[dict[str, str]] | None = None) -> datasets.Dataset:
     """
     The samples of a split, of all tasks of the recipe, one task after the other.
+
+    Args:
+        data ([`DataRecipe`]):
+            With `skip_broken`, samples without a text are left out, and volumes are not looked for: [`read_ahead`] finds which
+            are missing.
+        split (`str`):
+            The split.
+        left_out (`list`, *optional*):
+            Gets a row for each sample that is left out, see [`SampleTable`].
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -359,8 +391,10 @@ def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
     """
     root = Path(data.root).expanduser()
     manifest = find_manifest(root)
+    empty: list[dict[str, str]] = []
+    options: dict[str, Any] = {"check_files": not data.skip_broken, "skip_empty": data.skip_broken, "left_out": empty}
     if manifest is not None:
-        samples = read_manifest(manifest, split)
+        samples = read_manifest(manifest, split, **options)
         tasks = samples["task"][:]
         parts = [samples.select([row for row, name in enumerate(tasks) if name == task]) for task in data.tasks]
     else:
@@ -368,7 +402,12 @@ def read_samples(data: DataRecipe, split: Split) -> datasets.Dataset:
         for task in data.tasks:
             if task == "yes_no_vqa" and split == "validation" and not (root / "M3D-VQA/M3D_VQA_yn_val.csv").exists():
                 continue  # M3D publishes yes/no questions for training only
-            parts.append(read_m3d_cap(root, split) if task == "report" else read_m3d_vqa(root, split, [task]))  # type: ignore[list-item]
+            is_report = task == "report"
+            parts.append(
+                read_m3d_cap(root, split, **options) if is_report else read_m3d_vqa(root, split, [task], **options)  # type: ignore[list-item]
+            )
+    if left_out is not None:
+        left_out += {tuple(row.values()): row for row in empty}.values()  # once, though each task reads them
     if split == "validation":
         parts = [limited(part, data.num_validation) for part in parts]
     if sum(map(len, parts)) == 0:
@@ -407,10 +446,11 @@ def read_ahead(
     samples: Mapping[Split, datasets.Dataset],
     volumes: VolumeLoader,
     is_resumed: bool = False,
+    left_out: Sequence[Mapping[str, str]] = (),
 ) -> Mapping[Split, datasets.Dataset]:
     """
     Reads the volumes of all splits before the first step where that is of use: to fill a cache, or to leave out what is
-    broken. The first process reads, the others wait for what it found.
+    broken or missing. The first process reads, the others wait for what it found. `left_out` is listed beside the volumes.
 
     Returns:
         `Mapping` from each split to its samples whose volume can be read.
@@ -421,7 +461,7 @@ def read_ahead(
     if data.cache is None and not data.skip_broken:
         return samples
     images = list(dict.fromkeys(image for part in samples.values() for image in part["image"]))
-    listing = Path(str(arguments.output_dir)) / "skipped.jsonl"
+    listing = Path(str(arguments.output_dir)) / SKIPPED
     broken = set(
         done_by_first_process(
             lambda: find_broken(
@@ -431,6 +471,7 @@ def read_ahead(
                 base=folder_of(data.root),
                 is_resumed=is_resumed,
                 progress=not arguments.disable_tqdm,
+                left_out=left_out,
             )
         )
     )
@@ -515,11 +556,14 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     Settings that an earlier version of this package wrote, in the form of `settings`: fields of the recipe that came since have
-    their defaults, and whether there was a cache, which was not written down, is as it is now.
+    their defaults, those that are free by now are gone, and whether there was a cache, which was not written down, is as it is
+    now.
     """
     defaults = fixed_settings(Recipe())
     defaults["data"]["is_cached"] = settings["data"]["is_cached"]
-    return without_places(with_defaults(before, defaults))
+    before = without_places(with_defaults(before, defaults))
+    before["training"] = {name: value for name, value in before["training"].items() if name not in FREE_SETTINGS}
+    return before
 
 
 def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) -> dict[str, Any]:

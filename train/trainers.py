@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling_med3dvlm.modeling_med3dvlm import next_labels
 from .answering import answer_samples
+from .checkpoints import is_distributed
 from .data.dataset import EpochSampler, StudyDataset
 from .files import write_json_lines
 from .prompts import format_answer, format_question
+from .recipe import SAMPLING_STRATEGIES
 from .scoring import chance_recall, retrieval_recall
 
 
@@ -60,6 +63,15 @@ class StudyTrainer(Trainer):
             self.sampler.set_epoch(epoch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """
+        Raises:
+            ValueError: `train_sampling_strategy` is one that groups samples by their length.
+        """
+        if self.args.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise ValueError(
+                f"`training.train_sampling_strategy` must be one of {', '.join(map(repr, SAMPLING_STRATEGIES))}, got "
+                f"{self.args.train_sampling_strategy!r}: the order of samples depends on seed, epoch and sample alone."
+            )
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.sampler = EpochSampler(len(dataset), seed, shuffle=self.args.train_sampling_strategy != "sequential")
@@ -92,7 +104,13 @@ class StudyTrainer(Trainer):
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validates; training goes on with the random numbers that it had: it is the same however often it is validated."""
+        """
+        Validates; training goes on with the random numbers that it had: it is the same however often it is validated. All
+        processes validate with the statistics of batches that the first one has, which are those that are saved: under
+        DeepSpeed, without `sync_batch_norm`, each has its own.
+        """
+        if is_distributed():
+            share_buffers(self.accelerator.unwrap_model(self.model), self.args.device)
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
@@ -103,6 +121,13 @@ class StudyTrainer(Trainer):
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+
+def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Gives all processes the floating-point buffers that the first one has, where they are on the device of the run."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.device.type == device.type:
+            dist.broadcast(buffer, src=0)
 
 
 def uses_deepspeed_autocast(config: Any) -> bool:

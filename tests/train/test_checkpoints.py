@@ -312,6 +312,41 @@ def test_sigterm_saves_and_stops_and_the_resumed_run_equals_the_uninterrupted(tm
     assert training_program.read_trace(trainer) == uninterrupted
 
 
+def test_rows_of_the_log_that_span_a_stop_are_those_of_the_uninterrupted_run(tmp_path):
+    """Rows of 4 steps, checkpoints of 3, and a signal at 5; the final figures are those of all starts."""
+    arguments = {"logging_steps": 4, "save_steps": 3, "max_steps": 11}
+    trainer, _, _ = training_program.train(tmp_path / "whole", **arguments)
+    expected, whole = training_program.read_trace(trainer), trainer.state.log_history[-1]
+    assert [row[0] for row in expected] == [4, 8]
+    training_program.train(tmp_path / "run", signal_at=5, **arguments)
+    time.sleep(0.5)
+    training_program.train(tmp_path / "run", signal_at=10, **arguments)
+    remove("optimizer.pt")(tmp_path / "run" / "checkpoint-10")
+    trainer, _, checkpoint = training_program.train(tmp_path / "run", **arguments)
+    assert checkpoint == str(tmp_path / "run" / "checkpoint-9")
+    assert training_program.read_trace(trainer) == expected
+    last = trainer.state.log_history[-1]
+    assert last["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    marker = json.loads((tmp_path / "run" / "checkpoint-11" / MARKER_NAME).read_text())
+    assert last["train_runtime"] >= round(marker["progress"]["seconds"], 3) - 0.001
+    for rate, number in (("steps", 11), ("samples", 22)):
+        assert last[f"train_{rate}_per_second"] == pytest.approx(number / last["train_runtime"], rel=0.02)
+
+    trainer, _, _ = training_program.train(tmp_path / "run", **arguments)  # not one step is left
+    again = trainer.state.log_history[-1]
+    assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    assert again["train_runtime"] >= round(marker["progress"]["seconds"], 3) - 0.001
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_progress(run_folder, uninterrupted):
+    for marker in run_folder.glob(f"checkpoint-*/{MARKER_NAME}"):
+        content = json.loads(marker.read_text())
+        del content["progress"]
+        marker.write_text(json.dumps(content))
+    trainer, _, checkpoint = training_program.train(run_folder)
+    assert checkpoint is not None and training_program.read_trace(trainer) == uninterrupted
+
+
 def test_a_stop_within_an_epoch_saves_once(tmp_path, monkeypatch):
     """Of a strategy of epochs: Trainer ends the epoch after a stop as if it were whole."""
     saved = []

@@ -7,12 +7,16 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from nibabel.testing import data_path
 from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app, parse_hu_range
 from med3dvlm.train.command_line import require_extra
+from med3dvlm.train.data.preparation_record import MADE_BY
+from med3dvlm.train.data.prepare import encode_prepared_volume
 from med3dvlm.train.demo import build_tiny_model
+from med3dvlm.train.phantoms import study
 
 
 SCAN = str(Path(data_path) / "anatomical.nii")
@@ -65,6 +69,24 @@ def test_ask_takes_the_options_of_a_scan(folder, tmp_path):
     series = Path(data_path) / "example4d.nii.gz"
     report = json.loads(run("ask", series, "?", "--volume-index", 1, *options).stdout)["preprocessing"]
     assert report["source_shape"][-1] == 2
+
+
+def test_ask_takes_a_prepared_volume_as_it_is(folder, tmp_path):
+    scan = tmp_path / "prepared.nii.gz"
+    values = torch.rand(16, 24, 20, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25  # neither 0 nor 1
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])[:, [2, 1, 0, 3]]
+    scan.write_bytes(encode_prepared_volume(values, affine, True, True, {"made_by": MADE_BY}))
+    options = (scan, "?", "--model", folder, "--max-new-tokens", 2)
+    result = run("ask", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert f"Written by `{MADE_BY}`: cropped and scaled before" in result.stderr
+    report = json.loads(result.stdout)["preprocessing"]
+    assert report["intensity_mode"] == "none" and report["intensity_range"] == [0, 1]
+    assert report["crop_box"] == [[0, 16], [0, 24], [0, 20]]
+    for wish in (("--hu-range", "lung"), ("--intensity-mode", "minmax")):
+        refused = run("ask", *options, *wish)
+        assert refused.exit_code == 2 and "is taken as it is: leave out --intensity-mode" in refused.stderr
+    assert run("ask", *options, "--intensity-mode", "none").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -213,6 +235,19 @@ def test_commands_need_no_tool_of_developers():
     code = "import sys; sys.modules.update(pytest=None, ruff=None, build=None); import med3dvlm.train.demo as demo"
     code += "; assert demo.SCAN.exists(); import med3dvlm.train.cli, med3dvlm.hub_cards.publish"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("options, cases", [([], 900), (["--full"], 4600), (["--full", "--cases", 1000], 1000)])
+def test_demo_makes_as_many_phantoms_as_its_training_is_for(options, cases, tmp_path, monkeypatch):
+    made = []
+
+    def write_study(destination, num_cases, *arguments, **rest):
+        made.append(num_cases)
+        raise OSError("enough")
+
+    monkeypatch.setattr(study, "write_study", write_study)
+    assert run("demo", "--output", tmp_path, *options).exit_code == 2
+    assert made == [cases]
 
 
 @pytest.mark.slow

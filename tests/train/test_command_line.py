@@ -1,11 +1,19 @@
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+import typer
 
+from med3dvlm import DCFormerConfig, Med3DVLMConfig
+from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train import command_line
-from med3dvlm.train.command_line import launch
+from med3dvlm.train.command_line import SIGNALS_OF_TORCHRUN, bad_input_is_an_answer, check_answers_questions, launch
 
 
 LAUNCH = Path(command_line.__file__).parent / "recipes" / "launch"
@@ -18,7 +26,7 @@ def test_torchrun_gives_processes_minutes_to_save(given, seconds, monkeypatch):
     environments = []
 
     class Process:
-        def __init__(self, command, env=None):
+        def __init__(self, command, env=None, **options):
             environments.append(os.environ if env is None else env)
 
         def wait(self):
@@ -38,13 +46,103 @@ def test_torchrun_gives_processes_minutes_to_save(given, seconds, monkeypatch):
     assert config.shutdown_timeout == seconds
 
 
+def test_torchrun_gets_sigterm_for_sigusr1_and_passes_both_on(monkeypatch):
+    run = pytest.importorskip("torch.distributed.run")
+    sent, environments = [], []
+
+    class Process:
+        def __init__(self, command, env=None, **options):
+            environments.append(env)
+
+        def send_signal(self, number):
+            sent.append(number)
+
+        def wait(self):
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            return 143
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert launch(2, ["train", "paper/contrastive"]) == 143
+    assert sent == [signal.SIGTERM] * 2 and signal.getsignal(signal.SIGUSR1) == before
+    monkeypatch.setenv(
+        SIGNALS_OF_TORCHRUN, environments[0][SIGNALS_OF_TORCHRUN]
+    )  # as when SLURM signals all processes
+    arguments = run.get_args_parser().parse_args(["program.py"])
+    if not hasattr(arguments, "signals_to_handle"):
+        pytest.skip("this torch has no choice of signals")
+    assert arguments.signals_to_handle.split(",")[-1] == "SIGUSR1" and "SIGTERM" in arguments.signals_to_handle
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    """Of the command and torchrun, and of torchrun and its processes, which call the same by themselves."""
+    sleeper = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    start = (
+        "import shlex, subprocess, time; from med3dvlm.train.command_line import prepare_to_end_with_parent; "
+        f"child = subprocess.Popen(shlex.split({sleeper!r}), preexec_fn=prepare_to_end_with_parent()); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while is_running(child):
+        assert time.monotonic() < deadline, os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise KeyError("inside")
+        except KeyError as error:
+            raise InvalidVolumeError("scan.nii.gz: truncated or damaged.\nCopy it again.") from error
+
+
+def test_an_error_of_a_loaders_worker_is_told_without_its_traceback(capsys):
+    with pytest.raises(typer.Exit), bad_input_is_an_answer():
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert capsys.readouterr().err == "med3dvlm: scan.nii.gz: truncated or damaged.\nCopy it again.\n"
+
+
+def test_an_adapter_on_the_hub_answers_too(monkeypatch, tmp_path):
+    """What transformers finds on the Hub is stood in for; a repository with an adapter alone has no config.json."""
+    asked = []
+
+    def cached_file(repository, name, **options):
+        asked.append((repository, name))
+        return str(tmp_path / name) if repository == "org/adapter" else None
+
+    monkeypatch.setattr(transformers.utils.peft_utils, "cached_file", cached_file)
+    check_answers_questions("org/adapter")
+    assert asked == [("org/adapter", "adapter_config.json")]
+    Med3DVLMConfig().save_pretrained(tmp_path / "model")
+    check_answers_questions(str(tmp_path / "model"))
+    DCFormerConfig().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="'dcformer', which answers no questions"):
+        check_answers_questions(str(tmp_path / "encoder"))
+
+
 @pytest.mark.parametrize("script", ["slurm.sbatch", "torchrun_two_nodes.sh"])
 @pytest.mark.parametrize("given, seconds", [(None, "280"), ("60", "60")])
 def test_launch_scripts_give_processes_minutes_to_save(script, given, seconds, tmp_path):
     """The programs of the cluster are replaced by ones that say what they were given."""
     for name in ("torchrun", "srun", "scontrol"):
         program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho "{name} ${VARIABLE} $*"\n')
+        program.write_text(f'#!/bin/sh\necho "{name} ${VARIABLE} $*"; echo "signals ${SIGNALS_OF_TORCHRUN}"\n')
         program.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -58,4 +156,5 @@ def test_launch_scripts_give_processes_minutes_to_save(script, given, seconds, t
         environment[VARIABLE] = given
     command = ["bash", str(LAUNCH / script), "paper/contrastive"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "signals SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1\n" in result.stdout
     assert f"run {seconds} " in result.stdout and "med3dvlm.train.cli train paper/contrastive" in result.stdout

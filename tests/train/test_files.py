@@ -1,9 +1,11 @@
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 
-from med3dvlm.train.files import write_atomically, write_json_atomically
+from med3dvlm.train.files import only_one_at, write_atomically, write_json_atomically
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -15,6 +17,21 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomically(b"voxels", tmp_path / "new" / "scan.nii.gz")
     assert [file.read_bytes() for file in (tmp_path / "new").iterdir()] == [b"old"]
+
+
+def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path):
+    """As the workers of a data loader, which may outlive a training that was killed."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    with only_one_at(tmp_path / "lock", "held"):
+        child.start()
+        with pytest.raises(BlockingIOError, match="^held$"), only_one_at(tmp_path / "lock", "held"):
+            pass
+    try:
+        with only_one_at(tmp_path / "lock", "held"):
+            pass
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_json_is_replaced_as_a_whole(tmp_path):

@@ -5,13 +5,14 @@ import torch
 from tiny import tiny_siglip, tiny_vlm_config
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig
 
-from med3dvlm import Med3DVLMImageProcessor
+from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.hub_cards.model_card import find_base_model
 from med3dvlm.hub_cards.publish import publish
 from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
 from med3dvlm.train.models import (
     build_dual_encoder,
     build_language_model,
+    build_vision_language_model,
     load_vision_language_model,
     load_volume_encoder,
     train_word_piece_tokenizer,
@@ -89,6 +90,60 @@ def test_the_image_processor_of_a_published_model_is_adjusted_and_what_is_unused
     assert "`model.projector`: not used" in caplog.text
     with pytest.raises(ValueError, match="leave `image_size` out"):
         load_vision_language_model(replace(recipe, image_processor={"image_size": [64, 64, 64]}))
+
+
+def test_a_dual_encoder_that_is_trained_on_is_float32_whatever_its_files_are(tmp_path):
+    _, processor = build_tiny_model()
+    tiny_siglip().to(torch.bfloat16).save_pretrained(tmp_path)
+    Med3DVLMProcessor(Med3DVLMImageProcessor(image_size=[32, 64, 96]), processor.tokenizer).save_pretrained(tmp_path)
+    model, _ = build_dual_encoder(ModelRecipe(start_from=str(tmp_path)), TEXTS)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def dual_encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dual_encoder")
+    tiny_siglip().save_pretrained(folder)
+    Med3DVLMProcessor(Med3DVLMImageProcessor(image_size=[32, 64, 96]), build_tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "language_model, message",
+    [
+        ({"model_type": "phi", **SIZES}, "PhiForCausalLM has a bias in its head"),
+        ({"model_type": "granite", "logits_scaling": 8.0, **SIZES}, "`logits_scaling` 8.0, which"),
+        ({"model_type": "cohere", **SIZES}, "`logit_scale` 0.0625"),
+        ({"model_type": "gemma2", "head_dim": 8, **SIZES}, "`final_logit_softcapping` 30.0"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_language_models_that_score_in_another_way_are_refused(language_model, message, dual_encoder):
+    recipe = ModelRecipe(start_from=dual_encoder, language_model=language_model, tokenizer_size=300)
+    with pytest.raises(ValueError, match=rf"the product of hidden state and head.*{message}"):
+        build_vision_language_model(recipe, TEXTS)
+
+
+@pytest.mark.parametrize(
+    "language_model",
+    [
+        {"model_type": "granite", "logits_scaling": 1.0, **SIZES},
+        {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, **SIZES},
+    ],
+    ids=lambda value: value["model_type"],
+)
+def test_other_language_models_become_a_part_that_is_saved_and_loaded(language_model, dual_encoder, tmp_path):
+    fields = {"projector": {"low_level_tokens": [6, 5], "high_level_tokens": [2, 3]}, "tokenizer_size": 300}
+    model, processor = build_vision_language_model(
+        ModelRecipe(start_from=dual_encoder, language_model=language_model, **fields), TEXTS
+    )
+    ids = processor.tokenizer("No nodule.", return_tensors="pt")["input_ids"]
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_other_models_are_no_volume_encoder(tmp_path):

@@ -38,6 +38,8 @@ def test_the_papers_numbers(name, batch_size, epochs, learning_rate, weight_deca
     assert training["optim"] == "adamw_torch" and training["lr_scheduler_type"] == "cosine"
     assert training["warmup_steps"] == 0.03  # below 1 a share of all steps
     assert training["bf16"] is True and training["deepspeed"] == "zero2"
+    assert training["eval_strategy"] == "epoch"
+    assert training["save_strategy"] == "steps" and training["save_steps"] == 500  # an epoch takes an hour and more
 
 
 def test_the_papers_models_and_tasks():
@@ -139,6 +141,11 @@ def test_base_is_found_beside_the_recipe(tmp_path):
         ("paper/projector", "data.questions_per_volume=0", "`data.questions_per_volume` must be 1 or more, got 0"),
         ("paper/contrastive", "data.questions_per_volume=2", "'contrastive' asks nothing"),
         ("paper/contrastive", "learning_rate", "Expected an override `key=value`"),
+        (
+            "paper/contrastive",
+            "training.train_sampling_strategy=group_by_length",
+            "`training.train_sampling_strategy` must be one of 'random', 'sequential'; got 'group_by_length'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(name, override, message):

@@ -24,6 +24,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from med3dvlm.train import stages
+from med3dvlm.train.checkpoints import only_run_in
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.demo import build_tiny_model
@@ -396,6 +397,59 @@ def test_broken_volumes_stop_or_are_left_out_and_listed(split, manifest, tmp_pat
     run_recipe(recipe_of("contrastive", copy, tmp_path / "skip", *options, "data.skip_broken=true"))
     rows = [json.loads(line) for line in (tmp_path / "skip" / "skipped.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [victim.name] and "damaged" in rows[0]["reason"]
+
+
+def test_missing_volumes_and_rows_without_a_text_stop_or_are_left_out_and_listed(manifest, tmp_path):
+    folder = shutil.copytree(manifest.parent, tmp_path / "study")
+    copy, whole = folder / manifest.name, manifest.read_text()
+    copy.write_text(whole + "scan_9.nii.gz,case_9,train,A mass.,,,,,\n")
+    with pytest.raises(FileNotFoundError, match=r"1 of the 5 scans .* row 13.*data\.skip_broken=true"):
+        run_recipe(recipe_of("contrastive", copy, tmp_path / "stop", *CONTRASTIVE))
+    without_text = "scan_4.nii.gz,case_4,train,,Where is it?,,,,\n"
+    copy.write_text(whole + without_text)
+    with pytest.raises(ValueError, match=r"1 empty texts .* row 13 .*data\.skip_broken=true"):
+        read_samples(DataRecipe(root=str(copy), tasks=["report"]), "train")
+
+    copy.write_text(whole + without_text + "scan_9.nii.gz,case_9,train,A mass.,,,,,\n")
+    recipe = recipe_of("contrastive", copy, tmp_path / "skip", *CONTRASTIVE, "data.skip_broken=true")
+    published, listing = run_recipe(recipe), tmp_path / "skip" / "skipped.jsonl"
+    text, missing = map(json.loads, listing.read_text().splitlines())
+    assert text == {"source": "manifest.csv", "row": "row 13", "column": "answer", "reason": "empty text"}
+    assert missing["image"] == "scan_9.nii.gz" and missing["reason"]
+    # A run that goes on leaves out the same ones, though one is there now.
+    shutil.copy(folder / "scan_1.nii.gz", folder / "scan_9.nii.gz")
+    shutil.rmtree(published)
+    (tmp_path / "skip" / "summary.json").unlink()
+    run_recipe(recipe)
+    assert json.loads((tmp_path / "skip" / "summary.json").read_text())["num_train_samples"] == 4
+    assert len(listing.read_text().splitlines()) == 2
+    # The stage in words alone reads no volume.
+    (folder / "scan_9.nii.gz").unlink()
+    run_recipe(recipe_of("language", copy, tmp_path / "words", LANGUAGE, "data.skip_broken=true"))
+    assert list(map(json.loads, (tmp_path / "words" / "skipped.jsonl").read_text().splitlines())) == [text]
+
+
+def test_a_second_start_of_a_run_that_is_at_work_is_refused(manifest, tmp_path):
+    recipe = recipe_of("language", manifest, tmp_path, LANGUAGE)
+    half_written = tmp_path / "checkpoint-1"
+    half_written.mkdir()
+    with only_run_in(tmp_path), pytest.raises(BlockingIOError, match="another run is at work in this folder"):
+        run_recipe(recipe)
+    assert half_written.exists()
+    half_written.rmdir()
+    run_recipe(recipe)
+
+
+def test_how_often_a_run_is_saved_may_change(manifest, tmp_path):
+    """Also of a run that an earlier version began, which kept the strategy among what must stay."""
+    recipe = recipe_of("language", manifest, tmp_path, LANGUAGE)
+    run_recipe(recipe)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["settings"]["training"]["save_strategy"] = "epoch"
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert run_recipe(recipe) == tmp_path / "published"
+    recipe.training["save_strategy"] = "no"
+    assert run_recipe(recipe) == tmp_path / "published"
 
 
 def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_it_alone(tmp_path):

@@ -14,6 +14,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_firs
 from torch.utils.data import BatchSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from med3dvlm.train import trainers
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -167,6 +168,31 @@ def test_a_validation_leaves_the_random_numbers_of_training_as_they_are(tmp_path
     state = torch.random.get_rng_state()
     assert trainer.evaluate() == {"batches": 1}
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_all_processes_validate_with_the_statistics_of_the_first(tmp_path, monkeypatch):
+    """Here as in the second process, to which the first one sends ones."""
+    trainer = trainer_of(tmp_path, num_train=2, num_validation=2)
+    before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    monkeypatch.setattr(trainers, "is_distributed", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, src: buffer.fill_(1.0 + src))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: dict(self.model.named_buffers()))
+    validated = trainer.evaluate()
+    statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert statistics and all((validated[name] == 1).all() for name in statistics)
+    counters = [name for name in before if not before[name].is_floating_point()]
+    assert counters and all(torch.equal(validated[name], before[name]) for name in counters)
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "group_by_length"])
+def test_samples_are_ordered_by_no_length(strategy, tmp_path):
+    trainer = trainer_of(tmp_path, num_train=4, num_validation=1)
+    trainer.args.train_sampling_strategy = strategy
+    if strategy == "sequential":
+        assert list(trainer._get_train_sampler()) == [0, 1, 2, 3]
+        return
+    with pytest.raises(ValueError, match="must be one of 'random', 'sequential', got 'group_by_length'"):
+        trainer._get_train_sampler()
 
 
 def test_training_on_less_than_a_batch_is_refused_where_the_last_one_is_dropped(tmp_path):

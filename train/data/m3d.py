@@ -47,6 +47,10 @@ NUM_SHARDS = 64
 NUM_READERS = 16
 # A message names this many culprits and counts the rest.
 NUM_NAMED = 5
+# Characters that a cell of a CSV file may have. Python's own limit, 131072, is less than some reports with their history.
+MAX_CELL = 2**27
+# The end of a message on files that are missing.
+SKIP_HINT = "Bring them there; to train without them, set data.skip_broken=true in the recipe."
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,6 +63,7 @@ def read_m3d_cap(
     streaming: bool = False,
     check_files: bool = True,
     skip_empty: bool = False,
+    left_out: list[dict[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
     Reads the reports of M3D-Cap in its prepared layout (`M3D_Cap_npy/M3D_Cap.json`).
@@ -77,7 +82,9 @@ def read_m3d_cap(
         check_files (`bool`, *optional*, defaults to `True`):
             Look whether every volume exists. Leave it out where that takes long and was done before.
         skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave samples with an empty report out and name them in a warning, instead of raising.
+            Leave samples with an empty report, or none, out and name them in a warning, instead of raising.
+        left_out (`list`, *optional*):
+            With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
     Returns:
         `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, in the order of the file. `answer` is the report
@@ -101,11 +108,14 @@ def read_m3d_cap(
     check_split(split)
     root, index = Path(root), Path(root) / CAP_INDEX
     entries = read_cap_index(index, split)
-    table = SampleTable(index, skip_empty)
-    texts = read_texts([str(root / text) for _, text in entries], index)
+    table = SampleTable(index, skip_empty, left_out)
+    texts = read_texts([str(root / text) for _, text in entries], index, may_be_missing=skip_empty)
     for row, ((image, _), text) in enumerate(zip(entries, texts)):
-        path = resolve_image(root, image)
-        table.add(f'"{split}"[{row}]', image=path, case=case_of(image), task="report", answer=text)
+        where, path = f'"{split}"[{row}]', resolve_image(root, image)
+        if text is None:
+            table.leave_out(where, "report", "there is no such file")
+        else:
+            table.add(where, image=path, case=case_of(image), task="report", answer=text)
     return table.build(streaming=streaming, check_files=check_files)
 
 
@@ -117,6 +127,7 @@ def read_m3d_vqa(
     streaming: bool = False,
     check_files: bool = True,
     skip_empty: bool = False,
+    left_out: list[dict[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
     Reads the questions of M3D-VQA (`M3D-VQA/*.csv`).
@@ -138,6 +149,8 @@ def read_m3d_vqa(
             Look whether every volume exists.
         skip_empty (`bool`, *optional*, defaults to `False`):
             Leave samples with an empty question or answer out and name them in a warning, instead of raising.
+        left_out (`list`, *optional*):
+            With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
     Returns:
         `datasets.Dataset` with `SAMPLE_FEATURES`: row by row, within a row in the order of `tasks`, yes/no questions
@@ -150,7 +163,7 @@ def read_m3d_vqa(
     check_split(split)
     _check_tasks(tasks)
     folder = Path(root) / VQA_FOLDER
-    table = SampleTable(folder, skip_empty)
+    table = SampleTable(folder, skip_empty, left_out)
     choice_tasks = [task for task in tasks if task != "yes_no_vqa"]
     if choice_tasks:
         columns = QUESTION_COLUMNS + (CHOICE_COLUMNS if "closed_vqa" in choice_tasks else ())
@@ -250,12 +263,15 @@ class SampleTable:
             File or folder that messages name.
         skip_empty (`bool`):
             Whether samples without a question or an answer are left out, or raise.
+        left_out (`list`, *optional*):
+            Gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample that is left out.
     """
 
-    def __init__(self, source: Path, skip_empty: bool = False):
+    def __init__(self, source: Path, skip_empty: bool = False, left_out: list[dict[str, str]] | None = None):
         self.source, self.skip_empty = source, skip_empty
         self.columns: dict[str, list[Any]] = {name: [] for name in SAMPLE_FEATURES}
         self.empty: list[str] = []
+        self.left_out: list[dict[str, str]] = [] if left_out is None else left_out
 
     def add(
         self,
@@ -273,11 +289,16 @@ class SampleTable:
         """Adds a sample, or notes that it is empty. `where` tells the place in the source."""
         question, answer = question.strip(), answer.strip()
         if not answer or (task != "report" and not question):
-            self.empty.append(f"{where} ({'question' if answer else 'report' if task == 'report' else 'answer'})")
+            self.leave_out(where, "question" if answer else "report" if task == "report" else "answer", "empty text")
             return
         sample = (image, case, task, question, list(choices), answer, answer_choice, question_type)
         for column, value in zip(self.columns.values(), sample):
             column.append(value)
+
+    def leave_out(self, where: str, column: str, reason: str) -> None:
+        """Notes a sample that lacks a text. The note names its place, never what stands in other columns."""
+        self.empty.append(f"{where} ({column})")
+        self.left_out.append({"source": self.source.name, "row": where, "column": column, "reason": reason})
 
     def build(self, *, streaming: bool, check_files: bool) -> Dataset | IterableDataset:
         """
@@ -290,7 +311,7 @@ class SampleTable:
             if not self.skip_empty:
                 raise ValueError(
                     f"{message} A sample without a text would train on nothing: fill them in, or take them out; in Python, "
-                    "`skip_empty=True` leaves them out."
+                    "`skip_empty=True` leaves them out, in a recipe data.skip_broken=true, which also lists them."
                 )
             logger.warning(f"{message} They are left out.")
         if not self.columns["image"]:
@@ -328,7 +349,7 @@ def check_images_exist(paths: Iterable[str], source: Path) -> None:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(unique)} volumes that {source} names are missing: {name_a_few(missing)}. "
             f"Paths are relative to the data set's folder{hint_at_backslashes(missing)}; volumes of M3D are made by "
-            "`med3dvlm prepare m3d-cap`."
+            f"`med3dvlm prepare m3d-cap`. {SKIP_HINT}"
         )
 
 
@@ -339,9 +360,12 @@ def hint_at_backslashes(paths: Iterable[str]) -> str:
     return "; backslashes, as Windows writes them, separate no folders here: write / instead"
 
 
-def read_texts(paths: Sequence[str], source: Path) -> list[str]:
+def read_texts(paths: Sequence[str], source: Path, may_be_missing: bool = False) -> list[str | None]:
     """
     Reads small text files (UTF-8), many at once; a file that is named twice is read once.
+
+    Returns:
+        `list[str | None]`: their texts; None for a file that is missing, which only `may_be_missing` allows.
 
     Raises:
         FileNotFoundError: files are missing; says how many and names a few.
@@ -350,11 +374,12 @@ def read_texts(paths: Sequence[str], source: Path) -> list[str]:
     unique = list(dict.fromkeys(paths))
     texts = dict(zip(unique, parallel(_read_text_if_there, unique)))
     missing = [path for path, text in texts.items() if text is None]
-    if missing:
+    if missing and not may_be_missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(unique)} reports that {source} names are missing: {name_a_few(missing)}."
+            f"{len(missing)} of the {len(unique)} reports that {source} names are missing: {name_a_few(missing)}. "
+            f"{SKIP_HINT}"
         )
-    return [texts[path] or "" for path in paths]
+    return [texts[path] for path in paths]
 
 
 def _read_text_if_there(path: str) -> str | None:
@@ -397,6 +422,7 @@ def read_csv_rows(
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))
     # Not with `newline=""`, which would keep the line breaks of Windows within texts: models would learn to write them.
     with path.open(encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True)

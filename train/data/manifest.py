@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from .m3d import (
+    SKIP_HINT,
     SampleTable,
     check_split,
     choice_letter,
@@ -90,6 +91,7 @@ def read_manifest(
     streaming: bool = False,
     check_files: bool = True,
     skip_empty: bool = False,
+    left_out: list[dict[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     r"""
     Reads a manifest of one's own studies.
@@ -122,6 +124,8 @@ def read_manifest(
             Look whether every scan exists.
         skip_empty (`bool`, *optional*, defaults to `False`):
             Leave rows without a report or a complete question out, with a warning, instead of raising.
+        left_out (`list`, *optional*):
+            With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
     Returns:
         `datasets.Dataset` with `SAMPLE_FEATURES`, in the order of the rows; a report before the row's question.
@@ -143,7 +147,7 @@ def read_manifest(
     path = Path(path)
     if split is not None:
         check_split(split)
-    table = SampleTable(path, skip_empty)
+    table = SampleTable(path, skip_empty, left_out)
     rows_of_images: dict[str, int] = {}
     splits: dict[int, str] = {}
     for row in read_manifest_rows(path):
@@ -153,9 +157,9 @@ def read_manifest(
         rows_of_images.setdefault(row.image, row.number)
         for sample in row.samples:
             table.add(f"row {row.number}", image=row.image, case=row.case, **sample)
-    left_out = describe_rows_without_split(splits)
-    if split is not None and left_out:
-        logger.warning_once(f"{path}: {left_out}.")
+    fault = describe_rows_without_split(splits)
+    if split is not None and fault:
+        logger.warning_once(f"{path}: {fault}.")
     if split is not None and split not in splits.values():
         found = (
             ", ".join(sorted(set(splits.values()) - {""}))
@@ -357,7 +361,7 @@ def _check_scans_exist(path: Path, rows_of_images: dict[str, int]) -> None:
         rows = name_a_few([f"row {rows_of_images[image]}" for image in missing])
         raise FileNotFoundError(
             f"{len(missing)} of the {len(images)} scans in {path} do not exist: {rows}. Paths are relative to the "
-            f"manifest's folder, or absolute{hint_at_backslashes(missing)}."
+            f"manifest's folder, or absolute{hint_at_backslashes(missing)}. {SKIP_HINT}"
         )
 
 

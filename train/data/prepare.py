@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,7 +43,7 @@ from transformers.utils import logging
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ...processing.volume_io import InvalidVolumeError, Volume, open_volume
 from ..cores import count_usable_cores
-from ..files import write_atomically
+from ..files import only_one_at, write_atomically
 from .cache import describe_source, fingerprint_of
 from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
 from .preparation_record import COMMENT, MADE_BY, read_preparation_record
@@ -62,12 +62,6 @@ from .slices import (
     to_ascii,
     visible_entries,
 )
-
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where nothing then keeps two calls apart
-    fcntl = None  # type: ignore[assignment]
 
 
 logger = logging.get_logger(__name__)
@@ -631,21 +625,12 @@ def _reason(error: Exception, path: Path) -> str:
     return message if expected else f"{type(error).__name__}: {message}"
 
 
-@contextmanager
-def _only_one_at(destination: Path) -> Iterator[None]:
+def _only_one_at(destination: Path) -> AbstractContextManager[None]:
     """Keeps a second call away, which would take files that are being written for leftovers."""
-    path = destination / f".{REPORT_NAME}.lock"
-    with path.open("a") as stream:
-        if fcntl is not None:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(
-                    f"{destination}: another call is preparing this folder. Wait for it, or choose another folder."
-                ) from error
-            except OSError as error:
-                logger.warning(f"{destination}: its disk has no locks ({error}); let no other call work on it.")
-        yield
+    return only_one_at(
+        destination / f".{REPORT_NAME}.lock",
+        f"{destination}: another call is preparing this folder. Wait for it, or choose another folder.",
+    )
 
 
 def _check_splits(

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def find_broken(
     base: str | Path = "",
     is_resumed: bool = False,
     progress: bool = False,
+    left_out: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
     """
     Reads all volumes, and names those that cannot be read.
@@ -84,7 +85,8 @@ def find_broken(
         images (`Sequence[str]`):
             Paths of the volumes.
         listing (`Path`, *optional*):
-            File, JSON lines with `image` and `reason`, for the volumes that cannot be read. Without it none may be broken.
+            File, JSON lines with `image` and `reason`, for the volumes that cannot be read, missing ones among them. Without it
+            none may be broken.
         base (`str` or `Path`, *optional*):
             Folder that paths in the listing are relative to: a study may be moved.
         is_resumed (`bool`, *optional*, defaults to `False`):
@@ -92,6 +94,8 @@ def find_broken(
             left out as before.
         progress (`bool`, *optional*, defaults to `False`):
             As in [`read_all`].
+        left_out (`Sequence[Mapping[str, str]]`, *optional*):
+            What was left out for another reason, such as empty texts: stands in the listing, first.
 
     Returns:
         `list[str]`: their paths.
@@ -111,9 +115,10 @@ def find_broken(
     if not (is_resumed and listing.exists()):
         faults = read_all(volumes, images, progress=progress)
         rows = [{"image": os.path.relpath(image, base or None), "reason": faults[image]} for image in sorted(faults)]
-        write_json_lines(rows, listing)
+        write_json_lines([*left_out, *rows], listing)
     with listing.open(encoding="utf-8") as lines:
-        listed = {os.path.abspath(os.path.join(base, json.loads(line)["image"])) for line in lines}  # noqa: PTH100, PTH118
+        rows = [row for row in map(json.loads, lines) if "image" in row]
+    listed = {os.path.abspath(os.path.join(base, row["image"])) for row in rows}  # noqa: PTH100, PTH118
     broken = [image for image in images if os.path.abspath(image) in listed]  # noqa: PTH100 (links stay)
     if broken:
         logger.warning(f"{len(broken)} volumes cannot be read and are left out; {listing} lists them with reasons.")

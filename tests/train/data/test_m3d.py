@@ -188,6 +188,11 @@ def test_a_table_that_is_not_utf8_is_refused(root):
         read_m3d_vqa(root, "train")
 
 
+def test_a_cell_may_be_longer_than_python_takes_by_itself(root):
+    layout.write_vqa(root, "M3D_VQA_train.csv", [layout.vqa_row(Answer="spleen " * 30_000)])
+    assert len(read_m3d_vqa(root, "train", ["open_vqa"])[0]["answer"]) == 7 * 30_000 - 1
+
+
 def test_empty_texts_are_left_out_only_when_allowed(root, caplog):
     for case in ("1", "2"):
         (root / f"M3D_Cap_npy/ct_case/{case}/text.txt").write_text(" \n" if case == "2" else "Fine.")
@@ -202,12 +207,34 @@ def test_empty_texts_are_left_out_only_when_allowed(root, caplog):
     assert "2 empty texts" in caplog.text and '"train"[2] (report)' in caplog.text and "left out" in caplog.text
 
 
+def test_what_is_left_out_is_told_by_its_place(root):
+    (root / "M3D_Cap_npy/ct_case/1/text.txt").unlink()
+    (root / "M3D_Cap_npy/ct_case/2/text.txt").write_text(" ")
+    layout.write_vqa(root, "M3D_VQA_train.csv", [layout.vqa_row(), layout.vqa_row(Question="")])
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 reports .* set data\.skip_broken=true in the recipe"):
+        read_m3d_cap(root, "train")
+    rows = []
+    with pytest.raises(ValueError, match="holds no samples"):
+        read_m3d_cap(root, "train", skip_empty=True, left_out=rows)
+    assert len(read_m3d_vqa(root, "train", skip_empty=True, left_out=rows)) == 2
+    cap, vqa = {"source": "M3D_Cap.json", "column": "report"}, {"source": "M3D-VQA", "column": "question"}
+    assert rows[:3] == [
+        {**cap, "row": '"train"[0]', "reason": "there is no such file"},
+        {**cap, "row": '"train"[1]', "reason": "there is no such file"},
+        {**cap, "row": '"train"[2]', "reason": "empty text"},
+    ]
+    assert rows[4:] == [{**vqa, "row": "M3D_VQA_train.csv, row 3", "reason": "empty text"}] * 2  # of each task
+
+
 def test_all_missing_files_are_counted_and_a_few_named(root):
     cases = [str(number) for number in range(10, 18)]
     layout.write_cap(root, {"train": ["1", *cases]})
     for case in cases:
         (root / f"M3D_Cap_npy/ct_case/{case}/Axial.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"8 of the 18 volumes .*/10/Axial.nii.gz, .* and 3 more.*m3d-cap"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"8 of the 18 volumes .*/10/Axial.nii.gz, .* and 3 more.*m3d-cap.*data\.skip_broken=true",
+    ):
         read_m3d_cap(root, "train")
     assert len(read_m3d_cap(root, "train", check_files=False)) == 18
     (root / "M3D_Cap_npy/ct_case/10/text.txt").unlink()

@@ -261,7 +261,8 @@ def test_backslashes_in_missing_paths_are_told_of(folder):
 def test_incomplete_rows_are_left_out_only_when_allowed(folder, cells, caplog):
     path = write_csv(folder, {**QUESTION, "case": SECRET}, {**QUESTION, "case": SECRET, **cells})
     with pytest.raises(
-        ValueError, match="1 empty texts in .*manifest.csv: row 3.*take them out; in Python, `skip_empty"
+        ValueError,
+        match="1 empty texts in .*manifest.csv: row 3.*take them out; in Python, `skip_empty.*, in a recipe data\\.skip_broken=true",
     ):
         read_manifest(path)
     logging.getLogger("transformers").addHandler(caplog.handler)

@@ -6,6 +6,8 @@ set -euo pipefail
 : "${HEAD:?set HEAD to the name of the first machine}"
 # Seconds that the processes have to save after SIGTERM; without it torchrun kills them after 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}"
+# The signals that torchrun passes on to them; of SIGUSR1 it would die by itself.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 exec torchrun --nnodes=2 --nproc_per_node="${GPUS_PER_NODE:-4}" \
   --rdzv_backend=c10d --rdzv_endpoint="${HEAD}:29500" --rdzv_id="${RUN_ID:-med3dvlm}" \
   -m med3dvlm.train.cli train "$@"
