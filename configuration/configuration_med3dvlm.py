@@ -4,10 +4,15 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .configuration_dcformer import DCFormerConfig
-from .configuration_dcformer_siglip import build_vision_config, with_image_size
+# All from the one module that says which transformers is needed.
+from .configuration_dcformer_siglip import (
+    DCFormerConfig,
+    PreTrainedConfig,
+    SubConfigSpec,
+    build_vision_config,
+    with_image_size,
+)
 
 
 # Sizes of Qwen2.5-7B-Instruct, the language model of the paper (its published config.json).
@@ -36,7 +41,8 @@ class Med3DVLMConfig(PreTrainedConfig):
         vision_config (`DCFormerConfig`, `Vit3DConfig` or `dict`, *optional*):
             The volume encoder; DCFormer-small by default.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any decoder that `AutoModel` builds; Qwen2.5-7B by default.
+            Any decoder that `AutoModel` builds and whose embeddings are as wide as its hidden states; Qwen2.5-7B by default.
+            The head that scores words has no bias and no scale.
         image_size (`tuple[int, int, int]`, *optional*):
             Voxels along `(depth, height, width)`; sets, and afterwards reads, `vision_config.image_size`.
         image_token_id (`int`, *optional*, defaults to 151665):

@@ -18,7 +18,7 @@ from ..modeling_med3dvlm.modeling_dcformer import DCFormerModel
 from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_vit3d import Vit3DModel
-from ..processing.image_processing_med3dvlm import resolve_hu_range
+from ..processing.image_processing_med3dvlm import HU_OF_AIR, HU_OF_DENSE_BONE, resolve_hu_range
 from .model_index import CARD_NAME, RESULTS, read_card, section_of
 from .remote_code import is_repository
 
@@ -286,29 +286,33 @@ def describe_inputs(config: Any, image_processor: Any) -> str:
         axes = "the axes stay as the file stores them"
     else:
         width, height, depth = (DIRECTIONS[letter] for letter in orientation)
-        axes = f"depth grows to {depth}, height to {height}, width to {width}"
+        axes = f"depth grows to {depth}, height to {height}, width to {width}: swapped and flipped, never interpolated"
     lower, upper = resolve_hu_range(image_processor.hu_range)
     percentiles = " to ".join(f"{value:g}" for value in image_processor.intensity_percentiles)
-    window = f"clipped to {lower:g} to {upper:g} HU and scaled to [0, 1]"
+    window = f"clipped to {lower:g} to {upper:g} HU and scaled linearly to [0, 1]"
+    own_range = "scaled linearly to [0, 1] by the volume's own range, its minimum to 0 and its maximum to 1"
     meaning = {
-        "auto": f"a volume with air in HU is {window}; every other is scaled by its own range",
+        "auto": f"a volume with air in HU (minimum at most {HU_OF_AIR:g}, mean at most {HU_OF_DENSE_BONE:g}) is {window}; "
+        f"every other is {own_range}",
         "window": f"values are HU, {window}",
-        "percentile": f"clipped to the percentiles {percentiles} and scaled to [0, 1]",
-        "minmax": "scaled to [0, 1] by the volume's own range",
+        "percentile": f"clipped to the percentiles {percentiles} of all voxels and scaled linearly to [0, 1]",
+        "minmax": own_range,
         "none": "values are in [0, 1] already; others are refused",
     }[image_processor.intensity_mode]
     size = " x ".join(map(str, image_processor.image_size))
     settings = [
-        ("`orientation`", f"`{orientation}`", axes),
-        ("`intensity_mode`", f"`{image_processor.intensity_mode}`", meaning),
+        ("1", "`orientation`", f"`{orientation}`", axes),
+        ("2", "`intensity_mode`", f"`{image_processor.intensity_mode}`", f"{meaning}, in float32"),
     ]
     if image_processor.intensity_mode in ("auto", "window"):
-        settings.append(("`hu_range`", f"`({lower:g}, {upper:g})`", "HU that become 0 and 1"))
+        settings.append(("2", "`hu_range`", f"`({lower:g}, {upper:g})`", "HU that become 0 and 1"))
     crop, resize = image_processor.do_crop_foreground, image_processor.do_resize
+    box = "cropped to the smallest box around the voxels above 0"
+    grid = "resized, trilinear (`align_corners=False`, without antialiasing), whatever the spacing; values are not scaled again"
     settings += [
-        ("`do_crop_foreground`", f"`{crop}`", "cropped to the voxels above 0" if crop else "not cropped"),
-        ("`do_resize`", f"`{resize}`", "trilinear, without antialiasing" if resize else "not resized"),
-        ("`image_size`", f"`({size.replace(' x', ',')})`", f"{size} voxels (depth, height, width)"),
+        ("3", "`do_crop_foreground`", f"`{crop}`", box if crop else "not cropped"),
+        ("4", "`do_resize`", f"`{resize}`", grid if resize else "not resized"),
+        ("4", "`image_size`", f"`({size.replace(' x', ',')})`", f"{size} voxels (depth, height, width)"),
     ]
     modality = {
         "percentile": "For CT in HU, pass `intensity_mode='window'` if the model was trained with it.",
@@ -323,7 +327,7 @@ def describe_inputs(config: Any, image_processor: Any) -> str:
     shape = ", ".join(map(str, ("batch", vision_config.num_channels, *image_processor.image_size)))
     return _fill(
         "input_contract",
-        settings=_table(("Setting", "Value", "Meaning"), settings),
+        settings=_table(("Step", "Setting", "Value", "Meaning"), settings),
         pixel_values_shape=f"({shape})",
         modality=modality,
     )

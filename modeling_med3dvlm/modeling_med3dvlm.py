@@ -27,6 +27,8 @@ from .strict_loading import StrictLoadingMixin
 # What language models call their keys and values, as an argument and in their outputs: renamed by transformers 5.24.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+KEYS_OF_HEAD = r"^lm_head\."
+
 
 @dataclass
 class Med3DVLMImageFeatures(BaseModelOutputWithPooling):
@@ -108,6 +110,8 @@ class Med3DVLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Both put two streams side by side, which must lie on one device.
+    _no_split_modules = ["Med3DVLMMixerProjector", "Med3DVLMLowHighMLPProjector"]
 
 
 def stage_to_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
@@ -119,6 +123,9 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
     """
     The vision-language model without a head: volume encoder, projector, language model.
 
+    Raises:
+        ValueError: the language model's embeddings and hidden states are of different widths.
+
     Example:
 
     ```python
@@ -127,13 +134,21 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
     >>> model = AutoModel.from_pretrained("org/med3dvlm", trust_remote_code=True)  # doctest: +SKIP
     ```"""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # a generating model's checkpoint serves this one too
+    _keys_to_ignore_on_load_unexpected = [KEYS_OF_HEAD]  # a generating model's checkpoint serves this one too
 
     def __init__(self, config: Med3DVLMConfig):
         super().__init__(config)
         self.vision_tower = VISION_MODELS[config.vision_config.model_type]._from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         self.language_model = AutoModel.from_config(config.text_config)
+        hidden_size = config.text_config.get_text_config(decoder=True).hidden_size
+        embedding_size = getattr(self.get_input_embeddings(), "embedding_dim", hidden_size)
+        if embedding_size != hidden_size:
+            raise ValueError(
+                f"Expected a language model whose embeddings are as wide as its hidden states, {hidden_size}, because image "
+                f"tokens take the places of embeddings; those of {type(self.language_model).__name__} are {embedding_size} wide. "
+                "Choose another `text_config`."
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -328,14 +343,17 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
     >>> processor.post_process_image_text_to_text(model.generate(**inputs))  # doctest: +SKIP
     ```"""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: Med3DVLMConfig):
         super().__init__(config)
         text_config = config.text_config.get_text_config(decoder=True)
         self.model = Med3DVLMModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        # Each kind of language model calls its embeddings by another name.
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected.discard(KEYS_OF_HEAD)  # of the base model, which has no head
 
     def get_output_embeddings(self) -> nn.Module:
         """The language-model head."""

@@ -12,6 +12,16 @@ class StrictLoadingMixin:
     come out of that. Stands before `PreTrainedModel` among the base classes.
     """
 
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """
+        Called by `PreTrainedModel.from_pretrained`. Where an adapter is loaded afterwards, transformers returns the report on
+        that alone: the one on the model itself is kept here.
+        """
+        report = super()._finalize_model_loading(model, load_config, loading_info)
+        model._own_report = (load_config.pretrained_model_name_or_path, len(model.state_dict()), report.to_dict())
+        return report
+
     @classmethod
     def from_pretrained(
         cls,
@@ -33,7 +43,7 @@ class StrictLoadingMixin:
         Raises:
             OSError: the weights are truncated or damaged.
             ValueError: the checkpoint does not fit; the message lists the tensors. Also, whatever `strict` is, when
-                nothing of it fits.
+                nothing of it fits. An adapter's base model is checked like any other, and the adapter too.
         """
         is_shape_forgiven = kwargs.pop("ignore_mismatched_sizes", False)
         try:
@@ -50,13 +60,16 @@ class StrictLoadingMixin:
                 f"{pretrained_model_name_or_path}: its weights are truncated or damaged ({error}). Copy or download them "
                 "again."
             ) from error
-        faults = describe_faults({**info, "mismatched_keys": []} if is_shape_forgiven else info)
-        is_empty = bool(faults) and len(info["missing_keys"]) == len(model.state_dict())
-        if is_empty or (strict and faults):
-            raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} does not fit {cls.__name__}:\n{faults}\n"
-                f"{suggest_remedy(info, is_empty)}"
-            )
+        reports = [model.__dict__.pop("_own_report")] if "_own_report" in model.__dict__ else []
+        if model._hf_peft_config_loaded or not reports:
+            reports.append((pretrained_model_name_or_path, len(model.state_dict()), info))
+        for name, num_tensors, report in reports:
+            faults = describe_faults({**report, "mismatched_keys": []} if is_shape_forgiven else report)
+            is_empty = bool(faults) and len(report["missing_keys"]) == num_tensors
+            if is_empty or (strict and faults):
+                raise ValueError(
+                    f"The checkpoint {str(name)!r} does not fit {cls.__name__}:\n{faults}\n{suggest_remedy(report, is_empty)}"
+                )
         return (model, info) if output_loading_info else model
 
 

@@ -1,9 +1,11 @@
 """The one way from a scan to `pixel_values`: orientation, intensity, foreground, size."""
 
 import difflib
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import PROCESSOR_NAME
 
 from .volume_io import (
     InvalidVolumeError,
@@ -49,6 +52,10 @@ HU_OF_OUTSIDE_AIR = -800.0
 PLANES_AT_ONCE = 4
 # Of a CT's voxels, those above dense bone are a few in a hundred: never a share like this.
 TOO_MUCH_DENSE_BONE = 0.25
+# The densest voxel of a CT, where 12 bits hold -1024 to 3071 HU.
+HIGHEST_HU = 3071.0
+# The one mode that uses an option.
+MODE_OF_OPTION = {"hu_range": "window", "intensity_percentiles": "percentile"}
 # Options every image processor of transformers knows, and what to do instead for a volume.
 OPTIONS_OF_PICTURES = {
     **dict.fromkeys(("size", "crop_size", "pad_size", "resample", "do_center_crop", "do_pad"), "use `image_size`"),
@@ -180,6 +187,27 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             check_option_names((name for name in kwargs if _nearest(name, ours, "{}", cutoff=0.8)), ours)
         return super().from_dict(image_processor_dict, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """
+        As `BaseImageProcessor.save_pretrained`.
+
+        Raises:
+            ValueError: the folder has a processor with other options for volumes, which loading would prefer to these.
+        """
+        path = Path(save_directory) / PROCESSOR_NAME
+        whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "image_processor" in whole:
+            ours = json.loads(self.to_json_string())
+            theirs = whole["image_processor"]
+            differing = [name for name in self._valid_kwargs_names if ours.get(name) != theirs.get(name)]
+            if differing:
+                raise ValueError(
+                    f"{path}: the processor in this folder has other values of {', '.join(map(repr, differing))}, and loading "
+                    "prefers them to those of an image processor beside it. Load the processor, put this image processor into "
+                    "it, `processor.image_processor = image_processor`, and save the processor."
+                )
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """
         Prepares one volume or lists of them: see the class for the steps, and `fetch_images` for what a volume is.
@@ -201,7 +229,11 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             ValueError: an option has a value that cannot be, or no option has its name.
         """
         check_option_names(kwargs, [*self._valid_kwargs_names, "image_like_kwargs"])
-        return super().preprocess(images, *args, **kwargs)
+        batch = super().preprocess(images, *args, **kwargs)
+        given = [name for name in MODE_OF_OPTION if kwargs.get(name) is not None]
+        for report in batch.get("preprocessing_report", []):
+            report["warnings"] += warn_of_unused(given, report["intensity_mode"])
+        return batch
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         return {name: as_plain_numbers(value) for name, value in super()._standardize_kwargs(**kwargs).items()}
@@ -326,7 +358,7 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
         grid_affine = affine_of_grid(affine, crop_box, cropped.shape, voxels.shape)
         num_below, num_above = scan.count_outside(intensity)
 
-        report = {
+        report: dict[str, Any] = {
             "source": volume.name,
             "source_dtype": volume.dtype.name,
             "source_shape": list(volume.shape),
@@ -346,7 +378,22 @@ class Med3DVLMImageProcessor(BaseImageProcessor):
             "affine": grid_affine.tolist() if grid_affine is not None else None,
         }
         report["warnings"] = find_warnings(report, intensity_mode, num_above / stored.size)
+        if volume.conflict is not None:
+            report["warnings"].append(
+                f"The header contradicts itself: {volume.conflict}. Check left and right, and the voxel size, against the "
+                "original images."
+            )
         return voxels, report
+
+
+def warn_of_unused(given: Iterable[str], used_mode: str) -> list[str]:
+    """What to say of options that were given for a call, but are those of another `intensity_mode` than the used one."""
+    return [
+        f"`{name}` was given but not used, because the intensity mode is '{used_mode}': pass "
+        f'`intensity_mode="{MODE_OF_OPTION[name]}"` with it.'
+        for name in given
+        if MODE_OF_OPTION[name] != used_mode
+    ]
 
 
 def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
@@ -537,7 +584,8 @@ def find_intensity(
         return Intensity(mode, lowest, highest)
 
     if mode == "window":
-        if lowest >= 0 and highest <= 255:
+        is_8_bit = scan.stored.dtype.kind in "bu" and scan.stored.itemsize == 1 and highest <= 255
+        if lowest >= 0 and (highest <= 1 or is_8_bit):
             looks_like = "scaled to [0, 1] already" if highest <= 1 else "an 8-bit export"
             raise InvalidVolumeError(
                 f"{name}: `intensity_mode` 'window' expects CT in HU, got values from {lowest:g} to {highest:g}, which "
@@ -674,10 +722,16 @@ def find_warnings(report: dict[str, Any], requested_mode: str, fraction_above: f
             f"Read as CT because of values down to {lowest:g}, yet {100 * fraction_above:.0f} % of the voxels lie above "
             f"{upper:g}, which no CT has: for other images, such as phases of MR, ask for 'minmax' or 'percentile'."
         )
-    if used_mode in ("window", "minmax") and lowest >= 0 and highest > 1500:
+    if used_mode == "window" and lowest >= 0 and highest <= 255:
         warnings.append(
-            "No negative values: if this is CT, HU may be stored with an offset, often of 1024. Subtract it."
+            f"Values from {lowest:g} to {highest:g} look like an 8-bit export, which is not HU: unless they are HU, ask for "
+            "'minmax'."
         )
+    if used_mode in ("window", "minmax") and lowest >= 0 and highest > 1500:
+        advice = "HU may be stored with an offset, often of 1024. Subtract it"
+        if lowest == 0 and highest <= HIGHEST_HU:  # which of the two, the values alone do not say
+            advice += "; or all around the patient or the brain was set to 0. Then the values are HU: ask for 'window'"
+        warnings.append(f"No negative values: if this is CT, {advice}.")
     return warnings
 
 

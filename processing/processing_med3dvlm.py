@@ -98,6 +98,17 @@ def forget_last_call(tokenizer: Any) -> None:
         getattr(tokenizer, "init_kwargs", {}).pop(name, None)
 
 
+def forget_options_of_volumes(tokenizer: Any) -> None:
+    """
+    Clears the image processor's options from a tokenizer: an `AutoProcessor` hands what it is given to both, and what the
+    tokenizer keeps would win over the image processor in every call, and be saved.
+    """
+    init_kwargs = getattr(tokenizer, "init_kwargs", {})
+    for name in Med3DVLMImageProcessorKwargs.__annotations__:
+        if name != "return_tensors":
+            init_kwargs.pop(name, None)
+
+
 class Med3DVLMProcessorKwargs(ProcessingKwargs, total=False):
     """Options of [`Med3DVLMProcessor`], those of the image processor included."""
 
@@ -115,7 +126,7 @@ class Med3DVLMProcessor(ProcessorMixin):
             Prepares the texts.
         image_seq_length (`int`, *optional*):
             Placeholders one volume takes, `config.image_seq_length` of the model. Left out for a dual encoder, whose
-            texts have no placeholders.
+            texts have no placeholders and are padded on the right.
         image_token (`str`, *optional*, defaults to `"<image>"`):
             What stands for a volume in a text; repeated `image_seq_length` times before tokenization. The tokenizer
             must know it as one token, with the id `config.image_token_id`.
@@ -154,6 +165,7 @@ class Med3DVLMProcessor(ProcessorMixin):
     ):
         if prompt_format not in PROMPT_FORMATS:
             raise ValueError(f"`prompt_format` must be one of {PROMPT_FORMATS}, got {prompt_format!r}.")
+        forget_options_of_volumes(tokenizer)
         self.prompt_format = prompt_format
         self.image_seq_length = image_seq_length
         self.image_token: Any = None  # None tells the base class that texts have no placeholders
@@ -173,6 +185,9 @@ class Med3DVLMProcessor(ProcessorMixin):
                 chat_template = ORIGINAL_TEMPLATE.replace("<image>", image_token)
             elif chat_template is None and "<|im_start|>" in tokenizer.get_vocab():
                 chat_template = CHAT_TEMPLATE.replace("<image>", image_token)
+        elif tokenizer is not None:
+            # A dual encoder reads the first token of a text, or the average.
+            tokenizer.padding_side = "right"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Set here, because loading drops it: a processor saved without it would load as a bare tokenizer.
         self.auto_map = {"AutoProcessor": "processing_med3dvlm.Med3DVLMProcessor"}

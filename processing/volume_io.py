@@ -61,6 +61,8 @@ class Volume:
             Maps a voxel index `(i, j, k, 1)` to RAS+ mm. `None` for plain arrays.
         is_orientation_known (`bool`, *optional*, defaults to `False`):
             Whether the source says how its axes lie in the patient.
+        conflict (`str`, *optional*):
+            What a NIfTI header says in two different ways, and which of them is the affine.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Volume:
     dtype: np.dtype
     affine: np.ndarray | None = None
     is_orientation_known: bool = False
+    conflict: str | None = None
 
     @property
     def axis_codes(self) -> str | None:
@@ -110,6 +113,13 @@ def open_volume(source: Any) -> Volume:
         if source.layout != torch.strided:
             raise InvalidVolumeError(
                 f"tensor of shape {tuple(source.shape)}: expected a dense tensor, got a sparse one: call `.to_dense()` first."
+            )
+        if getattr(source, "affine", None) is not None:  # a plain tensor has none
+            raise InvalidVolumeError(
+                f"{type(source).__name__} of shape {tuple(source.shape)}: expected a plain tensor in the order (depth, height, "
+                "width), got one with an affine, which would be ignored. Pass the file, or "
+                "`nibabel.Nifti1Image(tensor[0].numpy(), tensor.affine.numpy())`; or `tensor.as_tensor()`, if its axes are in "
+                "that order."
             )
         # Of the floating-point types shorter than float32, NumPy knows but one.
         tensor = source.float() if source.is_floating_point() and source.itemsize < 4 else source
@@ -265,9 +275,15 @@ def spacing_of(affine: np.ndarray | None) -> tuple[float, ...] | None:
 def _open_array(array: np.ndarray, name: str) -> Volume:
     if array.ndim == 4:
         if len(array) != 1:
+            remedy = (
+                "the channels seem to stand last: pick one channel, `volume[..., 0]`."
+                if array.shape[-1] in (1, 3, 4)
+                else "pick one channel or one volume of the series, along the axis where they stand; or pass the file or the "
+                "nibabel image with `volume_index`, which also knows how the patient lies."
+            )
             raise InvalidVolumeError(
-                f"{name}: expected one channel, (1, depth, height, width), got {len(array)}; pick one channel, e.g. "
-                "`volume[0]`. Several volumes are passed as a list."
+                f"{name}: expected one channel, (1, depth, height, width), got four axes of {array.shape}: {remedy} Several "
+                "volumes are passed as a list."
             )
         array = array[0]  # (1, D, H, W) -> (D, H, W)
     if array.ndim != 3:
@@ -289,10 +305,12 @@ def _open_image(image: Any) -> Volume:
         is_known = any(int(image.header[code]) for code in ("qform_code", "sform_code"))
     else:
         is_known = not isinstance(image, nibabel.AnalyzeImage)  # the one format that has no place for it
+    conflict = None
     affine = image.header.get_best_affine() if image.affine is None else np.asarray(image.affine, dtype=np.float64)
     if isinstance(image, nibabel.Nifti1Pair):
         affine = np.diag([_millimetres(image.header)] * 3 + [1.0]) @ affine
-    return _volume_with_affine(name, image.dataobj, image.shape, dtype, affine, is_known)
+        conflict = _conflict_of(image.header)
+    return _volume_with_affine(name, image.dataobj, image.shape, dtype, affine, is_known, conflict)
 
 
 def _open_file(content: Path | bytes) -> Volume:
@@ -313,7 +331,29 @@ def _open_file(content: Path | bytes) -> Volume:
         ) from error
     is_known = bool(header["qform_code"] or header["sform_code"])
     affine = np.diag([_millimetres(header)] * 3 + [1.0]) @ affine
-    return _volume_with_affine(name, file, file.shape, file.dtype, affine, is_known)
+    return _volume_with_affine(name, file, file.shape, file.dtype, affine, is_known, _conflict_of(header))
+
+
+def _conflict_of(header: Any) -> str | None:
+    """How the two affines of a NIfTI header differ in the directions of the axes or, by more than 1 %, in the voxel size."""
+    if not (header["sform_code"] > 0 and header["qform_code"] > 0):
+        return None
+    codes = f"sform_code {int(header['sform_code'])}, qform_code {int(header['qform_code'])}"
+    axes, spacings = [], []
+    try:
+        with np.errstate(all="ignore"):
+            for affine in (header.get_sform(), header.get_qform()):
+                axes.append("".join(map(str, nibabel.aff2axcodes(affine))))
+                spacings.append(np.linalg.norm(affine[:3, :3], axis=0) * _millimetres(header))
+    except (nibabel.spatialimages.HeaderDataError, ValueError) as error:
+        return f"the qform cannot be read ({error}), and the sform was used ({codes})"
+    if axes[0] == axes[1] and np.allclose(*spacings, rtol=0.01, atol=0):
+        return None
+    sform, qform = (
+        f"axes {letters} of {' x '.join(f'{step:.4g}' for step in spacing)} mm"
+        for letters, spacing in zip(axes, spacings)
+    )
+    return f"the sform says {sform}, the qform {qform}, and the sform was used ({codes})"
 
 
 def _millimetres(header: Any) -> float:
@@ -322,7 +362,13 @@ def _millimetres(header: Any) -> float:
 
 
 def _volume_with_affine(
-    name: str, data: Any, shape: tuple[int, ...], dtype: np.dtype, affine: np.ndarray, is_known: bool
+    name: str,
+    data: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    affine: np.ndarray,
+    is_known: bool,
+    conflict: str | None,
 ) -> Volume:
     if not np.isfinite(affine).all():
         raise InvalidVolumeError(
@@ -343,7 +389,7 @@ def _volume_with_affine(
             "A volume does not say how the patient lies (qform_code and sform_code are 0); the convention of nibabel "
             "is assumed, and left and right may be swapped. The preprocessing report names the file."
         )
-    return Volume(name, data, tuple(map(int, shape)), dtype, affine, is_known)
+    return Volume(name, data, tuple(map(int, shape)), dtype, affine, is_known, conflict)
 
 
 class _NiftiFile:

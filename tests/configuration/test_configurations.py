@@ -1,6 +1,10 @@
+import importlib
 import math
+import re
+import sys
 
 import pytest
+import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
 from med3dvlm import DCFormerConfig, DCFormerSiglipConfig, Med3DVLMConfig, Vit3DConfig
@@ -35,6 +39,17 @@ def tiny_config(**overrides):
 def test_config_survives_save_and_load(config, tmp_path):
     config.save_pretrained(tmp_path)
     assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["SubConfigSpec", "PreTrainedConfig"])
+@pytest.mark.parametrize("module", ["configuration_dcformer_siglip", "configuration_med3dvlm"])
+def test_too_old_a_transformers_is_named(name, module, monkeypatch):
+    monkeypatch.delattr(transformers.configuration_utils, name)
+    for loaded in ("configuration_dcformer_siglip", module):
+        monkeypatch.delitem(sys.modules, f"med3dvlm.configuration.{loaded}", raising=False)
+    version = re.escape(transformers.__version__)
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.23 or later, found {version}: pip install"):
+        importlib.import_module(f"med3dvlm.configuration.{module}")
 
 
 def test_statistics_are_synchronised_only_when_asked_for():

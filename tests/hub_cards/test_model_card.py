@@ -170,6 +170,17 @@ def test_image_tokens_are_those_of_the_configuration(overrides, expected):
     "options, expected",
     [
         ({}, ["depth grows to superior, height to posterior, width to the patient's left", "-1000 to 1000 HU"]),
+        (
+            {},
+            [
+                "| 1 | `orientation` |",
+                "| 2 | `intensity_mode` | `auto` | a volume with air in HU (minimum at most -200, mean at most 1000) is clipped",
+                "every other is scaled linearly to [0, 1] by the volume's own range, its minimum to 0 and its maximum to 1",
+                "| 3 | `do_crop_foreground` | `True` | cropped to the smallest box around the voxels above 0 |",
+                "| 4 | `do_resize` | `True` | resized, trilinear (`align_corners=False`, without antialiasing)",
+                "values are not scaled again |",
+            ],
+        ),
         ({"orientation": "RAS"}, ["height to anterior, width to the patient's right"]),
         ({"orientation": "none"}, ["as the file stores them"]),
         ({"intensity_mode": "window", "hu_range": "lung"}, ["values are HU", "(-1350, 150)", "MR has no unit"]),

@@ -4,8 +4,10 @@ import peft
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -334,6 +336,66 @@ def test_tied_embeddings_share_one_tensor_and_survive(tmp_path):
     assert torch.equal(loaded(**one_volume(model)).logits, model(**one_volume(model)).logits)
     model.model.save_pretrained(tmp_path / "base")  # the head is the embedding: nothing is missing
     Med3DVLMForConditionalGeneration.from_pretrained(tmp_path / "base")
+
+
+def other_text_config(model_type, **sizes):
+    """A tiny language model whose parts have other names than Qwen2's."""
+    fields = {"vocab_size": tiny.VOCAB_SIZE, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    return AutoConfig.for_model(model_type, **fields, **sizes, tie_word_embeddings=True)
+
+
+OTHER_LANGUAGE_MODELS = {
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_LANGUAGE_MODELS)
+def test_tied_language_models_of_other_names_share_one_tensor_and_survive(model_type, tmp_path):
+    config = tiny.tiny_vlm_config().to_dict()
+    config["text_config"] = other_text_config(model_type, **OTHER_LANGUAGE_MODELS[model_type])
+    model = Med3DVLMForConditionalGeneration(Med3DVLMConfig(**config)).eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    inputs = one_volume(model)
+    expected, answer = model(**inputs).logits, generate(model, **inputs)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(**inputs).logits, expected) and torch.equal(generate(loaded, **inputs), answer)
+
+
+def test_embeddings_of_another_width_than_hidden_states_are_refused():
+    config = tiny.tiny_vlm_config().to_dict()
+    sizes = {**OTHER_LANGUAGE_MODELS["opt"], "word_embed_proj_dim": 16}
+    config["text_config"] = other_text_config("opt", **sizes)
+    with pytest.raises(ValueError, match="as wide as its hidden states, 32, .*OPTModel are 16 wide"):
+        Med3DVLMForConditionalGeneration(Med3DVLMConfig(**config))
+
+
+def test_a_bias_of_the_head_is_not_lost_in_silence(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "lm_head.bias": torch.ones(tiny.VOCAB_SIZE)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 not part of the model: lm_head.bias"):
+        Med3DVLMForConditionalGeneration.from_pretrained(tmp_path)
+    AutoModel.from_pretrained(tmp_path)  # the base model has no head at all
+
+
+@pytest.mark.parametrize("projector", ["mixer", "low_high_mlp"])
+def test_projectors_of_two_streams_are_not_split_over_devices(projector):
+    with torch.device("meta"):
+        model = Med3DVLMForConditionalGeneration(tiny.tiny_vlm_config(projector_type=projector))
+    assert type(model.model.multi_modal_projector).__name__ in model._no_split_modules
+    assert {"DCFormerLayer", "Qwen2DecoderLayer"} <= model._no_split_modules  # the parts' own stay
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -81,6 +84,55 @@ def test_other_shapes_can_be_forgiven_alone(tmp_path):
     save_changed(model, tmp_path, remove("stages.1.layers.0.layer_scale"))
     with pytest.raises(ValueError, match="1 missing"):
         DCFormerModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Folder of an adapter, and its base model in the folder `base` within."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    folder = tmp_path_factory.mktemp("adapter")
+    model = tiny.tiny_vlm()
+    model.save_pretrained(folder / "base")
+    settings = peft.LoraConfig(
+        r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)", modules_to_save=["multi_modal_projector"]
+    )
+    base = Med3DVLMForConditionalGeneration.from_pretrained(folder / "base")
+    peft.get_peft_model(base, settings).save_pretrained(folder)
+    return folder
+
+
+KEY_OF_BASE = "model.language_model.norm.weight"
+KEY_OF_ADAPTER = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("base/model.safetensors", remove(KEY_OF_BASE), rf"base' does not fit .*\n- 1 missing .*: {KEY_OF_BASE}"),
+        (
+            "base/model.safetensors",
+            reshape(KEY_OF_BASE),
+            rf"base' does not fit .*\n- 1 of another shape: {KEY_OF_BASE}",
+        ),
+        ("base/model.safetensors", add("other"), r"base' does not fit .*\n- 1 not part of the model: other"),
+        ("adapter_model.safetensors", remove(KEY_OF_ADAPTER), "own' does not fit .*\n- 1 missing .*lora_A"),
+        ("adapter_model.safetensors", reshape(KEY_OF_ADAPTER), "own' does not fit .*\n- 1 of another shape: .*lora_A"),
+    ],
+    ids=["base missing", "base misshapen", "base unexpected", "adapter missing", "adapter misshapen"],
+)
+def test_an_adapter_is_loaded_only_onto_a_base_that_is_whole(file, change, message, adapter, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(adapter, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(folder / "base")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assert Med3DVLMForConditionalGeneration.from_pretrained(folder)._hf_peft_config_loaded
+    state = load_file(folder / file)
+    change(state)
+    save_file(state, folder / file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        Med3DVLMForConditionalGeneration.from_pretrained(folder)
+    Med3DVLMForConditionalGeneration.from_pretrained(folder, strict=False)
 
 
 @pytest.mark.parametrize("keep", [4, 0.5])

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "goldens"))
 import golden_io
 import make_slices
 
-from med3dvlm import CT_WINDOWS, Med3DVLMImageProcessor
+from med3dvlm import CT_WINDOWS, Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.processing.image_processing_med3dvlm import PLANES_AT_ONCE, Scan, format_preprocessing_report
 from med3dvlm.processing.volume_io import InvalidVolumeError
+from med3dvlm.train.demo import build_tiny_tokenizer
 
 
 IMAGE_SIZE = [16, 32, 48]
@@ -242,6 +244,49 @@ def test_report_warns_of_what_deserves_a_second_look(source, message):
     assert message in format_preprocessing_report(report)
 
 
+HEAD = np.arange(24).reshape(2, 3, 4)  # as a CT of a skull-stripped head: 0 outside, no negative value
+
+
+@pytest.mark.parametrize(
+    "values, options, message",
+    [
+        (
+            HEAD * 4.0,
+            {"hu_range": "brain"},
+            r'`hu_range` was given but not used.*\'minmax\'.*`intensity_mode="window"`',
+        ),
+        (HEAD * 4.0, {"intensity_percentiles": [1, 90]}, 'given but not used.*`intensity_mode="percentile"`'),
+        (HEAD * 4.0 - 50, {"hu_range": "brain", "intensity_mode": "percentile"}, "but not used.*'percentile': pass"),
+        (HEAD * 4.0, {"hu_range": "brain", "intensity_mode": "window"}, "from 0 to 92 look like an 8-bit export"),
+        (HEAD * 100, {}, "offset, often of 1024. Subtract it; or all around .* was set to 0.*ask for 'window'"),
+        (HEAD * 200, {}, "offset, often of 1024. Subtract it.$"),  # 4600: beyond HU
+    ],
+)
+def test_report_warns_of_options_and_values_of_another_mode(values, options, message):
+    report = processor()(ct_image(values.astype(np.float32)), return_report=True, **options)["preprocessing_report"][0]
+    assert [warning for warning in report["warnings"] if re.search(message, warning)]
+
+
+def test_options_of_the_used_mode_are_no_reason_to_warn():
+    for image_processor, options in (
+        (processor(hu_range="brain"), {}),  # not of this call
+        (processor(), {"hu_range": "brain", "intensity_mode": "window"}),
+        (processor(), {"intensity_percentiles": [1, 90], "intensity_mode": "percentile"}),
+    ):
+        report = image_processor(ct_image(HEAD * 40.0), return_report=True, **options)["preprocessing_report"][0]
+        assert report["warnings"] == []
+
+
+def test_report_names_a_header_that_contradicts_itself(tmp_path):
+    image = ct_image()
+    image.set_sform(np.diag([0.7, 0.8, 2.5, 1]), code=1)
+    image.set_qform(np.diag([-0.7, 0.8, 2.5, 1]), code=2)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    report = processor()(tmp_path / "scan.nii.gz", return_report=True)["preprocessing_report"][0]
+    (warning,) = report["warnings"]
+    assert "The header contradicts itself: the sform says axes RAS" in warning and "the qform axes LAS" in warning
+
+
 def test_air_below_the_window_and_a_narrow_window_are_no_reason_to_warn():
     array = ct_array((14, 12, 10))
     array[:9] = -1024
@@ -275,7 +320,7 @@ def with_value(value):
         (with_value(-np.inf), {}, "2 of 1680 voxels are NaN or infinite"),
         (np.full((4, 5, 6), -1000.0), {}, "all voxels are -1000"),
         (ct_array() / 5000 + 0.5, {"intensity_mode": "window"}, r"expects CT in HU.*scaled to \[0, 1\] already"),
-        (np.arange(120.0).reshape(4, 5, 6), {"intensity_mode": "window"}, "an 8-bit export"),
+        (np.arange(120, dtype=np.uint8).reshape(4, 5, 6), {"intensity_mode": "window"}, "an 8-bit export"),
         (ct_array(), {"intensity_mode": "none"}, r"expects values in \[0, 1\], got -1000 to"),
         (np.arange(120.0).reshape(4, 5, 6), {"intensity_mode": "none"}, r"\[0, 1\], got 0 to 119"),
         (ct_array(), {"intensity_mode": "window", "hu_range": [4000, 5000]}, "no voxel lies within the window"),
@@ -347,6 +392,20 @@ def test_choices_are_saved_beside_the_weights(tmp_path):
     assert loaded.to_dict() == ours.to_dict()
     assert torch.equal(loaded(ct_array())["pixel_values"], ours(ct_array())["pixel_values"])
     assert Med3DVLMImageProcessor.from_pretrained(tmp_path, image_size=[8, 9, 10]).image_size == [8, 9, 10]
+
+
+def test_saving_beside_a_processor_that_would_win_is_refused(tmp_path):
+    whole = Med3DVLMProcessor(processor(hu_range="lung"), build_tiny_tokenizer())
+    whole.save_pretrained(tmp_path)
+    processor(hu_range="lung").save_pretrained(tmp_path)  # the same: nothing is lost
+    with pytest.raises(
+        ValueError, match=r"processor_config\.json: .*other values of 'intensity_mode', 'hu_range', and"
+    ):
+        processor(hu_range="brain", intensity_mode="window").save_pretrained(tmp_path)
+    assert Med3DVLMImageProcessor.from_pretrained(tmp_path).hu_range == "lung"
+    whole.image_processor = processor(hu_range="brain")
+    whole.save_pretrained(tmp_path)
+    assert Med3DVLMImageProcessor.from_pretrained(tmp_path).hu_range == "brain"
 
 
 def test_the_source_is_not_changed():

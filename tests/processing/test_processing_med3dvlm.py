@@ -159,10 +159,28 @@ def test_saved_tokenizer_does_not_keep_the_length_of_the_last_batch(processor, t
     assert inputs["input_ids"].shape == (2, SEQUENCE + 30)
 
 
+def test_options_given_to_the_loader_are_the_image_processors_alone(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "plain")
+    loaded = AutoProcessor.from_pretrained(tmp_path / "plain", hu_range="soft_tissue", do_crop_foreground=False)
+    loaded.save_pretrained(tmp_path / "again")
+    assert "hu_range" not in (tmp_path / "again" / "tokenizer_config.json").read_text()
+    ct = np.random.default_rng(0).integers(-1000, 900, (12, 14, 16)).astype(np.int16)
+    for ours in (loaded, AutoProcessor.from_pretrained(tmp_path / "again")):
+        assert not {"hu_range", "do_crop_foreground"} & ours.tokenizer.init_kwargs.keys()
+        assert ours.image_processor.hu_range == "soft_tissue" and ours.image_processor.do_crop_foreground is False
+        for window, expected in (("soft_tissue", [-160, 240]), ("lung", [-1350, 150])):
+            ours.image_processor.hu_range = window
+            report = ours(images=ct, text="<image>?", return_report=True)["preprocessing_report"][0]
+            assert report["intensity_range"] == expected and report["crop_box"] == [[0, 12], [0, 14], [0, 16]]
+
+
 def test_dual_encoders_texts_have_no_placeholders(tmp_path):
     processor = Med3DVLMProcessor(Med3DVLMImageProcessor(image_size=[8, 9, 10]), build_tiny_tokenizer())
+    assert build_tiny_tokenizer().padding_side == "left"
     processor.save_pretrained(tmp_path)
     for ours in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        padded = ours(text=["Normal, but longer.", "Stable."], padding=True, return_tensors="pt")["attention_mask"]
+        assert padded[:, 0].all() and not padded[1, -1]  # the pooling reads the first token
         assert ours.image_token is None and ours.image_seq_length is None
         inputs = ours(images=[volume()], text=["Normal.", "Stable."], padding=True, return_tensors="pt")
         assert inputs["pixel_values"].shape == (1, 1, 8, 9, 10) and len(inputs["input_ids"]) == 2

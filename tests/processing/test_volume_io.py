@@ -1,5 +1,6 @@
 import gzip
 import itertools
+import re
 from pathlib import Path
 
 import nibabel
@@ -135,6 +136,9 @@ def test_truncated_plain_file_is_refused_by_name(tmp_path):
         (3.5, InvalidVolumeError, "got float"),
         (np.zeros((4, 5)), InvalidVolumeError, r"\(depth, height, width\), got \(4, 5\)"),
         (torch.zeros(3, 4, 5, 6), InvalidVolumeError, "one channel.*pick one channel"),
+        (np.zeros((4, 5, 6, 3)), InvalidVolumeError, r"stand last: pick one channel, `volume\[\.\.\., 0\]`"),
+        (np.zeros((4, 5, 6, 1)), InvalidVolumeError, r"`volume\[\.\.\., 0\]`"),
+        (np.zeros((4, 5, 6, 9)), InvalidVolumeError, "along the axis where they stand.*`volume_index`"),
         (np.zeros((1, 5, 6)), InvalidVolumeError, "a single slice"),
         (np.zeros((0, 5, 6)), InvalidVolumeError, "the volume is empty"),
         (np.zeros((4, 5, 6), dtype=complex), InvalidVolumeError, "complex numbers"),
@@ -233,6 +237,59 @@ def test_unknown_orientation_is_remembered(tmp_path):
     nibabel.save(image, tmp_path / "scan.nii")
     assert not open_volume(tmp_path / "scan.nii").is_orientation_known
     assert open_volume(write_nifti(tmp_path / "known.nii")).is_orientation_known
+
+
+@pytest.mark.parametrize(
+    "qform, codes, expected",
+    [
+        (
+            np.diag([-2.0, 3.0, 4.0, 1.0]),
+            (1, 2),
+            r"sform says axes RAS of 2 x 3 x 4 mm, the qform axes LAS .*sform_code 1, qform",
+        ),
+        (np.diag([2.0, 3.0, 4.1, 1.0]), (2, 1), r"the qform axes RAS of 2 x 3 x 4.1 mm, and the sform was used"),
+        (np.diag([2.0, 3.0, 4.01, 1.0]), (1, 1), None),
+        (np.diag([-2.0, 3.0, 5.0, 1.0]), (1, 0), None),
+        (np.diag([-2.0, 3.0, 5.0, 1.0]), (0, 1), None),
+    ],
+)
+def test_two_affines_that_differ_are_remembered(qform, codes, expected, tmp_path):
+    image = nibabel.Nifti1Image(volume_array(), np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.set_qform(qform, code=codes[1])
+    image.header.set_sform(np.diag([2.0, 3.0, 4.0, 1.0]), code=codes[0])
+    nibabel.save(image, tmp_path / "scan.nii")
+    for source in (nibabel.load(tmp_path / "scan.nii"), tmp_path / "scan.nii"):
+        conflict = open_volume(source).conflict
+        assert conflict is None if expected is None else re.search(expected, conflict)
+        assert codes[0] == 0 or spacing_of(open_volume(source).affine) == (2, 3, 4)
+
+
+def test_an_unreadable_qform_beside_a_sform_is_remembered(tmp_path):
+    def change(content):
+        put(252, "<i2", 1, 1)(content)  # both codes
+        put(256, "<f4", 1.0, 1.0, 1.0)(content)  # a quaternion longer than 1
+
+    path = write_nifti(tmp_path / "scan.nii", change=change)
+    assert "the qform cannot be read" in open_volume(path).conflict
+
+
+def test_tensor_with_an_affine_is_refused():
+    class TensorWithAffine(torch.Tensor):
+        affine = torch.eye(4)
+
+    with pytest.raises(InvalidVolumeError, match=r"got one with an affine.*nibabel\.Nifti1Image\(tensor\[0\]"):
+        open_volume(torch.zeros(1, 4, 5, 6).as_subclass(TensorWithAffine))
+
+
+def test_metatensor_of_monai_is_refused_until_its_affine_is_handed_over():
+    meta_tensor = pytest.importorskip("monai.data", reason="MONAI is not installed").MetaTensor
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    tensor = meta_tensor(torch.from_numpy(volume_array())[None], affine=affine)
+    with pytest.raises(InvalidVolumeError, match="MetaTensor of shape .*one with an affine"):
+        flatten_volumes([tensor])
+    volume = open_volume(nibabel.Nifti1Image(tensor[0].numpy(), tensor.affine.numpy()))
+    assert spacing_of(volume.affine) == (2, 3, 4) and np.array_equal(read_voxels(volume), volume_array())
+    assert open_volume(tensor.as_tensor()).affine is None
 
 
 @pytest.mark.parametrize("unit, factor", [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
