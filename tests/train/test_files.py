@@ -21,9 +21,17 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path):
     """As the workers of a data loader, which may outlive a training that was killed."""
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    has_begun = context.Event()
+
+    def work():
+        has_begun.set()
+        time.sleep(60)
+
+    child = context.Process(target=work)
     with only_one_at(tmp_path / "lock", "held"):
         child.start()
+        assert has_begun.wait(60)
         with pytest.raises(BlockingIOError, match="^held$"), only_one_at(tmp_path / "lock", "held"):
             pass
     try:
