@@ -502,13 +502,14 @@ def evaluate_zero_shot_command(
             batch_size,
             work.progress,
         )
+        text = format_zero_shot(result)
         content = write_result(
             out / ZERO_SHOT,
-            f"# Zero-shot classification, {Path(source).name}\n\n{format_zero_shot(result)}\n",
+            f"# Zero-shot classification, {Path(source).name}\n\n{text}\n",
             result.to_dict(),
             described,
         )
-        typer.echo(json.dumps(content) if as_json else format_zero_shot(result))
+        typer.echo(json.dumps(content) if as_json else text)
 
 
 @evaluate_app.command("dependence")
@@ -608,13 +609,14 @@ def evaluate_dependence_command(
             seed=seed,
             show_progress=work.progress,
         )
+        text = format_dependence(rows)
         content = write_result(
             out / DEPENDENCE,
-            f"# Image dependence, {Path(source).name}\n\n{format_dependence(rows)}\n",
+            f"# Image dependence, {Path(source).name}\n\n{text}\n",
             {"model": source, "num_cases": cases, "rows": [row.to_dict() for row in rows]},
             described,
         )
-        typer.echo(json.dumps(content) if as_json else format_dependence(rows))
+        typer.echo(json.dumps(content) if as_json else text)
 
 
 @evaluate_app.command("card")

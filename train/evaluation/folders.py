@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ...hub_cards.publish import CONVERSION_NAME, hashes_of_files
 from ...modeling_med3dvlm.original_source import few, sha256_of
 from ..files import write_json_atomically, write_json_lines
-from ..stages import PUBLISHED, differing_keys
+from ..stages import PUBLISHED, SKIPPED, differing_keys
 from .predictions import read_json_lines
 from .scores import Score
 
@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 # What a repository must have here: configuration, weights, processor and tokenizer.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-JOURNAL, SKIPPED = "journal", "skipped.jsonl"
+JOURNAL = "journal"
 # What the commands write that have no scores in the form of the others.
 ZERO_SHOT, DEPENDENCE = "zero_shot.json", "dependence.json"
 RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
@@ -222,7 +222,6 @@ __all__ = [
     "REFERENCES",
     "RUN",
     "SCORES",
-    "SKIPPED",
     "ZERO_SHOT",
     "check_scores_are_of",
     "describe_source",

@@ -33,7 +33,7 @@ from ..data.samples import SPLITS, Task
 from ..data.study import first_cases, read_task
 from ..files import write_atomically, write_json_atomically, write_json_lines
 from ..scoring import one_vector_per_text, with_volume_of_another_case
-from ..stages import folder_of
+from ..stages import SKIPPED, folder_of
 from .clinical import (
     CLINICAL_METRICS,
     as_text_metrics,
@@ -48,7 +48,6 @@ from .folders import (
     JOURNAL,
     PREDICTIONS,
     SCORES,
-    SKIPPED,
     describe_source,
     keep_references,
     open_folder,
