@@ -19,7 +19,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ...processing.image_processing_med3dvlm import HU_OF_AIR
-from ...processing.volume_io import InvalidVolumeError, open_volume, orient, read_voxels, spacing_of
+from ...processing.volume_io import (
+    InvalidVolumeError,
+    open_volume,
+    orient,
+    read_stored_voxels,
+    scale_stored,
+    spacing_of,
+)
 from ..cores import count_usable_cores
 from ..files import write_json_atomically
 from .m3d import (
@@ -39,6 +46,16 @@ from .m3d import (
 )
 from .manifest import describe_rows_without_split, find_manifest, parse_manifest_row, read_manifest_cells
 from .samples import CHOICE_LETTERS, SPLITS
+from .slices import (
+    damaged_slices,
+    describe_damaged,
+    describe_repeated,
+    is_slice_folder,
+    read_slices,
+    refuse_other_pictures,
+    repeated_numbers,
+    show_dropped,
+)
 
 
 Severity = Literal["error", "warning", "info"]
@@ -177,13 +194,13 @@ def check_study(
     - files that cannot be read, unknown columns, splits, letters and question types, rows that contradict themselves;
     - missing volumes and reports, empty reports, questions, answers and choices, an answer that is not the text of the
       choice that its letter names;
-    - volumes that cannot be read or are no single 3D volume, hold NaN or infinity, or one value only; for prepared ones also
-      another shape than `image_size` or the others have, integers, and values outside [0, 1];
+    - volumes that cannot be read or are no single 3D volume, hold NaN or infinity, or one value only, damaged slices; for
+      prepared ones also another shape than `image_size` or the others have, integers, and values outside [0, 1];
     - the same volume file, the same case, or the same voxels in two splits.
 
-    Warnings are the same voxels or the same question about a volume twice in a split, choices that are the same, an
-    unlikely voxel size, scans that do not say how the patient lies, and rows of a manifest without a split where others have
-    one.
+    Warnings are the same voxels, or the same report or question of a volume, twice in a split, choices that are the same,
+    files that are not among the slices of a folder, slices with one number, an unlikely voxel size, scans that do not say how
+    the patient lies, and rows of a manifest without a split where others have one.
 
     Args:
         root (`str` or `Path`):
@@ -450,6 +467,7 @@ def _without_place(error: ValueError, path: Path, number: int) -> str:
 def _text_problems(rows: Iterable[_Row]) -> list[Problem]:
     problems: list[Problem] = []
     asked: set[tuple[str, ...]] = set()
+    reported: set[tuple[str, ...]] = set()
     for row in rows:
 
         def add(severity: Severity, kind: str, reason: str, row: _Row = row) -> None:
@@ -459,6 +477,10 @@ def _text_problems(rows: Iterable[_Row]) -> list[Problem]:
             name = "report" if row.task == "report" else "answer"
             add("error", f"empty_{name}", f"expected a text, got an empty {name}")
         if row.task == "report":
+            report = (row.split, row.image, _plain(row.answer or ""))
+            if row.answer and report in reported:
+                add("warning", "repeated_report", "the same report of the same volume stands in an earlier row")
+            reported.add(report)
             continue
         if not row.question:
             add("error", "empty_question", "expected a text, got an empty question")
@@ -519,7 +541,7 @@ def _read_volume(image: str, fast: bool) -> _VolumeFacts:
 
 def _read_scan(image: str, fast: bool, facts: _VolumeFacts) -> None:
     facts.is_folder = Path(image).is_dir()
-    volume = open_volume(_stack_slices(image) if facts.is_folder else image)
+    volume = open_volume(_stack_slices(image, facts) if facts.is_folder else image)
     # Nothing is read for it: an array of one number, seen in the stored shape.
     facts.shape = orient(np.broadcast_to(0, volume.shape[:3]), volume.affine, "LPS")[0].shape
     facts.is_float = np.issubdtype(volume.dtype, np.floating)
@@ -527,19 +549,30 @@ def _read_scan(image: str, fast: bool, facts: _VolumeFacts) -> None:
         facts.problems.append(("error", "invalid_volume", f"expected a volume, got shape {volume.shape}"))
     _check_geometry(volume, facts)
     if not fast:
-        _check_voxels(read_voxels(volume), facts)
+        _check_voxels(facts, *read_stored_voxels(volume))
     elif np.prod(volume.shape[3:]) > 1:
         facts.problems.append(
             ("error", "invalid_volume", f"expected one volume, got a series of shape {volume.shape}")
         )
 
 
-def _stack_slices(folder: str) -> np.ndarray:
-    from .slices import is_slice_folder, read_slices
-
-    if not is_slice_folder(Path(folder)):
+def _stack_slices(image: str, facts: _VolumeFacts) -> np.ndarray:
+    folder = Path(image)
+    if not is_slice_folder(folder):
+        refuse_other_pictures(folder)
         raise InvalidVolumeError(f"{folder}: expected a NIfTI file or a folder of slices, got another folder.")
-    return np.asarray(read_slices(Path(folder))[0])
+    stack, dropped = read_slices(folder)
+    damaged = damaged_slices(dropped)
+    others = [entry for entry in dropped if entry not in damaged]
+    repeated = repeated_numbers(folder)
+    if damaged:
+        facts.problems.append(("error", "damaged_slices", describe_damaged(len(stack), damaged)))
+    if others:
+        reason = f"{len(others)} files are not among the slices ({show_dropped(others)})"
+        facts.problems.append(("warning", "not_among_slices", reason))
+    if repeated:
+        facts.problems.append(("warning", "repeated_slice_number", describe_repeated(repeated)))
+    return stack
 
 
 def _read_cached_volume(path: str, fast: bool, facts: _VolumeFacts) -> None:
@@ -557,7 +590,7 @@ def _read_cached_volume(path: str, fast: bool, facts: _VolumeFacts) -> None:
                 facts.problems.append(("error", "invalid_volume", reason))
             elif not fast:
                 voxels = content.get_tensor(TENSOR_NAME)
-                _check_voxels(voxels, facts)
+                _check_voxels(facts, voxels)
                 if voxels.dtype == np.uint8:
                     facts.value_range = None  # nothing else than [0, 1] can be stored
     except SafetensorError as error:
@@ -575,15 +608,17 @@ def _check_geometry(volume: Any, facts: _VolumeFacts) -> None:
         facts.problems.append(("warning", "unknown_orientation", reason))
 
 
-def _check_voxels(voxels: np.ndarray, facts: _VolumeFacts) -> None:
-    low, high = float(voxels.min()), float(voxels.max())  # NaN if one voxel is
+def _check_voxels(facts: _VolumeFacts, voxels: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> None:
+    """Voxels as they are stored, and the scaling (slope above 0) that is still to be applied, here to the ends alone."""
+    ends = scale_stored(np.stack([voxels.min(), voxels.max()]), slope, intercept)  # NaN if one voxel is
+    low, high = map(float, ends)
     if not np.isfinite([low, high]).all():
-        count = int((~np.isfinite(voxels)).sum())
+        count = int((~np.isfinite(scale_stored(voxels, slope, intercept))).sum())
         facts.problems.append(("error", "not_finite", f"{count} of {voxels.size} voxels are NaN or infinite"))
     elif low == high:
         facts.problems.append(("error", "constant", f"all voxels are {low:g}"))
     facts.value_range = (low, high)
-    digest = hashlib.blake2b(str((voxels.shape, voxels.dtype.str)).encode(), digest_size=16)
+    digest = hashlib.blake2b(str((voxels.shape, voxels.dtype.str, slope, intercept)).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(voxels.T))  # stored with the first axis fastest, so this copies nothing
     facts.digest = digest.hexdigest()
 

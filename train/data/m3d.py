@@ -148,7 +148,7 @@ def read_m3d_vqa(
         check_files (`bool`, *optional*, defaults to `True`):
             Look whether every volume exists.
         skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave samples with an empty question or answer out and name them in a warning, instead of raising.
+            Leave samples with an empty question, answer or choice out and name them in a warning, instead of raising.
         left_out (`list`, *optional*):
             With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
@@ -193,8 +193,8 @@ def read_m3d_cap_raw(
         streaming (`bool`, *optional*, defaults to `False`):
             Return an `IterableDataset` of up to 64 shards instead.
         skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave cases with an empty report, without a report or without a series out and name them in a warning, instead
-            of raising.
+            Leave cases with an empty report, without a report that can be read or without a series out and name them in a
+            warning, instead of raising.
 
     Returns:
         `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, sorted by path. `image` is the folder or the file of a
@@ -219,6 +219,9 @@ def read_m3d_cap_raw(
             report = read_report(source / case)
         except FileNotFoundError:
             broken[case] = "no report"
+            continue
+        except ValueError as error:  # several texts, or one that is not UTF-8
+            broken[case] = str(error).removeprefix(str(source / case)).lstrip(f":{os.sep} ").rstrip(".")
             continue
         series = find_series(source / case)
         if not series:
@@ -262,7 +265,7 @@ class SampleTable:
         source (`Path`):
             File or folder that messages name.
         skip_empty (`bool`):
-            Whether samples without a question or an answer are left out, or raise.
+            Whether samples without a question, an answer or one of their choices are left out, or raise.
         left_out (`list`, *optional*):
             Gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample that is left out.
     """
@@ -290,6 +293,9 @@ class SampleTable:
         question, answer = question.strip(), answer.strip()
         if not answer or (task != "report" and not question):
             self.leave_out(where, "question" if answer else "report" if task == "report" else "answer", "empty text")
+            return
+        if task == "closed_vqa" and not all(choices):
+            self.leave_out(where, "choices", "empty text")
             return
         sample = (image, case, task, question, list(choices), answer, answer_choice, question_type)
         for column, value in zip(self.columns.values(), sample):
@@ -492,16 +498,16 @@ def name_a_few(names: Sequence[str]) -> str:
 
 def question_type_number(text: str, where: str, show: bool = True) -> int:
     """
-    The number of a question type, given as number or as name; 0 for none.
+    The number of a question type, given as number, such as `3` or `3.0`, or as name; 0 for none.
 
     Raises:
         ValueError: there is no such type; `where` tells the place, and with `show` the message has the text.
     """
-    text = text.strip().lower()
+    name_or_number = re.sub(r"(?<=\d)\.0+$", "", text.strip().lower())  # pandas writes a column with gaps as floats
     for number, name in QUESTION_TYPES.items():
-        if text in (str(number), name):
+        if name_or_number in (str(number), name):
             return number
-    if text in ("", "0"):
+    if name_or_number in ("", "0"):
         return 0
     known = ", ".join(f"{number} {name}" for number, name in QUESTION_TYPES.items())
     found = repr(text) if show else "something else"

@@ -219,9 +219,12 @@ def read_manifest_cells(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _read_json_line(f"{path}, line {number}", line)
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _read_json_line(f"{path}, line {number}", line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
 
 
 def _read_json_line(where: str, line: str) -> dict[str, Any]:
@@ -283,7 +286,7 @@ def parse_manifest_row(path: Path, number: int, cells: dict[str, Any]) -> Manife
 
 
 def _text(value: Any, name: str, where: str) -> str:
-    if name == "question_type" and isinstance(value, int) and not isinstance(value, bool):
+    if name == "question_type" and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected text as {name!r}, got {type(value).__name__}. Put it in quotes.")

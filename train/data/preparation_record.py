@@ -1,5 +1,6 @@
 """What a prepared volume says of its making, in an extension of its NIfTI header."""
 
+import gzip
 import json
 import zlib
 from collections.abc import Mapping
@@ -7,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import nibabel
-from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
-
+# How a NIfTI-1 file begins, in either order of bytes; others are not shown to nibabel, which would log what it repairs.
+NIFTI_1 = tuple((348).to_bytes(4, order) for order in ("little", "big"))
 COMMENT = 6  # NIfTI's code of an extension that is plain text
 MADE_BY = "med3dvlm prepare"
+# What is raised on a file that is damaged or of another kind. The last two are plain exceptions.
+NOT_OURS = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    nibabel.filebasedimages.ImageFileError,
+    nibabel.spatialimages.HeaderDataError,
+    nibabel.wrapstruct.WrapStructError,
+)
 # Options of the image processor for such volumes: cropped and scaled once, they are at most resized, for a model of another
 # size than they were prepared for.
 PREPARED: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False}
@@ -28,6 +38,9 @@ def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
         `dict`, or None if there is no such file, or one that was written by something else or is damaged.
     """
     try:
+        with gzip.open(path) as stream:
+            if stream.read(4) not in NIFTI_1:
+                return None
         extensions = nibabel.Nifti1Image.from_filename(path).header.extensions
         for extension in extensions:
             if extension.get_code() == COMMENT:
@@ -35,10 +48,8 @@ def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
                 record = json.loads((content if isinstance(content, str) else content.decode()).rstrip("\0"))
                 if isinstance(record, dict) and record.get("made_by") == MADE_BY:
                     return record
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        logger.warning(f"{path}: not a volume as preparation writes it ({error}).")
+    except NOT_OURS:
+        pass  # what is wrong with it, whoever opens it as a scan tells
     return None
 
 

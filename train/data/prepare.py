@@ -26,13 +26,13 @@ import json
 import multiprocessing
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import nibabel
@@ -49,9 +49,11 @@ from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
 from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
+    DAMAGED,
     JPG_REMEDY,
     SLICE_ENDINGS,
     DroppedSlice,
+    describe_repeated,
     find_cases,
     find_report,
     find_series,
@@ -59,6 +61,7 @@ from .slices import (
     is_nifti_file,
     read_report,
     read_slices,
+    repeated_numbers,
     to_ascii,
     visible_entries,
 )
@@ -72,6 +75,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 CAP_FOLDER = Path(CAP_INDEX).parent.name
 REPORT_NAME = "preparation_report"
 DEFAULT_FRACTIONS: dict[str, float] = {"validation": 0.05, "test": 0.05}
+DEFAULT_HU_RANGE = (-1000.0, 1000.0)
 # Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
 STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 SCANNER, ALIGNED = 1, 2  # NIfTI's codes for what an affine leads to
@@ -102,6 +106,11 @@ class Dropped:
     name: str
     reason: str
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether it was to be prepared and could not be: a case, a series, a damaged slice."""
+        return self.level in ("case", "series") or (self.level == "slice" and self.reason.startswith(DAMAGED))
+
 
 class CannotWriteError(OSError):
     """A file of the result cannot be written."""
@@ -127,6 +136,10 @@ class PreparationReport:
             Those made by this call; the others were done before.
         num_samples (`dict[str, int]`):
             Entries of the index by split.
+        splits (`dict[str, Any]`):
+            What decided about them: `fractions` and `seed`, or `index`, a digest of the given one.
+        warnings (`list[str]`):
+            What may be wrong with volumes that were made, such as two slices with one number.
         dropped (`list[Dropped]`):
             All that was left out, cases first.
     """
@@ -139,6 +152,8 @@ class PreparationReport:
     num_volumes: int = 0
     num_made: int = 0
     num_samples: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
 
     def count(self, level: Level) -> int:
@@ -147,8 +162,11 @@ class PreparationReport:
 
     @property
     def is_ok(self) -> bool:
-        """Whether every case gave a sample and every series a volume. What else was left out, was so on purpose."""
-        return not (self.count("case") or self.count("series"))
+        """
+        Whether every case gave a sample, every series a volume, and no slice is damaged. What else was left out, was so on
+        purpose.
+        """
+        return not any(entry.is_failure for entry in self.dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it, with the numbers of what was left out in front of the list."""
@@ -184,6 +202,7 @@ class _CaseResult:
     report: str | None = None
     volumes: list[str] = field(default_factory=list)
     num_made: int = 0
+    warnings: list[str] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
 
     def drop(self, level: Level, reason: str, series: str = "", name: str = "") -> None:
@@ -203,7 +222,7 @@ def prepare_m3d_cap(
     splits: Mapping[str, float] | str | Path | None = None,
     seed: int = 0,
     intensity_mode: str = "auto",
-    hu_range: str | Sequence[float] = (-1000.0, 1000.0),
+    hu_range: str | Sequence[float] = DEFAULT_HU_RANGE,
     accept_jpg: bool = False,
 ) -> PreparationReport:
     """
@@ -232,9 +251,11 @@ def prepare_m3d_cap(
             Whether to show a progress bar of the cases.
         splits (`Mapping` or path, *optional*):
             Fractions of the cases, `{"validation": 0.05, "test": 0.05}` by default, the rest being for training; or an
-            existing index of the form of `M3D_Cap.json`, whose splits are taken. A case is in one split by fractions.
+            existing index of the form of `M3D_Cap.json`, whose splits are taken, in its order. A case is in one split by
+            fractions. Later calls take the same; to split anew, delete the index that was written.
         seed (`int`, *optional*, defaults to 0):
-            Of the splits by fractions, which depend on nothing else than it and the names of the cases.
+            Of the splits by fractions. The split of a case depends on its name, the seed and the fractions alone, so cases
+            that come later move none; only where a split would stay empty, as with few cases, one is moved into it.
         intensity_mode (`str`, *optional*, defaults to `"auto"`), hu_range (`str` or `Sequence[float]`, *optional*):
             As in [`Med3DVLMImageProcessor`], for scans. Slices are scaled by their own range, `"minmax"`.
         accept_jpg (`bool`, *optional*, defaults to `False`):
@@ -245,9 +266,11 @@ def prepare_m3d_cap(
 
     Raises:
         FileNotFoundError: there is no folder `source`, or no index `splits`.
-        ValueError: an option has a value that cannot be, `source` holds no case, or `destination` lies within it.
+        ValueError: an option has a value that cannot be, the index `splits` names a volume in two splits, `source` holds no
+            case, or `destination` lies within it.
         BlockingIOError: another call is working on `destination`.
-        FileExistsError: `destination` holds an index that preparation has not made, and that `splits` does not name.
+        FileExistsError: `destination` holds an index that preparation has not made, or has made with other `splits` or
+            another `seed`; or `splits` is the index that is about to be written.
         CannotWriteError: a file cannot be written, for instance because the disk is full. Nothing more is tried.
 
     Example:
@@ -283,6 +306,7 @@ def prepare_m3d_cap(
             f"{destination}: expected a folder outside {source}, so that what is written is not taken for a case."
         )
     fractions, given = _check_splits(splits)
+    chosen = _describe_splits(fractions, given, seed)
     cases = find_cases(source, accept_jpg)
     if not cases:
         raise ValueError(
@@ -291,42 +315,66 @@ def prepare_m3d_cap(
         )
 
     root = destination.parent if destination.name == CAP_FOLDER else destination
-    check_index_is_ours(root / CAP_INDEX, destination, splits)
+    _check_index_may_be_written(root / CAP_INDEX, destination, splits, chosen)
     if splits is None and (root / VQA_FOLDER).is_dir():
         logger.warning(
             f"{root / VQA_FOLDER}: its questions follow the splits of M3D-Cap's own index, and with splits that are drawn here "
             "volumes will be in two of them. Pass that M3D_Cap.json as `splits` (--splits)."
         )
-    destination.mkdir(parents=True, exist_ok=True)
     index_folder = (root / CAP_INDEX).parent
-    index_folder.mkdir(parents=True, exist_ok=True)
+    for folder in (destination, index_folder):
+        make_folder_or_stop(folder)
     with _only_one_at(destination):
-        _remove_leftovers(destination)
-        _remove_leftovers(index_folder)
+        for folder in (destination, index_folder):
+            _remove_leftovers(folder)
         results = _prepare_cases(cases, settings, num_workers, progress)
         report = PreparationReport(str(source), str(destination), str(root), str(root / CAP_INDEX), len(cases))
+        report.splits = chosen
+        report.dropped += _list_stray_texts(source, cases)
         for result in results:
             report.num_volumes += len(result.volumes)
             report.num_made += result.num_made
+            report.warnings += result.warnings
             report.dropped += result.dropped
         index, dropped = _make_index(results, destination.relative_to(root), fractions, given, seed)
         report.num_samples = {split: len(entries) for split, entries in index.items()}
         report.dropped = sorted(report.dropped + dropped, key=_order)
-        write_atomically((json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode(), root / CAP_INDEX)
-        _write_report(report, destination)
+        _write_report(report, destination)  # first: an index without it would be taken for one of something else
+        write_or_stop((json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode(), root / CAP_INDEX)
     return report
 
 
-def check_index_is_ours(index: Path, destination: Path, splits: Any) -> None:
+def _check_index_may_be_written(index: Path, destination: Path, splits: Any, chosen: Mapping[str, Any]) -> None:
     """
     Raises:
-        FileExistsError: there is an index that no earlier call has made. It may hold the only copy of official splits.
+        FileExistsError: there is an index that `splits` names, that no earlier call has made, or that one has made with other
+            splits than those now `chosen`. It may hold the only copy of official splits.
     """
-    is_named = isinstance(splits, (str, Path)) and Path(splits).resolve() == index.resolve()
-    if index.exists() and not is_named and not (destination / f"{REPORT_NAME}.json").exists():
+    if not index.exists():
+        return
+    if isinstance(splits, (str, Path)) and Path(splits).samefile(index):
         raise FileExistsError(
-            f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, pass it as "
-            "`splits` (--splits); otherwise move it away."
+            f"{index}: `splits` (--splits) names the file that is about to be written, without the entries whose volumes are "
+            "not made now: move it elsewhere and pass it from there."
+        )
+    try:
+        earlier = json.loads((destination / f"{REPORT_NAME}.json").read_text(encoding="utf-8")).get("splits", chosen)
+    except FileNotFoundError as error:
+        raise FileExistsError(
+            f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, move it "
+            "elsewhere and pass it from there as `splits` (--splits)."
+        ) from error
+    if earlier != chosen:
+        ways = [
+            f"the fractions {way['fractions']} and the seed {way['seed']}"
+            if "seed" in way
+            else f"an index ({way['index']})"
+            for way in (earlier, chosen)
+        ]
+        raise FileExistsError(
+            f"{index}: an earlier call took its splits from {ways[0]}, this one takes them from {ways[1]}: volumes would move "
+            "from one split to another. Pass the same `splits` (--splits) and `seed` (--seed), or delete the index to split "
+            "anew."
         )
 
 
@@ -379,11 +427,15 @@ def format_preparation_report(report: PreparationReport) -> str:
     rows["listed in"] = str(Path(report.destination) / f"{REPORT_NAME}.csv")
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
-    failed = [entry for entry in report.dropped if entry.level in ("case", "series")]
-    shown = [f"  {'/'.join(filter(None, (entry.case, entry.series)))}: {entry.reason}" for entry in failed[:10]]
-    if failed:
-        lines += ["", f"Cases and series that were left out ({len(failed)}):", *shown]
-        lines += [f"  ... and {len(failed) - 10} more"] if len(failed) > 10 else []
+    failed = [entry for entry in report.dropped if entry.is_failure]
+    shown = [f"{'/'.join(filter(None, (entry.case, entry.series, entry.name)))}: {entry.reason}" for entry in failed]
+    for title, entries in (
+        ("Cases and series that were left out, and damaged slices: copy these again, or delete them", shown),
+        ("Warnings", report.warnings),
+    ):
+        if entries:
+            lines += ["", f"{title} ({len(entries)}):", *(f"  {entry}" for entry in entries[:10])]
+            lines += [f"  ... and {len(entries) - 10} more"] if len(entries) > 10 else []
     return "\n".join(lines)
 
 
@@ -480,7 +532,7 @@ def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
     result = _CaseResult(case)
     folder, output = settings.source / case, settings.destination / case
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder_or_stop(output)
         _remove_leftovers(output)
         _prepare_report(folder, output, result)
         series = find_series(folder, settings.accept_jpg)
@@ -505,8 +557,20 @@ def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
 
 def _remove_leftovers(folder: Path) -> None:
     """Deletes what a call that was killed had begun to write."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
+    with _or_stop(folder):
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
+
+
+def _list_stray_texts(source: Path, cases: Sequence[str]) -> list[Dropped]:
+    """The texts in folders above the cases."""
+    folders = {folder.as_posix() for case in cases for folder in PurePosixPath(case).parents if folder.name}
+    return [
+        Dropped("file", folder, "", path.name, "a text above cases, so the report of none: move it away")
+        for folder in sorted(folders)
+        for path in visible_entries(source / folder)
+        if path.name.endswith(".txt")
+    ]
 
 
 def _prepare_report(folder: Path, output: Path, result: _CaseResult) -> None:
@@ -561,7 +625,12 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
     image_processor = settings.image_processor()
     is_stack = path.is_dir()
     options: dict[str, Any] = {"intensity_mode": "minmax"} if is_stack else {}
-    fingerprint = fingerprint_of(image_processor, "float32", {**options, "accept_jpg": settings.accept_jpg})
+    # Options that make no difference to this series have their defaults in the fingerprint, so that it is not made anew.
+    takes_jpg = settings.accept_jpg and is_stack and any(entry.name.endswith(".jpg") for entry in path.iterdir())
+    described = {**options, "accept_jpg": takes_jpg}
+    if options.get("intensity_mode", settings.intensity_mode) not in ("auto", "window"):
+        described["hu_range"] = list(DEFAULT_HU_RANGE)
+    fingerprint = fingerprint_of(image_processor, "float32", described)
     state = describe_source(path)
     record = read_preparation_record(output / name)
     if record is None and is_readable_volume(output / name):
@@ -592,6 +661,9 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
         write_or_stop(content, output / name)
         result.num_made += 1
     result.volumes.append(name)
+    repeated = repeated_numbers(path, settings.accept_jpg) if is_stack else []
+    if repeated:
+        result.warnings.append(f"{result.case}/{path.name}: {describe_repeated(repeated)}")
     result.drop_from_series(path.name, [(file, reason) for file, reason in record["dropped"]])
 
 
@@ -609,8 +681,26 @@ def write_or_stop(content: bytes, path: Path) -> None:
     Raises:
         CannotWriteError: the file cannot be written. Unlike a fault of a case, this ends the preparation.
     """
-    try:
+    with _or_stop(path):
         write_atomically(content, path)
+
+
+def make_folder_or_stop(path: Path) -> None:
+    """
+    Raises:
+        CannotWriteError: the folder cannot be made.
+        FileExistsError, NotADirectoryError: a file stands in its place.
+    """
+    with _or_stop(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _or_stop(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise  # of this place alone; another case can be written
     except OSError as error:
         raise CannotWriteError(
             f"{path}: it cannot be written ({error.strerror}). Free some space, or choose another folder; the same call then "
@@ -641,11 +731,18 @@ def _check_splits(
 
     Raises:
         FileNotFoundError: there is no such index.
-        ValueError: the fractions are none, or the index has another form.
+        ValueError: the fractions are none, the index has another form, or a volume is in two of its splits.
     """
     if isinstance(splits, (str, Path)):
-        path = Path(splits)
-        return {}, {_key(image): split for split in SPLITS for image, _ in read_cap_index(path, split)}
+        given: dict[str, Split] = {}
+        for split in SPLITS:
+            for image, _ in read_cap_index(Path(splits), split):
+                if given.setdefault(_key(image), split) != split:
+                    raise ValueError(
+                        f"{splits}: expected each volume in one split, got {_key(image)} in {given[_key(image)]} and {split}. "
+                        "Take it out of one."
+                    )
+        return {}, given
     fractions = dict(DEFAULT_FRACTIONS if splits is None else splits)
     is_valid = set(fractions) <= set(SPLITS) and all(0 <= fraction <= 1 for fraction in fractions.values())
     held_out = sum(fraction for split, fraction in fractions.items() if split != "train")
@@ -656,6 +753,14 @@ def _check_splits(
             f"being for training; got {splits!r}."
         )
     return fractions, None
+
+
+def _describe_splits(fractions: Mapping[str, float], given: Mapping[str, Split] | None, seed: int) -> dict[str, Any]:
+    """All that decides about the splits, for JSON."""
+    if given is None:
+        return {"fractions": {split: fractions.get(split, 0) for split in ("validation", "test")}, "seed": seed}
+    content = json.dumps(list(given.items()))
+    return {"index": hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}
 
 
 def _key(image: str) -> str:
@@ -674,21 +779,23 @@ def _make_index(
     index: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     dropped: list[Dropped] = []
     usable = [result for result in results if result.report is not None and result.volumes]
-    drawn = _draw_splits([result.case for result in usable], fractions, seed)
-    unmade = set(given or ())
+    made: dict[str, dict[str, str]] = {}
     for result in usable:
         for name in result.volumes:
-            key = f"{result.case}/{name}"
-            unmade.discard(key)
-            split = drawn[result.case] if given is None else given.get(key)
-            if split is None:
+            if given is not None and f"{result.case}/{name}" not in given:
                 reason = "the given index does not name it, so it is in no split"
                 dropped.append(Dropped("sample", result.case, name, "", reason))
                 continue
             folder = prefix / result.case
             entry = {"image": (folder / name).as_posix(), "text": (folder / str(result.report)).as_posix()}
-            index[split].append(entry)
-    for key in sorted(unmade):
+            made[f"{result.case}/{name}"] = entry
+    if given is None:
+        drawn = _draw_splits([result.case for result in usable], fractions, seed)
+        given = {key: drawn[key.rpartition("/")[0]] for key in made}
+    for key, split in given.items():  # in its order: protocols take the first samples of a split
+        if key in made:
+            index[split].append(made[key])
+    for key in sorted(set(given) - set(made)):
         case, _, name = key.rpartition("/")
         reason = "the given index names it, and no volume with a report was made of the source"
         dropped.append(Dropped("series", case, name, "", reason))
@@ -696,21 +803,35 @@ def _make_index(
 
 
 def _draw_splits(cases: Sequence[str], fractions: Mapping[str, float], seed: int) -> dict[str, Split]:
-    """A split for each case, in an order that seed and names decide."""
-
-    def place(case: str) -> bytes:
-        return hashlib.blake2b(f"{seed}/{case}".encode(), digest_size=16).digest()
-
-    drawn: dict[str, Split] = dict.fromkeys(cases, "train")
-    order = sorted(cases, key=place)
-    held_out: tuple[Split, ...] = ("test", "validation")
-    for split in held_out:
-        count = min(round(fractions.get(split, 0) * len(cases)), len(order))
-        # Of a few cases too, one is for each split that is wanted, as long as one is left for training.
-        if count == 0 and fractions.get(split, 0) > 0 and len(order) > 1:
-            count = 1
-        drawn |= dict.fromkeys(order[:count], split)
-        order = order[count:]
+    """
+    A split for each case, by its own place between 0 and 1, which seed and name decide: other cases do not matter. Only where a
+    split that is wanted would stay empty, the nearest case is moved into it, for training first.
+    """
+    places = {
+        case: int.from_bytes(hashlib.blake2b(f"{seed}/{case}".encode(), digest_size=16).digest(), "big") / 2**128
+        for case in cases
+    }
+    first, second = fractions.get("test", 0), fractions.get("test", 0) + fractions.get("validation", 0)
+    ranges: dict[Split, tuple[float, float]] = {
+        "train": (second, 1),
+        "test": (0, first),
+        "validation": (first, second),
+    }
+    drawn: dict[str, Split] = {
+        case: "test" if place < first else "validation" if place < second else "train"
+        for case, place in places.items()
+    }
+    for split, (lower, upper) in ranges.items():
+        if upper - lower < 1e-6 or split in drawn.values():
+            continue
+        counts = Counter(drawn.values())
+        distances = {
+            case: max(lower - place, place - upper)
+            for case, place in places.items()
+            if split == "train" or counts[drawn[case]] > 1
+        }
+        if distances:
+            drawn[min(distances, key=distances.__getitem__)] = split
     return drawn
 
 
@@ -720,12 +841,12 @@ def _order(entry: Dropped) -> tuple[int, str, str, str]:
 
 def _write_report(report: PreparationReport, destination: Path) -> None:
     content = json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n"
-    write_atomically(content.encode(), destination / f"{REPORT_NAME}.json")
+    write_or_stop(content.encode(), destination / f"{REPORT_NAME}.json")
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("level", "case", "series", "name", "reason"))
     writer.writerows((entry.level, entry.case, entry.series, entry.name, entry.reason) for entry in report.dropped)
-    write_atomically(table.getvalue().encode(), destination / f"{REPORT_NAME}.csv")
+    write_or_stop(table.getvalue().encode(), destination / f"{REPORT_NAME}.csv")
 
 
 __all__ = [

@@ -22,6 +22,10 @@ SLICE_ENDINGS = (".png", ".jpeg")
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 # What to do with `.jpg` slices, which messages end with.
 JPG_REMEDY = "rename to .jpeg, or prepare with --accept-jpg (in Python `accept_jpg=True`)"
+# How the reason begins for a file that is damaged, unlike one that is no slice.
+DAMAGED = "the picture cannot be read"
+# Place of the byte in a PNG file that tells the bits of a channel: after signature, length, name, width and height.
+PNG_BIT_DEPTH = 24
 # A report that keeps fewer characters than this after a heading was not written under that heading.
 MIN_REPORT_CHARACTERS = 5
 # Letters that do not come apart into an ASCII letter and an accent, and signs that stand in names of series.
@@ -43,7 +47,7 @@ def is_slice_folder(path: Path, accept_jpg: bool = False) -> bool:
 def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
     """
     The case folders below `source`, sorted, relative to it: folders with a text file, a NIfTI file or folders of slices; and
-    folders with no folder in them, in which nothing is found later.
+    folders with no folder in them, in which nothing is found later. A text above whole cases makes no case of their folder.
     """
     cases: list[str] = []
     waiting = [path for path in reversed(visible_entries(source)) if path.is_dir()]
@@ -55,12 +59,35 @@ def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
         seen.add(folder.resolve())
         entries = visible_entries(folder)
         folders = [path for path in entries if path.is_dir()]
-        is_case = any(path.name.endswith(".txt") or is_nifti_file(path) for path in entries) or not folders
-        if is_case or any(is_slice_folder(path, accept_jpg) for path in folders):
+        is_case = any(is_nifti_file(path) for path in entries) or not folders
+        is_case = is_case or any(is_slice_folder(path, accept_jpg) for path in folders)
+        if is_case or (_has_text(folder) and not _is_above_cases(folder, accept_jpg)):
             cases.append(folder.relative_to(source).as_posix())
         else:
             waiting += reversed(folders)
     return cases
+
+
+def _has_text(folder: Path) -> bool:
+    return any(path.name.endswith(".txt") for path in visible_entries(folder))
+
+
+def _is_above_cases(folder: Path, accept_jpg: bool) -> bool:
+    """Whether a folder has no series of its own, and a whole case, with text and series, lies below it."""
+    waiting = [path for path in visible_entries(folder) if path.is_dir()]
+    # Its own scans may lie one folder deeper; with a text beside them, they are those of a case.
+    if any(is_nifti_file(file) for path in waiting if not _has_text(path) for file in visible_entries(path)):
+        return False
+    seen = {folder.resolve()}
+    while waiting:
+        path = waiting.pop()
+        if path.resolve() in seen:  # a link to a folder that was looked at
+            continue
+        seen.add(path.resolve())
+        if _has_text(path) and find_series(path, accept_jpg):
+            return True
+        waiting += [entry for entry in visible_entries(path) if entry.is_dir()]
+    return False
 
 
 def find_series(case_folder: str | Path, accept_jpg: bool = False) -> list[Path]:
@@ -117,8 +144,8 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
     Returns:
         `np.ndarray` of shape `(depth, height, width)`, float32 in [0, 1]; and a `list[tuple[str, str]]` of every other
         entry of the folder by name, each with the reason why no slice was made of it: another kind of file, a name that
-        is no number, a damaged file, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, more than 8 bits a channel, another
-        shape.
+        is no number, a damaged file (see [`damaged_slices`]), more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, more than 8
+        bits a channel, another shape.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -169,6 +196,11 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
     return stack.astype(np.float32) / 255, dropped
 
 
+def damaged_slices(dropped: Sequence[DroppedSlice]) -> list[DroppedSlice]:
+    """Of what [`read_slices`] left out, the files that would be slices and cannot be read: the volume has gaps there."""
+    return [(name, reason) for name, reason in dropped if reason.startswith(DAMAGED)]
+
+
 def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
     """
     What the image processor takes for the scan at a path: of a folder of slices their stack, else the path itself.
@@ -177,17 +209,64 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
         `str` or [`Volume`]; and what was left out of a stack, see [`read_slices`], of which a warning tells too.
 
     Raises:
-        InvalidVolumeError: no stack can be made of the slices.
+        InvalidVolumeError: no stack can be made of the slices, or some are damaged.
     """
     if not is_slice_folder(Path(path)):
+        refuse_other_pictures(Path(path))
         return path, []
     stack, dropped = read_slices(path)
+    repeated = repeated_numbers(Path(path))
+    if repeated:
+        logger.warning(f"{path}: {describe_repeated(repeated)}.")
+    damaged = damaged_slices(dropped)
+    if damaged:
+        raise InvalidVolumeError(f"{path}: {describe_damaged(len(stack), damaged)}")
     if dropped:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3])
-        logger.warning(
-            f"{path}: {len(dropped)} files are not among the slices ({shown}{'; ...' * (len(dropped) > 3)})."
-        )
+        logger.warning(f"{path}: {len(dropped)} files are not among the slices ({show_dropped(dropped)}).")
     return Volume(path, stack, stack.shape, stack.dtype), dropped  # so that messages name the folder
+
+
+def repeated_numbers(folder: Path, accept_jpg: bool = False) -> list[str]:
+    """Names of the slices of a series whose number another one has too, as 1.png and 1.jpeg: all are in the stack."""
+    numbered, _ = _sort_by_number(folder, accept_jpg)
+    counts = Counter(int(path.stem) for path in numbered)
+    return [path.name for path in numbered if counts[int(path.stem)] > 1]
+
+
+def describe_repeated(names: Sequence[str]) -> str:
+    """What is wrong with the numbers of these slices, and what to do."""
+    shown = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+    return f"{len(names)} slices share their number with another one ({shown}), and all are in the stack: keep one of each"
+
+
+def describe_damaged(num_slices: int, damaged: Sequence[DroppedSlice]) -> str:
+    """What is wrong with a stack of `num_slices` slices that lacks the damaged ones, and what to do."""
+    return (
+        f"{len(damaged)} slices are damaged, beside {num_slices} that can be read ({show_dropped(damaged)}). Copy or download "
+        "them again; to do without them, delete them."
+    )
+
+
+def show_dropped(dropped: Sequence[DroppedSlice]) -> str:
+    """The first few files that were left out, with the reasons."""
+    return "; ".join(f"{name}: {reason}" for name, reason in dropped[:3]) + "; ..." * (len(dropped) > 3)
+
+
+def refuse_other_pictures(path: Path) -> None:
+    """
+    Raises:
+        InvalidVolumeError: `path` is a folder of pictures whose names end otherwise than those of slices.
+    """
+    if not path.is_dir():
+        return
+    endings = {entry.suffix for entry in visible_entries(path) if entry.stem.isdecimal()}
+    found = sorted(ending for ending in endings if ending.lower() in (*SLICE_ENDINGS, ".jpg"))
+    if found:
+        remedy = JPG_REMEDY if ".jpg" in found else "rename them to .png or .jpeg, in small letters"
+        raise InvalidVolumeError(
+            f"{path}: expected a NIfTI file or a folder of slices, .png or .jpeg, got a folder of {', '.join(found)} files: "
+            f"{remedy}."
+        )
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -201,6 +280,8 @@ def read_picture(path: Path) -> np.ndarray:
         ValueError: why it cannot be used.
     """
     try:
+        with path.open("rb") as file:
+            header = file.read(PNG_BIT_DEPTH + 1)
         with Image.open(path) as image:
             limit = Image.MAX_IMAGE_PIXELS
             # Pillow itself warns here, and refuses from twice as many.
@@ -211,21 +292,19 @@ def read_picture(path: Path) -> np.ndarray:
                 raise ValueError(
                     f"more than 8 bits a pixel ({image.mode}), which would be lost: save the series as NIfTI instead"
                 )
+            if image.format == "PNG" and header[PNG_BIT_DEPTH] > 8:  # Pillow opens such colours as 8 bits
+                raise ValueError(
+                    f"more than 8 bits a channel ({image.mode}), which would be lost: save the series as NIfTI instead"
+                )
             # In this order, a palette's transparency makes no difference to its colours.
             coloured = image.convert("RGBA") if image.mode == "P" else image
             return np.asarray(coloured.convert("L"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"more pixels than a slice has: {error}") from error
     # All that Pillow's decoders raise on damaged files.
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
         reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ValueError(f"the picture cannot be read: {reason}") from error
+        raise ValueError(f"{DAMAGED}: {reason}") from error
 
 
 def read_report(case_folder: str | Path) -> str:
@@ -339,6 +418,9 @@ def _size(shape: tuple[int, ...]) -> str:
 
 __all__ = [
     "DroppedSlice",
+    "damaged_slices",
+    "describe_damaged",
+    "describe_repeated",
     "extract_report",
     "find_cases",
     "find_report",
@@ -350,6 +432,9 @@ __all__ = [
     "read_picture",
     "read_report",
     "read_slices",
+    "refuse_other_pictures",
+    "repeated_numbers",
+    "show_dropped",
     "to_ascii",
     "visible_entries",
 ]

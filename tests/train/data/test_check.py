@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import m3d_layout as layout
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from med3dvlm.train.data import check as check_module
 from med3dvlm.train.data.check import check_study, format_check_report
 
 
@@ -53,6 +55,30 @@ def test_scans_that_would_be_scaled_in_another_way_than_the_others_are_listed(tm
     (problem,) = [entry for entry in check(tmp_path).problems if entry.kind == "mixed_intensities"]
     assert Path(problem.file).name == "c.nii.gz" and problem.severity == "warning"
     assert problem.reason.endswith("unlike 2 other scans; if it is CT, its values have an offset: subtract it")
+
+
+def test_scaled_scans_are_judged_by_their_values_and_kept_as_stored(tmp_path, monkeypatch):
+    kept, check_voxels = [], check_module._check_voxels
+
+    def spy(facts, voxels, *scaling):
+        kept.append(voxels.dtype)
+        check_voxels(facts, voxels, *scaling)
+
+    monkeypatch.setattr(check_module, "_check_voxels", spy)
+    array = np.random.default_rng(0).integers(0, 2000, size=layout.SHAPE).astype(np.int16)
+    for name, intercept in {"a": 0.0, "b": 0.0, "c": -1024.0}.items():
+        image = nibabel.Nifti1Image(array + (name == "b"), np.eye(4))
+        content = bytearray(image.to_bytes())
+        # Slope and intercept, for which nibabel writes NaN for an array in memory.
+        content[112:120] = np.array([2.0, intercept], dtype="<f4").tobytes()
+        (tmp_path / f"{name}.nii").write_bytes(content)
+    report = check(tmp_path)
+    assert kept == [np.int16] * 3
+    # Stored the same, a and c are not the same; and c alone has air.
+    assert [(p.kind, Path(p.file).name) for p in report.problems if p.kind != "unknown_orientation"] == [
+        ("mixed_intensities", "c.nii")
+    ]
+    assert f"values from {2 * array.min() - 1024:g} to {2 * array.max() - 1024:g}" in report.problems[-1].reason
 
 
 def test_scans_in_floating_point_of_one_shape_are_no_prepared_volumes(tmp_path):
@@ -158,6 +184,15 @@ def test_questions_and_choices_that_repeat_are_warnings(root):
     report = check(root)
     assert [(p.kind, p.row) for p in report.problems] == [("repeated_question", 3), ("repeated_choice", 4)]
     assert report.is_ok
+
+
+def test_the_same_report_of_a_volume_twice_in_a_split_is_a_warning(root):
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    content = json.loads(index.read_text())
+    content["train"].append(content["train"][0])
+    index.write_text(json.dumps(content))
+    report = check(root)
+    assert [(p.severity, p.kind, p.row) for p in report.problems] == [("warning", "repeated_report", '"train"[4]')]
 
 
 def test_files_of_a_wrong_form_are_errors_and_the_others_are_read(root):
@@ -273,6 +308,36 @@ def test_a_folder_of_slices_is_a_volume(tmp_path):
     assert [(p.kind, p.row, p.reason) for p in report.problems] == [
         ("invalid_volume", 3, "expected a NIfTI file or a folder of slices, got another folder.")
     ]
+
+
+def write_slices(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for seed, name in enumerate(names):
+        Image.fromarray((random_array(shape=(6, 5), seed=seed) * 255).astype(np.uint8)).save(folder / name)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_damaged_slices_are_an_error_and_other_files_a_warning(fast, tmp_path):
+    write_slices(tmp_path / "series", *(f"{number}.png" for number in range(5)), "4.jpeg")
+    for number in range(3):
+        path = tmp_path / f"series/{number}.png"
+        path.write_bytes(path.read_bytes()[: 30 * number])
+    (tmp_path / "series/x.db").touch()
+    write_slices(tmp_path / "capitals", "1.PNG", "2.PNG")
+    (tmp_path / "manifest.csv").write_text("image,report\nseries,A cyst.\ncapitals,A stone.")
+    report = check(tmp_path, fast=fast)
+    found = [(problem.severity, problem.kind, problem.row) for problem in report.problems]
+    assert found == [
+        ("error", "damaged_slices", 2),
+        ("error", "invalid_volume", 3),
+        ("warning", "not_among_slices", 2),
+        ("warning", "repeated_slice_number", 2),
+    ]
+    assert report.problems[0].reason.startswith("3 slices are damaged, beside 3 that can be read (0.png: the picture")
+    assert report.problems[1].reason.endswith(
+        "got a folder of .PNG files: rename them to .png or .jpeg, in small letters."
+    )
+    assert "1 files are not among the slices (x.db: not a .png" in report.problems[2].reason
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -114,6 +114,16 @@ def test_each_row_gives_a_sample_per_task_and_cells_stay_text(root):
     assert (dataset[4]["answer"], dataset[4]["question_type"], dataset[4]["choices"]) == ("No", 4, [])
 
 
+def test_a_closed_question_without_a_choice_is_left_out_and_the_open_one_stays(root):
+    rows = [layout.vqa_row(), layout.vqa_row(Choice_C="", Question_Type="3.0")]
+    layout.write_vqa(root, "M3D_VQA_train.csv", rows)
+    left_out = []
+    dataset = read_m3d_vqa(root, "train", skip_empty=True, left_out=left_out)
+    assert dataset["task"][:] == ["closed_vqa", "open_vqa", "open_vqa"] and dataset["question_type"][:] == [3, 3, 3]
+    expected = {"source": "M3D-VQA", "row": "M3D_VQA_train.csv, row 3", "column": "choices", "reason": "empty text"}
+    assert left_out == [expected]
+
+
 def test_line_breaks_of_windows_become_plain_ones(root):
     path = layout.write_vqa(root, "M3D_VQA_train.csv", [layout.vqa_row(Question="One\ntwo?"), layout.vqa_row()])
     path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
@@ -142,6 +152,8 @@ def test_missing_yes_no_file_says_what_was_published(root):
         ({"Image_Path": " "}, r"row 3: expected the path of a volume as Image Path, got an empty cell"),
         ({"Answer": " "}, r"1 empty texts in .*M3D-VQA: M3D_VQA_train.csv, row 3 \(answer\).*`skip_empty=True`"),
         ({"Question": ""}, r"M3D_VQA_train.csv, row 3 \(question\)"),
+        ({"Choice_C": " "}, r"1 empty texts in .*: M3D_VQA_train.csv, row 3 \(choices\)"),
+        ({"Question_Type": "3.5"}, r"row 3: expected a question type out of .*, got '3.5'"),
     ],
 )
 def test_bad_rows_are_named(root, cells, message):
@@ -341,6 +353,18 @@ def test_raw_cases_that_give_no_sample_are_refused_or_left_out_and_named(tmp_pat
     dataset = read_m3d_cap_raw(tmp_path, skip_empty=True)
     assert dataset["case"][:] == ["000001", "000002", "000006"]
     assert re.search(f"{message} They are left out", caplog.text)
+
+
+def test_raw_cases_whose_report_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    for case in ("1", "2", "3"):
+        write_raw_case(tmp_path / case, series=("Axial",))
+    (tmp_path / "1/other.txt").write_text("x")
+    (tmp_path / "2/text.txt").write_bytes("Größe".encode("latin-1"))
+    message = r"2 of the 3 cases .*: 1 \(expected one report, got 2 .txt files .*\), 2 \(text.txt: expected a text in UTF-8 .*\)"
+    with pytest.raises(ValueError, match=message):
+        read_m3d_cap_raw(tmp_path)
+    assert read_m3d_cap_raw(tmp_path, skip_empty=True)["case"][:] == ["3"]
+    assert re.search(message, caplog.text)
 
 
 def test_raw_cases_with_nothing_but_jpg_are_refused_with_a_remedy(tmp_path):

@@ -84,6 +84,21 @@ def test_json_lines_take_lists_numbers_and_null(folder):
     assert (sample["choices"], sample["question_type"], sample["task"]) == (CHOICES, 3, "closed_vqa")
 
 
+@pytest.mark.parametrize("write", [write_csv, write_jsonl])
+def test_question_types_may_be_whole_floats(folder, write):
+    assert read_manifest(write(folder, {**QUESTION, "question_type": 3.0}))[0]["question_type"] == 3
+    with pytest.raises(ValueError, match="row .: expected a question type out of 1 plane"):
+        read_manifest(write(folder, {**QUESTION, "question_type": 3.5}))
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl])
+def test_a_manifest_that_is_not_utf8_is_refused(folder, write):
+    path = write(folder, {**QUESTION, "answer": "lesion"})
+    path.write_bytes(path.read_bytes().replace(b"lesion", "Läsion".encode("latin-1")))
+    with pytest.raises(ValueError, match=rf"{path.name} is not UTF-8 text \(.*\)\. Save it as UTF-8"):
+        read_manifest(path)
+
+
 @pytest.mark.parametrize("answer, task", [("Yes", "yes_no_vqa"), ("no.", "yes_no_vqa"), ("Yes, a cyst", "open_vqa")])
 def test_yes_or_no_makes_a_yes_no_question(folder, answer, task):
     assert read_manifest(write_csv(folder, {**QUESTION, "answer": answer}))[0]["task"] == task

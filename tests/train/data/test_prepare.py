@@ -1,4 +1,6 @@
 import csv
+import errno
+import gzip
 import json
 import os
 import shutil
@@ -38,6 +40,8 @@ from med3dvlm.train.data.prepare import (
     prepare_m3d_cap,
     read_preparation_record,
 )
+from med3dvlm.train.data.reading import find_broken
+from med3dvlm.train.data.samples import SPLITS
 from med3dvlm.train.data.slices import read_slices
 
 
@@ -126,6 +130,7 @@ def test_splits_are_to_be_given_where_questions_have_them_already(tmp_path, capl
     prepare_here(raw, root / "M3D_Cap_npy", splits=index)
     assert "--splits" not in caplog.text
     assert check_study(root).is_ok
+    (root / "M3D_Cap_npy/M3D_Cap.json").unlink()
     prepare_here(raw, root / "M3D_Cap_npy")
     assert "M3D-VQA: its questions follow the splits of M3D-Cap's own index" in caplog.text
     assert not check_study(root).is_ok
@@ -244,6 +249,49 @@ def test_a_prepared_volume_is_not_prepared_once_more(tmp_path):
     assert ProcessedVolumes(processor, PREPARED).load(path).shape == IMAGE_SIZE
 
 
+def write_nifti_2(path):
+    scan = nibabel.load(path.with_name("twin.nii.gz"))
+    nibabel.save(nibabel.Nifti2Image(np.asarray(scan.dataobj), scan.affine), path)
+
+
+def write_gzipped(content):
+    return lambda path: path.write_bytes(gzip.compress(content))
+
+
+@pytest.mark.parametrize(
+    "write, is_scan",
+    [
+        (write_nifti_2, True),
+        (lambda path: path.write_bytes(b""), False),
+        (lambda path: path.write_bytes(bytes(100)), False),
+        (write_gzipped(b"<html>" * 200), False),
+        (write_gzipped((348).to_bytes(4, "little") + bytes(96)), False),
+        (write_gzipped((348).to_bytes(4, "little") + b"x" * 400), False),
+        (lambda path: path.write_bytes(nibabel.load(path.with_name("twin.nii.gz")).to_bytes()), True),
+    ],
+)
+def test_what_preparation_does_not_write_has_no_record_and_is_read_as_a_scan(write, is_scan, tmp_path, caplog):
+    twin, path = tmp_path / "twin.nii.gz", tmp_path / "scan.nii.gz"
+    write_scan(twin)
+    write(path)
+    assert read_preparation_record(path) is None
+    volumes = ProcessedVolumes(Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE)))
+    listing = tmp_path / "skipped.jsonl"
+    broken = find_broken(volumes, [str(twin), str(path)], listing)
+    assert broken == ([] if is_scan else [str(path)])
+    if is_scan:
+        assert not caplog.records
+        assert torch.equal(volumes.load(str(path)), volumes.load(str(twin)))
+
+
+def test_an_empty_file_in_the_place_of_a_volume_is_made_anew(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    (volume := tmp_path / "out/000001/Axial.nii.gz").parent.mkdir(parents=True)
+    volume.touch()
+    report = prepare_here(source, tmp_path / "out")
+    assert report.is_ok and report.num_made == 1 and read_back(volume).shape == IMAGE_SIZE
+
+
 def test_a_sheared_scan_has_no_quaternion(tmp_path):
     affine = np.diag([0.7, 0.8, 2.5, 1])
     affine[1, 2] = 0.6  # a tilted gantry
@@ -290,18 +338,98 @@ def test_splits_follow_from_seed_and_fractions(tmp_path):
         write_series(tmp_path / f"source/{number:06}/Sagittal", seed=number + 50)
 
     def split_of_cases(seed, splits):
+        (tmp_path / "out/M3D_Cap_npy/M3D_Cap.json").unlink(missing_ok=True)
         report = prepare_here(tmp_path / "source", tmp_path / "out", seed=seed, splits=splits)
         index = json.loads(Path(report.index).read_text())
         return {entry["image"].split("/")[0]: split for split, entries in index.items() for entry in entries}, report
 
     fractions = {"validation": 0.25, "test": 0.5}
     first, report = split_of_cases(0, fractions)
-    assert Counter(first.values()) == {"train": 3, "validation": 3, "test": 6}  # both series of a case together
-    assert report.num_samples == {"train": 6, "validation": 6, "test": 12}
+    assert len(first) == 12 and set(first.values()) == set(SPLITS)
+    # Both series of a case together.
+    assert report.num_samples == {split: 2 * count for split, count in Counter(first.values()).items()}
     assert split_of_cases(0, fractions)[0] == first
     assert split_of_cases(1, fractions)[0] != first
     assert set(split_of_cases(0, {"train": 1})[0].values()) == {"train"}
     assert set(split_of_cases(0, {"test": 1.0})[0].values()) == {"test"}
+
+
+def test_the_split_of_a_case_does_not_depend_on_other_cases():
+    fractions = {"validation": 0.1, "test": 0.2}
+    names = [f"{number:06}" for number in range(1000)]
+    some, more = (prepare._draw_splits(cases, fractions, seed=3) for cases in (names[::2], names))
+    assert all(more[case] == split for case, split in some.items())
+    for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
+        assert abs(list(more.values()).count(split) / 1000 - share) < 0.04
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_a_few_cases_one_is_in_each_split_and_for_training_first(seed):
+    for count, expected in ((1, {"train"}), (2, {"train", "test"}), (3, set(SPLITS)), (5, set(SPLITS))):
+        drawn = prepare._draw_splits([str(number) for number in range(count)], prepare.DEFAULT_FRACTIONS, seed)
+        assert len(drawn) == count and "train" in drawn.values()
+        assert set(drawn.values()) == expected or count == 2
+    both = prepare._draw_splits(["a", "b", "c"], {"validation": 0.5, "test": 0.5}, seed)
+    assert set(both.values()) == {"validation", "test"}
+
+
+def write_index(path, **entries):
+    content = {
+        split: [
+            {"image": f"M3D_Cap_npy/{case}/Axial.nii.gz", "text": f"M3D_Cap_npy/{case}/text.txt"} for case in cases
+        ]
+        for split, cases in {**dict.fromkeys(SPLITS, ()), **entries}.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_index_that_is_about_to_be_written_is_not_taken_for_the_given_one(tmp_path):
+    source, root = write_cases(tmp_path / "source", 1), tmp_path / "root"
+    index = write_index(root / "M3D_Cap_npy/M3D_Cap.json", train=["000001"], test=["000002"])
+    content = index.read_bytes()
+    with pytest.raises(FileExistsError, match="about to be written.*: move it elsewhere and pass it from there"):
+        prepare_here(source, index.parent, splits=index)
+    assert index.read_bytes() == content
+    official = tmp_path / "official.json"
+    index.rename(official)
+    prepare_here(source, index.parent, splits=official)
+    write_cases(source, 2)
+    prepare_here(source, index.parent, splits=official)
+    assert read_m3d_cap(root, "test")["case"][:] == ["000002"]
+
+
+def test_entries_keep_the_order_of_the_given_index(tmp_path):
+    source = write_cases(tmp_path / "source", 3)
+    index = write_index(tmp_path / "index.json", train=["000002"], test=["000003", "000001"])
+    prepare_here(source, tmp_path / "M3D_Cap_npy", splits=index)
+    assert read_m3d_cap(tmp_path, "test")["case"][:] == ["000003", "000001"]
+    write_index(index, train=["000001"], test=["000003", "000001"])
+    with pytest.raises(ValueError, match="each volume in one split, got 000001/Axial.nii.gz in train and test"):
+        prepare_here(source, tmp_path / "out", splits=index)
+
+
+def test_a_later_call_keeps_the_splits_of_the_first(tmp_path):
+    source, root = write_cases(tmp_path / "source", 3), tmp_path / "root"
+    index = write_index(tmp_path / "index.json", train=["000002"], test=["000003", "000001"])
+    prepare_here(source, root / "M3D_Cap_npy", splits=index)
+    written = root / "M3D_Cap_npy/M3D_Cap.json"
+    content = written.read_bytes()
+    with pytest.raises(
+        FileExistsError, match=r"splits from an index \(\w+\), .* the seed 0.* the same `splits` \(--splits\)"
+    ):
+        prepare_here(source, root / "M3D_Cap_npy")
+    assert written.read_bytes() == content
+    prepare_here(source, tmp_path / "drawn", seed=1)
+    write_report(source / "000004")
+    write_series(source / "000004/Axial")
+    assert prepare_here(source, tmp_path / "drawn", seed=1).num_made == 1  # the source may grow
+    for options in ({}, {"seed": 1, "splits": {"test": 0.5}}):
+        with pytest.raises(FileExistsError, match="and the seed 1, this one .* or delete the index to split anew"):
+            prepare_here(source, tmp_path / "drawn", **options)
+    (tmp_path / "drawn/M3D_Cap_npy/M3D_Cap.json").unlink()
+    assert prepare_here(source, tmp_path / "drawn").num_made == 0
 
 
 def test_splits_of_an_index_are_taken(tmp_path):
@@ -391,6 +519,65 @@ def test_the_command_takes_jpg_slices_when_asked_to(tmp_path):
         result = CliRunner().invoke(app, [*map(str, arguments), *options])
         assert result.exit_code == code, result.output
         assert json.loads(result.stdout)["num_volumes"] == count
+
+
+def test_options_that_make_no_difference_to_a_series_leave_it_as_it_is(tmp_path):
+    source = write_cases(tmp_path / "source", 2)
+    for path in (source / "000002/Axial").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    prepare_here(source, tmp_path / "out")
+    volume = tmp_path / "out/000001/Axial.nii.gz"
+    before = volume.read_bytes(), volume.stat().st_mtime_ns
+    assert prepare_here(source, tmp_path / "out", accept_jpg=True, hu_range="lung").num_made == 1
+    assert (volume.read_bytes(), volume.stat().st_mtime_ns) == before
+    write_scan(source / "000001/scan.nii.gz")
+    prepare_here(source, tmp_path / "out")
+    assert prepare_here(source, tmp_path / "out", hu_range="lung").num_made == 1
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_damaged_slices_are_a_failure(tmp_path):
+    source = write_cases(tmp_path / "source", 2)
+    for number in (0, 2, 4):
+        truncate(source / f"000002/Axial/{number}.png")
+    size = [str(number) for number in IMAGE_SIZE]
+    arguments = ["prepare", "m3d-cap", source, tmp_path / "out", "--image-size", *size, "--workers", "0"]
+    for _ in range(2):  # when it is done before, too
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == 1 and "damaged slices: copy these again, or delete them (3)" in result.stdout
+    assert "000002/Axial/0.png: the picture cannot be read" in result.stdout
+    with pytest.raises(
+        InvalidVolumeError, match="Axial: 3 slices are damaged, beside 2 that can be read .* delete them"
+    ):
+        ProcessedVolumes(Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))).load(str(source / "000002/Axial"))
+    for number in (0, 2, 4):
+        (source / f"000002/Axial/{number}.png").unlink()
+    assert prepare_here(source, tmp_path / "out").is_ok
+
+
+def test_two_slices_of_one_number_are_a_warning(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    shutil.copy(source / "000001/Axial/1.png", source / "000001/Axial/01.jpeg")
+    for _ in range(2):
+        report = prepare_here(source, tmp_path / "out")
+        assert report.is_ok
+        assert report.warnings == [
+            "000001/Axial: 2 slices share their number with another one (01.jpeg, 1.png), and all are in the stack: keep one "
+            "of each"
+        ]
+    assert report.warnings[0] in format_preparation_report(report)
+
+
+def test_a_text_above_the_cases_is_listed(tmp_path):
+    source = tmp_path / "source"
+    write_cases(source / "ct_case", 2)
+    (source / "ct_case/readme.txt").write_text("About the cases.")
+    report = prepare_here(source, tmp_path / "out")
+    assert report.num_cases == 2 and report.is_ok
+    assert reasons(report) == {"ct_case/readme.txt": "a text above cases, so the report of none: move it away"}
 
 
 def test_a_fault_in_one_series_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -557,6 +744,35 @@ def test_a_full_disk_ends_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "write_atomically", full)
     with pytest.raises(prepare.CannotWriteError, match="No space left on device.*the same call then goes on"):
         prepare_here(tmp_path / "raw", tmp_path / "out")
+
+
+def test_a_report_that_cannot_be_written_does_not_hinder_the_next_call(tmp_path, monkeypatch):
+    source, write = write_cases(tmp_path / "raw", 1), prepare.write_atomically
+
+    def full(content, path):
+        if path.name == "preparation_report.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(content, path)
+
+    monkeypatch.setattr(prepare, "write_atomically", full)
+    with pytest.raises(prepare.CannotWriteError, match="preparation_report.json: it cannot be written"):
+        prepare_here(source, tmp_path / "out")
+    monkeypatch.setattr(prepare, "write_atomically", write)
+    assert prepare_here(source, tmp_path / "out").is_ok
+
+
+@pytest.mark.parametrize("name", ["out", "000001"])
+def test_a_folder_that_cannot_be_made_ends_the_call(name, tmp_path, monkeypatch):
+    source, make = write_cases(tmp_path / "raw", 2), Path.mkdir
+
+    def full(path, *arguments, **options):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(prepare.CannotWriteError, match=f"{name}: it cannot be written .No space left"):
+        prepare_here(source, tmp_path / "out")
 
 
 def test_a_link_back_invents_no_cases(tmp_path):

@@ -1,5 +1,7 @@
 import io
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -15,9 +17,12 @@ import make_slices
 from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train.data import slices
 from med3dvlm.train.data.slices import (
+    damaged_slices,
     extract_report,
+    find_cases,
     find_series,
     is_slice_folder,
+    open_scan,
     read_report,
     read_slices,
     to_ascii,
@@ -101,12 +106,29 @@ def of_16_bits(path):
     Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000).save(path)
 
 
+def of_16_bits_a_channel(channels, colour_type):
+    def write(path):
+        rows = b"".join(
+            b"\0" + bytes(range(14 * channels)) for _ in range(5)
+        )  # 5 rows of 7 pixels, each after a filter
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, colour_type, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+        content = b"\x89PNG\r\n\x1a\n"
+        for name, data in [*chunks, (b"IEND", b"")]:
+            content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        path.write_bytes(content)
+
+    return write
+
+
 @pytest.mark.parametrize(
     "name, write, reason",
     [
         ("3.png", truncated, "cannot be read: .*truncated"),
         ("3.png", lambda path: path.write_bytes(b""), "cannot be read: not a picture"),
         ("3.png", of_16_bits, "more than 8 bits a pixel .* save the series as NIfTI"),
+        ("3.png", of_16_bits_a_channel(3, 2), r"more than 8 bits a channel \(RGB\).* save the series as NIfTI"),
+        ("3.png", of_16_bits_a_channel(2, 4), "more than 8 bits"),
+        ("3.png", of_16_bits_a_channel(4, 6), r"more than 8 bits a channel \(RGBA\)"),
         ("3.png", lambda path: path.mkdir(), "a folder"),
         (
             "3.jpg",
@@ -130,6 +152,7 @@ def test_whatever_is_no_slice_is_listed_with_the_reason(name, write, reason, tmp
     assert dropped_name == name
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(text)
+    assert bool(damaged_slices(dropped)) == ("cannot be read" in reason)
 
 
 def test_a_picture_too_large_for_pillow_is_listed(tmp_path, monkeypatch):
@@ -150,6 +173,50 @@ def test_jpg_is_taken_when_wanted(tmp_path):
     array, dropped = read_slices(tmp_path, accept_jpg=True)
     np.testing.assert_array_equal(array[2], grey(tmp_path / "3.jpg"))
     assert dropped == []
+
+
+@pytest.mark.parametrize(
+    "endings, message",
+    [
+        ((".jpg", ".jpg"), "got a folder of .jpg files: rename to .jpeg, or prepare with --accept-jpg"),
+        ((".PNG", ".JPG"), "got a folder of .JPG, .PNG files: rename them to .png or .jpeg, in small letters"),
+    ],
+)
+def test_a_folder_of_pictures_with_other_endings_is_refused_with_a_remedy(endings, message, tmp_path):
+    for number, ending in enumerate(endings):
+        write_slice(tmp_path / f"{number}{ending}")
+    with pytest.raises(InvalidVolumeError, match=message):
+        open_scan(str(tmp_path))
+
+
+def test_two_slices_of_one_number_are_told_of(tmp_path, caplog):
+    for name in ("1.png", "1.jpeg", "2.png"):
+        write_slice(tmp_path / name)
+    assert open_scan(str(tmp_path))[0].shape == (3, 5, 7)
+    assert "2 slices share their number with another one (1.jpeg, 1.png), and all are in the stack" in caplog.text
+
+
+def write_text(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("A cyst.")
+
+
+def test_a_text_above_cases_swallows_none(tmp_path):
+    for name in ("set/stray.txt", "set/1/text.txt", "set/2/text.txt", "flat/stray.txt", "flat/3/text.txt"):
+        write_text(tmp_path / name)
+    write_slice(tmp_path / "set/1/Axial/1.png")
+    (tmp_path / "flat/3/scan.nii.gz").touch()
+    (tmp_path / "flat/4").mkdir()
+    assert find_cases(tmp_path) == ["flat/3", "flat/4", "set/1", "set/2"]
+
+
+def test_a_case_with_its_text_stays_one(tmp_path):
+    for name in ("1/text.txt", "2/text.txt", "2/scans/notes/x.txt", "3/text.txt", "3/Axial/notes.txt"):
+        write_text(tmp_path / name)
+    (tmp_path / "1/empty").mkdir()
+    (tmp_path / "2/scans/scan.nii.gz").touch()
+    write_slice(tmp_path / "3/Axial/1.png")
+    assert find_cases(tmp_path) == ["1", "2", "3"]
 
 
 def test_a_series_without_slices_is_refused(tmp_path, monkeypatch):
