@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import PreTrainedConfig
+
+from .transformers_version import BackboneConfigMixin, PreTrainedConfig
 
 
 # The six published sizes (Ates et al. 2025, and the implementation released with Med3DVLM): blocks and channels of the
@@ -121,7 +121,7 @@ class DCFormerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def grid(self, stage: int) -> tuple[int, int, int]:
         """Voxels of stage `stage` along `(depth, height, width)`; the stem divides each axis by 4, a stage by 2."""
-        stride = 4 * 2 ** (stage % len(self.depths))
+        stride = 4 * 2 ** range(len(self.depths))[stage]
         depth, height, width = (math.ceil(size / stride) for size in self.image_size)
         return depth, height, width
 

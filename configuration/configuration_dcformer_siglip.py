@@ -4,20 +4,12 @@ import copy
 import math
 from typing import Any, Literal
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 
-
-try:
-    from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
-except ImportError as error:
-    raise ImportError(
-        f"Med3DVLM needs transformers 5.23 or later, found {transformers.__version__}: pip install -U 'transformers>=5.23'"
-    ) from error
-
 from .configuration_dcformer import DCFormerConfig
 from .configuration_vit3d import Vit3DConfig
+from .transformers_version import PreTrainedConfig, SubConfigSpec
 
 
 # Encoders of a volume, by `model_type`. A plain table, because a published folder's own classes are not registered

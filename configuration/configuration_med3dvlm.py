@@ -5,14 +5,9 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 
-# All from the one module that says which transformers is needed.
-from .configuration_dcformer_siglip import (
-    DCFormerConfig,
-    PreTrainedConfig,
-    SubConfigSpec,
-    build_vision_config,
-    with_image_size,
-)
+from .configuration_dcformer import DCFormerConfig
+from .configuration_dcformer_siglip import build_vision_config, with_image_size
+from .transformers_version import PreTrainedConfig, SubConfigSpec
 
 
 # Sizes of Qwen2.5-7B-Instruct, the language model of the paper (its published config.json).
@@ -150,6 +145,13 @@ class Med3DVLMConfig(PreTrainedConfig):
             raise ValueError(
                 "`vision_feature_layers` must name two hidden states, the low-level and the high-level stream, got "
                 f"{self.vision_feature_layers}."
+            )
+        is_dcformer = self.vision_config.model_type == "dcformer"
+        num_states = len(self.vision_config.depths) if is_dcformer else self.vision_config.num_hidden_layers + 1
+        if not all(-num_states <= layer < num_states for layer in self.vision_feature_layers):
+            raise ValueError(
+                f"`vision_feature_layers` {tuple(self.vision_feature_layers)} must lie from {-num_states} to {num_states - 1}: "
+                f"the volume encoder {self.vision_config.model_type!r} has {num_states} hidden states."
             )
         if self.projector_depth < 1:
             raise ValueError(f"`projector_depth` must be at least 1, got {self.projector_depth}.")

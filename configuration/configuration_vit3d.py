@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
+
+from .transformers_version import PreTrainedConfig
 
 
 @strict

@@ -49,6 +49,12 @@ MADE_METADATA = (*FIELDS_IN_METADATA, "library_name", "pipeline_tag", "tags")
 NO_LICENSE = "unknown"
 NOT_STATED = "Not stated."
 PROVENANCE = "Training data and provenance"
+# How the training data of converted weights begin, and what a run on volumes made of slices says of its own. Either means
+# volumes as M3D publishes them.
+CONVERSION_BEGINS = "Converted from weights of the original implementation"
+OF_PICTURES = "Its volumes were stacks of 8-bit pictures."
+# Begins what a merged model's card says of the weights before the last training, which decides about the inputs.
+BASE_BEGINS = "The base model, before that:"
 DIRECTIONS = {
     "R": "the patient's right",
     "L": "the patient's left",
@@ -201,7 +207,7 @@ def create_model_card(
         notes="".join(f"\n> {line}".rstrip() for line in notes.splitlines()) + "\n" if notes else "",
         usage=usage_example(model, processor, repo_id or "path/to/this/folder"),
         parameters=parameter_table(model),
-        input_contract=describe_inputs(model.config, image_processor),
+        input_contract=describe_inputs(model.config, image_processor, saw_pictures(training_data)),
         research_only=_fill("research_only"),
         provenance=_fill("provenance", training_data=training_data or NOT_STATED),
         citation=_fill("citation"),
@@ -279,8 +285,24 @@ def describe_image_tokens(config: Any) -> str:
     )
 
 
-def describe_inputs(config: Any, image_processor: Any) -> str:
-    """The section of a card on inputs: the image processor's settings, and what they mean for CT and MR."""
+def saw_pictures(training_data: str | None) -> bool:
+    """Whether the last training saw 8-bit pictures without HU, by what a card says of its data."""
+    last = (training_data or "").partition(BASE_BEGINS)[0]
+    return CONVERSION_BEGINS in last or OF_PICTURES in last
+
+
+def describe_inputs(config: Any, image_processor: Any, is_of_pictures: bool = False) -> str:
+    """
+    The section of a card on inputs: the image processor's settings, and what they mean for CT and MR.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Of the model.
+        image_processor ([`Med3DVLMImageProcessor`]):
+            Its image processor.
+        is_of_pictures (`bool`, *optional*, defaults to `False`):
+            Whether the model was trained on stacks of 8-bit pictures instead of scans with units and an affine.
+    """
     orientation = image_processor.orientation
     if orientation == "none":
         axes = "the axes stay as the file stores them"
@@ -314,14 +336,22 @@ def describe_inputs(config: Any, image_processor: Any) -> str:
         ("4", "`do_resize`", f"`{resize}`", grid if resize else "not resized"),
         ("4", "`image_size`", f"`({size.replace(' x', ',')})`", f"{size} voxels (depth, height, width)"),
     ]
+    ct = (
+        "Training saw stacks of 8-bit pictures without HU or affine, as M3D has them: each scaled by its own range, in the "
+        "order of its slices. CT in HU goes by the settings above instead, a window and an orientation; what that does to scores "
+        "is not measured. What training saw is given by `intensity_mode='minmax'` for a stack as an array (depth, height, "
+        "width), by that and `orientation='none'` for a NIfTI file of one, and by `intensity_mode='none'` and "
+        "`do_crop_foreground=False` for a volume that `med3dvlm prepare` or the original's preparation wrote."
+        if is_of_pictures
+        else "CT must be in HU; an 8-bit export is not, and cannot be turned back."
+    )
     modality = {
         "percentile": "For CT in HU, pass `intensity_mode='window'` if the model was trained with it.",
         "none": "Scale CT and MR yourself, exactly as in training, or pass another `intensity_mode`.",
     }.get(
         image_processor.intensity_mode,
-        "CT must be in HU; an 8-bit export is not, and cannot be turned back. MR has no unit: pass "
-        f"`intensity_mode='percentile'`, which clips to the percentiles {percentiles} and scales, and expect worse "
-        "results from a model that was trained on CT.",
+        f"{ct} MR has no unit: pass `intensity_mode='percentile'`, which clips to the percentiles {percentiles} and "
+        "scales, and expect worse results from a model that was trained on CT.",
     )
     vision_config = getattr(config, "vision_config", config)
     shape = ", ".join(map(str, ("batch", vision_config.num_channels, *image_processor.image_size)))
@@ -418,6 +448,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 __all__ = [
     "CARD_KINDS",
+    "CONVERSION_BEGINS",
+    "OF_PICTURES",
     "CardFields",
     "OldCard",
     "card_kind",
@@ -427,6 +459,7 @@ __all__ = [
     "find_base_model",
     "parameter_table",
     "read_old_card",
+    "saw_pictures",
     "stated_fields",
     "usage_example",
 ]

@@ -25,6 +25,7 @@ from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 from .model_card import (
     CARD_KINDS,
+    CONVERSION_BEGINS,
     CardFields,
     OldCard,
     card_kind,
@@ -45,9 +46,8 @@ SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_
 # Those that keep decoding from taking the most probable token. Qwen2.5-7B-Instruct comes with a repetition penalty of 1.05.
 PENALTY_OPTIONS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 END_OF_TURN = "<|im_end|>"
-# Where a converted model's weights come from: written by `convert`, and so is the sentence, on the card.
+# Where a converted model's weights come from, written by `convert`.
 CONVERSION_NAME = "conversion.json"
-CONVERSION_BEGINS = "Converted from weights of the original implementation"
 # Files that an earlier version of a repository may hold and this one may not.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
 # Settings too: beside another kind of model, an old `processor_config.json` or `adapter_config.json` would be read first.
@@ -265,9 +265,18 @@ def write_companions(folder: Path, model: PreTrainedModel, processor: Any, card:
         shutil.copymode(folder / CONFIG_NAME, weights)  # written for the owner's eyes only, unlike all else
 
 
-def load_model(source: str) -> PreTrainedModel:
+def load_model(source: str, dtype: str = "auto", device_map: dict[str, str] | None = None) -> PreTrainedModel:
     """
-    Loads the model of a folder or repository with the class it was saved from, in the precision it was saved in.
+    Loads the model of a folder or repository with the class it was saved from.
+
+    Args:
+        source (`str`):
+            The folder or repository.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision of the weights, such as `"bfloat16"`; `"auto"` is the one they were saved in.
+        device_map (`dict`, *optional*):
+            As for `from_pretrained`: `{"": "cuda:0"}` brings the weights there without a copy of the whole in the CPU's memory,
+            for which accelerate is needed. On the CPU by default.
 
     Raises:
         OSError: there is no such folder or repository, or no configuration in it.
@@ -286,7 +295,7 @@ def load_model(source: str) -> PreTrainedModel:
             f"Expected {source!r} to hold one of {sorted(classes)}, got `architectures` {config.get('architectures')} "
             f"and `model_type` {config.get('model_type')!r}."
         )
-    return classes[architecture].from_pretrained(source, dtype="auto")
+    return classes[architecture].from_pretrained(source, dtype=dtype, device_map=device_map)
 
 
 def check_whole(source: str) -> None:
@@ -469,23 +478,26 @@ def replaced_when_complete(destination: Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     # Beside the destination, because only within one file system can a folder be moved in one step.
     workplace = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+    new, old = workplace / "new", workplace / "old"
     try:
-        new, old = workplace / "new", workplace / "old"
         new.mkdir()
         yield new
         put_in_place(new, destination, old)
     finally:
-        shutil.rmtree(workplace)
+        if old.exists() and not destination.exists():
+            logger.error(f"{destination} could not be put back: what was there lies in {old}. Move it back by hand.")
+        else:
+            shutil.rmtree(workplace)
 
 
 def put_in_place(new: Path, destination: Path, old: Path) -> None:
-    """Moves the folder `new` to `destination`, and what is there to `old`; if the one fails, the other is undone."""
-    if destination.exists():
-        destination.rename(old)
+    """Moves the folder `new` to `destination`, and what is there to `old`; whatever ends it in between, that is undone."""
     try:
+        if destination.exists():
+            destination.rename(old)
         new.rename(destination)
-    except OSError:
-        if old.exists():
+    except BaseException:  # an interrupt too
+        if old.exists() and not destination.exists():
             old.rename(destination)
         raise
 

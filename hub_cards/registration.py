@@ -142,11 +142,12 @@ def register_imported() -> None:
         _registered.add(pending[0])
         try:
             _register(pending[0])
-        except ImportError as error:
-            # Whoever imported transformers may not want us at all: their import must not fail because ours does.
+        except (ImportError, AttributeError, TypeError) as error:
+            # Whoever imported transformers may not want us at all: their import must not fail because ours does. The latter two
+            # come of a transformers whose Auto classes are not those we know.
             warnings.warn(
                 f"{PACKAGE} could not register its classes with {', '.join(AUTO_MODULES[pending[0]])}, because one of "
-                f"its modules cannot be imported: {error}",
+                f"its modules cannot be imported, or does not fit the installed transformers: {error}",
                 stacklevel=2,
             )
     for name, module in list(sys.modules.items()):

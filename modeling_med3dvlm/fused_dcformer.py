@@ -40,12 +40,15 @@ def compute_dtype(values: torch.Tensor) -> torch.dtype:
 def multiplies_bfloat16(device_type: str) -> bool:
     """
     Whether matrix products of bfloat16 are worth having on a device. A CPU without instructions for them (on x86: AVX-512)
-    computes element by element, some hundred times slower than in float32.
+    computes element by element, some hundred times slower than in float32, and GPUs older than Ampere emulate them.
     """
+    if device_type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
         return True
-    # Builds without oneDNN, such as those for macOS, do not have the question.
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Builds without oneDNN, such as those for macOS, do not have the question; nor need a later torch, where its name is private.
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return is_supported is not None and torch.backends.mkldnn.is_available() and is_supported()
 
 
 class FoldedConv:

@@ -7,6 +7,17 @@ from transformers.activations import ACT2FN
 from ..configuration.configuration_med3dvlm import Med3DVLMConfig
 
 
+def in_precision_of(projector: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens of the encoder in the precision of a projector, which is another where the projector alone is trained in float32.
+    Quantised weights, of one byte or less, say nothing about it.
+    """
+    for parameter in projector.parameters():
+        if parameter.is_floating_point() and parameter.itemsize > 1:
+            return states.to(parameter.dtype)
+    return states
+
+
 class Med3DVLMMLP(nn.Sequential):
     """`depth` linear layers with an activation between two of them: (..., in_size) -> (..., out_size)."""
 
@@ -65,7 +76,9 @@ class Med3DVLMMixerProjector(nn.Module):
 
     def forward(self, low_level_states: torch.Tensor, high_level_states: torch.Tensor) -> torch.Tensor:
         """(B, N_low, C_low), (B, N_high, C_high) -> (B, image_seq_length, text_hidden_size)."""
-        return torch.cat([self.low_mixer(low_level_states), self.high_mixer(high_level_states)], dim=1)
+        low = self.low_mixer(in_precision_of(self, low_level_states))
+        high = self.high_mixer(in_precision_of(self, high_level_states))
+        return torch.cat([low, high], dim=1)
 
 
 class Med3DVLMLowHighMLPProjector(nn.Module):
@@ -84,7 +97,8 @@ class Med3DVLMLowHighMLPProjector(nn.Module):
 
     def forward(self, low_level_states: torch.Tensor, high_level_states: torch.Tensor) -> torch.Tensor:
         """(B, N_low, C_low), (B, N_high, C_high) -> (B, N_low + N_high, text_hidden_size)."""
-        low, high = self.low_projection(low_level_states), self.high_projection(high_level_states)
+        low = self.low_projection(in_precision_of(self, low_level_states))
+        high = self.high_projection(in_precision_of(self, high_level_states))
         return self.mlp(torch.cat([low, high], dim=1))
 
 
@@ -98,7 +112,7 @@ class Med3DVLMMLPProjector(nn.Module):
 
     def forward(self, low_level_states: torch.Tensor, high_level_states: torch.Tensor) -> torch.Tensor:
         """(B, N_high, C_high) -> (B, N_high, text_hidden_size); the low-level stream is not used."""
-        return self.mlp(high_level_states)
+        return self.mlp(in_precision_of(self, high_level_states))
 
 
 class Med3DVLMLinearProjector(nn.Module):
@@ -111,7 +125,7 @@ class Med3DVLMLinearProjector(nn.Module):
 
     def forward(self, low_level_states: torch.Tensor, high_level_states: torch.Tensor) -> torch.Tensor:
         """(B, N_high, C_high) -> (B, N_high, text_hidden_size); the low-level stream is not used."""
-        return self.projection(high_level_states)
+        return self.projection(in_precision_of(self, high_level_states))
 
 
 class Med3DVLMSelfAttentionProjector(nn.Module):
@@ -135,7 +149,7 @@ class Med3DVLMSelfAttentionProjector(nn.Module):
 
     def forward(self, low_level_states: torch.Tensor, high_level_states: torch.Tensor) -> torch.Tensor:
         """(B, N_high, C_high) -> (B, N_high, text_hidden_size); the low-level stream is not used."""
-        hidden_states = self.attention_norm(high_level_states)
+        hidden_states = self.attention_norm(in_precision_of(self, high_level_states))
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

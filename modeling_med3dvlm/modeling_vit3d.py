@@ -56,7 +56,7 @@ class Vit3DEmbeddings(nn.Module):
                 f"`image_size` {self.image_size}, got {tuple(pixel_values.shape)}. Prepare volumes with the model's "
                 "Med3DVLMImageProcessor; the position embeddings fit one size only."
             )
-        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        pixel_values = pixel_values.to(self.cls_token.dtype)  # a quantised weight has the type of its storage
         (d, h, w), (pd, ph, pw) = self.grid, self.patch_size
         patches = pixel_values.reshape(-1, self.num_channels, d, pd, h, ph, w, pw)
         patches = patches.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, C, d, pd, h, ph, w, pw) -> (B, d, h, w, pd, ph, pw, C)

@@ -61,7 +61,7 @@ class StrictLoadingMixin:
                 "again."
             ) from error
         reports = [model.__dict__.pop("_own_report")] if "_own_report" in model.__dict__ else []
-        if model._hf_peft_config_loaded or not reports:
+        if getattr(model, "_hf_peft_config_loaded", False) or not reports:
             reports.append((pretrained_model_name_or_path, len(model.state_dict()), info))
         for name, num_tensors, report in reports:
             faults = describe_faults({**report, "mismatched_keys": []} if is_shape_forgiven else report)

@@ -29,9 +29,9 @@ from .volume_io import (
 )
 
 
-# Windows in which CT is read, (lower, upper) in HU: level minus and plus half the usual width, as in radiology teaching
-# (Radiopaedia, "Windowing (CT)": soft tissue W400 L40, lung W1500 L-600, bone W1500 L300, brain W80 L40, mediastinum
-# W350 L50, liver W150 L30). "wide" spans from air to dense bone.
+# Windows in which CT is read, (lower, upper) in HU: level minus and plus half the width. Lung W1500 L-600, brain W80 L40,
+# mediastinum W350 L50 and liver W150 L30 as in Radiopaedia, "Windowing (CT)"; soft tissue W400 L40 and bone W1500 L300 are
+# common presets of viewers. "wide" spans from air to dense bone.
 CT_WINDOWS: dict[str, tuple[float, float]] = {
     "wide": (-1000.0, 1000.0),
     "soft_tissue": (-160.0, 240.0),

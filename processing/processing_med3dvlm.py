@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 
 PROMPT_FORMATS = ("chat", "original")
+PROCESSOR_ARGUMENTS = (
+    "image_processor",
+    "tokenizer",
+    "image_seq_length",
+    "image_token",
+    "chat_template",
+    "prompt_format",
+)
 
 # A content is a text or a list of volumes and texts in any order; what follows a volume is the format's own.
 RENDER_CONTENT = """\
@@ -139,7 +147,7 @@ class Med3DVLMProcessor(ProcessorMixin):
             stays, and the last placeholder takes the place of the first token.
 
     Raises:
-        ValueError: the tokenizer does not know `image_token`, or `prompt_format` is neither of the two.
+        ValueError: the tokenizer does not know `image_token`, `prompt_format` is neither of the two, or an argument is not known.
 
     Example:
 
@@ -163,6 +171,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         prompt_format: str = "chat",
         **kwargs: Any,
     ):
+        check_option_names(kwargs, PROCESSOR_ARGUMENTS)  # to refuse the others with the nearest name
         if prompt_format not in PROMPT_FORMATS:
             raise ValueError(f"`prompt_format` must be one of {PROMPT_FORMATS}, got {prompt_format!r}.")
         forget_options_of_volumes(tokenizer)

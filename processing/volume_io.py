@@ -527,6 +527,11 @@ def _existing_file(source: str | Path) -> Path:
         ) from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "something that is not a file"
+        if stat.S_ISDIR(mode) and any(entry.suffix.lower() in (".png", ".jpeg", ".jpg") for entry in path.iterdir()):
+            raise InvalidVolumeError(
+                f"{shown}: expected one NIfTI file for each volume, got a folder of pictures. Make a file of them with "
+                "`med3dvlm prepare m3d-cap`, or stack them into an array (depth, height, width) and pass that."
+            )
         raise InvalidVolumeError(
             f"{shown}: expected one NIfTI file for each volume, got {kind}. Convert a DICOM series with dcm2niix."
         )

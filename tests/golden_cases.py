@@ -4,6 +4,7 @@ Each `measure_*` returns one `Comparison` per recorded tensor. The tests hold th
 file prints them.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,20 +55,30 @@ class Comparison(NamedTuple):
 
 
 def find_golden(name: str) -> golden_io.Golden | None:
-    """The golden `name`, or None where neither the suite's folder nor the shared one has it."""
+    """
+    The golden `name`, or None where no folder has it. The recorded arrays of the larger encoders are too large for the
+    repository: without them `arrays` is empty, and `meta` still has the layout and what each output amounts to.
+    """
     for folder in FOLDERS:
-        if (folder / f"{name}.json").exists():
+        if (folder / f"{name}.npz").exists():
             return golden_io.load(name, folder)
+    for folder in FOLDERS:
+        if (path := folder / f"{name}.json").exists():
+            return golden_io.Golden(json.loads(path.read_text()), {})
     return None
 
 
 def compare(golden: golden_io.Golden, tensor: str, ours: torch.Tensor, limit: float = OUTPUT_LIMIT) -> Comparison:
     array = ours.detach().numpy()
     spec = golden.meta["outputs"][tensor]
-    relative = golden_io.difference(golden, tensor, array)
-    if "absmax" not in spec:  # integers: the number of elements that differ
-        return Comparison(golden.meta["name"], tensor, relative, relative, 0.0)
     summary = golden_io.summary(array)  # mean and deviation also cover the elements that were not stored
+    if golden.arrays:
+        relative = golden_io.difference(golden, tensor, array)
+        if "absmax" not in spec:  # integers: the number of elements that differ
+            return Comparison(golden.meta["name"], tensor, relative, relative, 0.0)
+    else:
+        assert list(array.shape) == spec["shape"], f"{tensor}: shape {list(array.shape)}, golden {spec['shape']}"
+        relative = abs(summary["absmax"] - spec["absmax"]) / spec["absmax"]
     gaps = [abs(summary[key] - spec[key]) / max(spec["absmax"], 1e-12) for key in ("mean", "std")]
     return Comparison(golden.meta["name"], tensor, relative * spec["absmax"], max(relative, *gaps), limit)
 
@@ -322,8 +333,15 @@ def measure_vlm() -> Iterator[Comparison]:
 
 def measure_all() -> Iterator[Comparison]:
     for variant in ENCODERS:
-        if find_golden(f"dcformer_{variant}") is not None:
-            yield from measure_encoder(variant)
+        golden = find_golden(f"dcformer_{variant}")
+        if golden is None:
+            print(f"dcformer_{variant}: not in this checkout")
+            continue
+        if not golden.arrays:
+            print(
+                f"dcformer_{variant}: the arrays are not in this checkout; mean, deviation and largest magnitude are"
+            )
+        yield from measure_encoder(variant)
     yield from measure_training_step()
     yield from measure_vit3d()
     for name in ("linear", "mlp", "mhsa", "low_high_mlp", "mixer", "mixer_depth1"):

@@ -1,18 +1,27 @@
 """The README's snippets run, in order, beside a published model and a scan with the names they use."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from nibabel.testing import data_path
 from transformers import AutoModelForImageTextToText
+from typer.core import TyperGroup
 
+from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMProcessor
 from med3dvlm.hub_cards.publish import publish
+from med3dvlm.train.cli import app
+from med3dvlm.train.data.augmentation import augment_laterality_safe
 from med3dvlm.train.demo import build_tiny_model
+from med3dvlm.train.merge import merge_adapter
+from med3dvlm.train.recipe import load_recipe
 
 
+UsageError = typer.BadParameter.__mro__[1]  # of click, which newer releases of typer have inside
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
@@ -22,6 +31,16 @@ def surroundings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     model, processor = build_tiny_model()
     publish(model, folder / "org" / "med3dvlm", processor=processor)
+    text_config = {
+        "model_type": "bert",
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+    }
+    text_config |= {"num_attention_heads": 2, "intermediate_size": 24}
+    config = DCFormerSiglipConfig(vision_config=model.config.vision_config, text_config=text_config, projection_dim=8)
+    pair_processor = Med3DVLMProcessor(processor.image_processor, processor.tokenizer)
+    publish(DCFormerSiglipModel(config), folder / "org" / "dcformer-siglip", processor=pair_processor)
     shutil.copy(Path(data_path) / "standard.nii.gz", folder / "scan.nii.gz")
     return folder
 
@@ -48,12 +67,69 @@ def test_own_scans_train_in_float32_on_a_model_in_bfloat16_and_anew_in_each_epoc
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32, torch.bfloat16}
     dataset, trainer = names["dataset"], names["trainer"]
+    assert dataset.augmentation is augment_laterality_safe
+    assert (Path(merge_adapter("finetuned/adapter", "published/own")) / "model.safetensors").is_file()
     trainer.state.epoch = 2.5  # resumed within the third epoch
     trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
     assert dataset.draw(0)[1].initial_seed() == dataset.draw(2 * len(dataset))[1].initial_seed()
 
 
-def test_commands_of_the_readme_exist():
+def test_targets_of_the_readme_exist():
     makefile = (README.parent / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", README.read_text()):
+    targets = re.findall(r"(?:`|^)make ([a-z-]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(targets) > 5
+    for target in targets:
         assert f"\n{target}:" in makefile
+
+
+def commands_of_the_readme():
+    """The arguments of each call of `med3dvlm`, in console blocks and in the text; of a part of a call, too."""
+    text = README.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += [line.replace("\n", " ") for line in re.findall(r"`(med3dvlm [^`]+)`", text)]
+    for line in lines:
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word != "&&":
+                words.append(word)
+                continue
+            if words[:1] == ["med3dvlm"]:
+                yield words[1:]
+            words = []
+
+
+def resolve(words):
+    """The command that is named, and the words that are left for it."""
+    command, left = typer.main.get_command(app), list(words)
+    while left and isinstance(command, TyperGroup) and left[0] in command.commands:
+        command = command.commands[left.pop(0)]
+    return command, left
+
+
+# Without what is only the name of a command, as `med3dvlm merge` in a sentence.
+COMMANDS = [words for words in commands_of_the_readme() if resolve(words)[1]]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 24 and any(words[:2] == ["evaluate", "dependence"] for words in COMMANDS)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_command_of_the_readme_is_understood(words):
+    command, left = resolve(words)
+    assert not isinstance(command, TyperGroup), f"there is no such command: {' '.join(words)}"
+    if "--help" in left:
+        return
+    numbers = {"N": "2"}  # as in `--cases N`
+    context = command.make_context(command.name, [numbers.get(word, word) for word in left])
+    if command.name == "train":
+        load_recipe(context.params["recipe"], context.params["overrides"])
+
+
+@pytest.mark.parametrize(
+    "line", ["evaluate vqa -d data -o out --case 3", "phantoms DST", "train paper/finetune x.y=1"]
+)
+def test_a_command_that_is_not_there_is_noticed(line):
+    with pytest.raises((AssertionError, UsageError, ValueError)):
+        test_command_of_the_readme_is_understood(line.split())

@@ -16,8 +16,10 @@ from .command_line import (
     check_answers_questions,
     check_device,
     check_model_name,
+    count_processes,
     end_with_torchrun,
     hush_progress_bars,
+    in_options_of_the_command,
     is_to_be_launched,
     launch,
     require_extra,
@@ -65,7 +67,12 @@ def ask(
         ),
     ] = None,
     orientation: Annotated[
-        str | None, typer.Option(help="Voxel order given to the model; none keeps the file's.", show_default="model's")
+        str | None,
+        typer.Option(
+            help="Directions in which width, height and depth grow in what the model gets, e.g. LPS or RAS; none keeps the "
+            "file's axes.",
+            show_default="model's",
+        ),
     ] = None,
     volume_index: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D series, from 0.")] = None,
     device: Annotated[
@@ -81,7 +88,10 @@ def ask(
 
     Example: med3dvlm ask chest.nii.gz "Is there a pleural effusion?" --model org/med3dvlm --hu-range soft_tissue
     """
-    with bad_input_is_an_answer(volume_index="--volume-index"):
+    options_here = {
+        name: f"--{name.replace('_', '-')}" for name in ("hu_range", "intensity_mode", "orientation", "volume_index")
+    }
+    with bad_input_is_an_answer(**options_here):
         if not question.strip():
             raise ValueError("Expected a question, got an empty one.")
         model = check_model_name(model)
@@ -131,7 +141,8 @@ def ask(
                 report["warnings"].append(
                     f"Written by `{MADE_BY}`: cropped and scaled before, so at most resized now."
                 )
-        typer.echo(f"\n{format_preprocessing_report(report)}\n", err=True)
+        warnings = [in_options_of_the_command(warning, **options_here) for warning in report["warnings"]]
+        typer.echo(f"\n{format_preprocessing_report({**report, 'warnings': warnings})}\n", err=True)
         with step(f"loading {model}"):
             generator = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval().to(device)
         max_new_tokens = max_new_tokens or generator.generation_config.max_new_tokens or 256
@@ -206,7 +217,7 @@ def publish(
     card of a published folder says, results of evaluations among it, goes along unless it is given anew. Adapters, as of the
     stage finetune, go through med3dvlm merge, which publishes the whole.
 
-    Example: med3dvlm publish runs/projector/checkpoint-900 published/med3dvlm --base-model Qwen/Qwen2.5-7B-Instruct
+    Example: med3dvlm publish published/med3dvlm org/med3dvlm --push --license apache-2.0
     """
     with bad_input_is_an_answer():
         model = check_model_name(model)
@@ -230,7 +241,7 @@ def publish(
         typer.echo(json.dumps({"model": model, "published": str(place)}) if as_json else str(place))
 
 
-@app.command()
+@app.command(epilog=f"Launch files: {Path(__file__).parent / 'recipes' / 'launch'}")
 def train(
     recipe: Annotated[
         str,
@@ -252,27 +263,25 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Train a stage: contrastive, projector, or finetune.
+    Train a stage: contrastive, projector or finetune; or language, for a small language model before them.
 
     The same command goes on where an earlier start was ended, even if it was killed. The result is the folder `published`
     in the recipe's training.output_dir, from which the next stage starts. Several machines: run this command under
-    torchrun or accelerate, see the files in recipes/launch.
+    torchrun, accelerate or SLURM, see the launch files, whose folder is named below.
 
     Example: med3dvlm train paper/contrastive data.root=/data/m3d training.output_dir=runs/contrastive
     """
     with bad_input_is_an_answer():
         require_extra("train", "accelerate", "datasets", "omegaconf", "peft")
-        from .recipe import check_places, load_recipe
+        from .recipe import check_deepspeed, check_places, load_recipe
 
         loaded = load_recipe(recipe, overrides)
         check_places(loaded)  # before processes are started, whose errors come with much else
-        if is_to_be_launched(
-            processes,
-            use_cpu=bool(loaded.training.get("use_cpu")),
-            needs_launcher=bool(loaded.training.get("deepspeed")),
-        ):
+        check_deepspeed(loaded)
+        use_cpu = bool(loaded.training.get("use_cpu"))
+        if is_to_be_launched(processes, use_cpu, needs_launcher=bool(loaded.training.get("deepspeed"))):
             command = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]
-            raise typer.Exit(code=launch(processes, command))
+            raise typer.Exit(code=launch(count_processes(processes, use_cpu), command))
         end_with_torchrun()
         with step("importing"):
             from .stages import run_recipe
@@ -405,9 +414,12 @@ def prepare_m3d_cap_command(
     ),
     splits: Annotated[
         Path | None,
-        typer.Option(help="An existing M3D_Cap.json whose splits are kept.", show_default="drawn by --seed"),
+        typer.Option(
+            help="An M3D_Cap.json, elsewhere than the one to be written, whose splits and order are kept.",
+            show_default="drawn by --seed",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the splits; later calls take the same.")] = 0,
     accept_jpg: Annotated[
         bool, typer.Option("--accept-jpg", help="Take .jpg slices too, which the original leaves out.")
     ] = False,
@@ -462,7 +474,9 @@ def prepare_check_command(
     fast: Annotated[
         bool, typer.Option("--fast", help="Read headers only: damage, NaN and values are not found.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Volumes read at a time.", show_default="one for each core, up to 8")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file for all that was found.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -59,10 +59,37 @@ def bad_input_is_an_answer(**options_here: str) -> Iterator[None]:
         message = str(error)
         if match := OF_A_WORKER.fullmatch(message):
             message = match[2].strip()
-        for there, here in {**OPTIONS_HERE, **{f"`{name}`": option for name, option in options_here.items()}}.items():
+        for there, here in OPTIONS_HERE.items():
             message = message.replace(there, here)
-        typer.echo(f"med3dvlm: {message}", err=True)
+        typer.echo(f"med3dvlm: {in_options_of_the_command(message, **options_here)}", err=True)
         raise typer.Exit(code=2) from error
+
+
+def in_options_of_the_command(message: str, **options_here: str) -> str:
+    """
+    A message for a user of Python, as one for a user of a command.
+
+    Args:
+        message (`str`):
+            With options in backticks, alone or with a value, or a mode of intensity that it advises to ask for.
+        options_here (`str`):
+            The command's options, by their names in Python.
+
+    Example:
+
+    ```python
+    >>> in_options_of_the_command('pass `intensity_mode="window"` with it', intensity_mode="--intensity-mode")
+    'pass --intensity-mode window with it'
+    ```"""
+    for name, option in options_here.items():
+        message = re.sub(rf"`{name}=[\"']?([^`\"']+)[\"']?`", rf"{option} \1", message).replace(f"`{name}`", option)
+    if mode := options_here.get("intensity_mode"):
+        message = re.sub(r"ask for '(\w+)'(?: or '(\w+)')?", lambda match: _with_modes(mode, match.groups()), message)
+    return message
+
+
+def _with_modes(option: str, modes: tuple[str | None, ...]) -> str:
+    return "ask with " + " or ".join(f"{option} {mode}" for mode in modes if mode)
 
 
 def hush_progress_bars() -> None:
@@ -155,22 +182,23 @@ def is_to_be_launched(processes: int | None, use_cpu: bool = False, needs_launch
                 "--processes has no place under torchrun or accelerate, which start the processes themselves."
             )
         return False
+    return count_processes(processes, use_cpu) > 1 or needs_launcher
+
+
+def count_processes(processes: int | None, use_cpu: bool = False) -> int:
+    """How many processes of this machine a command is for: those asked for, or one for each GPU that is used, at least 1."""
     import torch
 
-    count = processes or max(1, 0 if use_cpu else torch.cuda.device_count())
-    return count > 1 or needs_launcher
+    return processes or max(1, 0 if use_cpu else torch.cuda.device_count())
 
 
-def launch(processes: int | None, command: list[str]) -> int:
+def launch(num_processes: int, command: list[str]) -> int:
     """
-    Runs a command of ours in several processes of this machine by torchrun, and returns its exit code. After SIGTERM or SIGUSR1
+    Runs a command of ours in processes of this machine by torchrun, and returns its exit code. After SIGTERM or SIGUSR1
     they have 280 s to save, unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set; torchrun would give them 30, and die of SIGUSR1.
     On Linux they save and stop also where this process is killed.
     """
-    import torch
-
-    count = processes or max(1, torch.cuda.device_count())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "280", SIGNALS_OF_TORCHRUN: ALL_SIGNALS, **os.environ}
     process = subprocess.Popen(
         [*torchrun, "-m", "med3dvlm.train.cli", *command], env=environment, preexec_fn=prepare_to_end_with_parent()
@@ -223,8 +251,10 @@ __all__ = [
     "check_answers_questions",
     "check_device",
     "check_model_name",
+    "count_processes",
     "end_with_torchrun",
     "hush_progress_bars",
+    "in_options_of_the_command",
     "is_to_be_launched",
     "launch",
     "prepare_to_end_with_parent",

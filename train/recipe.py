@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -365,8 +366,21 @@ def check_places(recipe: Recipe) -> None:
         ):
             raise FileNotFoundError(
                 f"`model.{name}` {place}: expected a published folder or a Hub repository `org/name`; there is no such folder. "
-                "Is the stage before finished?"
+                f"Is the stage before finished, or lies elsewhere? Then name its place, model.{name}=FOLDER; a relative path starts "
+                f"at {Path.cwd()}."
             )
+
+
+def check_deepspeed(recipe: Recipe) -> None:
+    """
+    Raises:
+        ImportError: the recipe needs DeepSpeed, which is not installed.
+    """
+    if recipe.training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError(
+            f"`training.deepspeed` {recipe.training['deepspeed']!r} needs the package deepspeed, which is not installed. On Linux "
+            'install it, pip install ".[train]"; elsewhere train without it: training.deepspeed=null training.bf16=auto.'
+        )
 
 
 def _training_fields() -> list[str]:
@@ -424,6 +438,7 @@ __all__ = [
     "DataRecipe",
     "ModelRecipe",
     "Recipe",
+    "check_deepspeed",
     "check_places",
     "check_recipe",
     "find_recipe",

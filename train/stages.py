@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import transformers
 from transformers import TrainingArguments, set_seed
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
+from ..hub_cards.model_card import OF_PICTURES
 from ..hub_cards.publish import publish, replaced_when_complete
 from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
 from ..modeling_med3dvlm.original_source import sha256_of
@@ -48,7 +48,7 @@ from .data.dataset import (
 )
 from .data.m3d import read_m3d_cap, read_m3d_vqa
 from .data.manifest import SPLIT_HINTS, find_manifest, read_manifest
-from .data.preparation_record import PREPARED
+from .data.preparation_record import PREPARED, read_preparation_record
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
@@ -64,9 +64,14 @@ from .models import (
     made_whole,
 )
 from .prompts import REPORT_PROMPTS, format_answer, format_question
-from .recipe import PLACES, DataRecipe, Recipe, check_places, save_recipe
+from .recipe import PLACES, DataRecipe, Recipe, check_deepspeed, check_places, save_recipe
 from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -106,12 +111,14 @@ def run_recipe(recipe: Recipe) -> Path:
 
     Raises:
         FileNotFoundError: the data, or what the run starts from, is not there.
+        ImportError: the recipe needs DeepSpeed, which is not installed.
         ValueError: data, models and recipe do not fit each other, or the output folder holds another run.
         RuntimeError: training ended before its last step, and not because of a signal.
         BlockingIOError: another run is at work in the output folder.
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
     check_places(recipe)
+    check_deepspeed(recipe)
     recipe = choose_precision(recipe)
     arguments = build_training_arguments(recipe)
     if arguments.device.type == "cpu":
@@ -182,7 +189,7 @@ def choose_precision(recipe: Recipe) -> Recipe:
     if recipe.training.get("bf16") != "auto":
         return recipe
     on_cpu = recipe.training.get("use_cpu") or not torch.cuda.is_available()
-    chosen = multiplies_bfloat16("cpu") if on_cpu else torch.cuda.is_bf16_supported()
+    chosen = multiplies_bfloat16("cpu" if on_cpu else "cuda")
     logger.warning_once(f"`training.bf16: auto` is {str(chosen).lower()} on this machine.")
     return replace(recipe, training={**recipe.training, "bf16": chosen})
 
@@ -367,7 +374,7 @@ def build_model(
                 model = add_lora(model, recipe.lora, recipe.trained)
             else:
                 choose_trained_parts(model, recipe.trained)
-            if arguments.gradient_checkpointing:
+            if arguments.activation_checkpointing:
                 model.enable_input_require_grads()
     return model, processor
 
@@ -499,6 +506,11 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
             f" {recipe.description}" if recipe.description else ""
         )
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
+        if recipe.data.volumes == "prepared" and recipe.stage != "language":
+            record = read_preparation_record(trainer.train_dataset.samples["image"][0])  # type: ignore[union-attr]
+            # By the original's preparation, which takes nothing but slices, or by ours of slices.
+            if record is None or "source_entries" in record["source"]:
+                training_data = f"{training_data} {OF_PICTURES}"
         with made_whole(trainer.args):  # this process is alone here, and loads what was saved to check it
             if recipe.stage == "language":  # a plain model of transformers, for the next stage
                 publish_language_model(whole, published, processor.tokenizer)
@@ -628,7 +640,7 @@ def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
 
 
 def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict[str, Any]:
-    """Speed, memory and versions of a run. Memory is the peak of this process, in GiB; MB are no unit of it."""
+    """Speed, memory and versions of a run. Memory is the peak of this process, in GiB; NaN on Windows, which does not tell."""
     arguments, parameters = trainer.args, list(trainer.accelerator.unwrap_model(trainer.model).parameters())
     unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes there and in KiB elsewhere
     dataset: Any = trainer.train_dataset
@@ -641,7 +653,7 @@ def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict
         "num_train_samples": num_samples,
         "trained_parameters": sum(map(count_weights, (entry for entry in parameters if entry.requires_grad))),
         "all_parameters": sum(map(count_weights, parameters)),
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30 if resource else math.nan,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -1,13 +1,16 @@
 import importlib
+import logging
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
 from med3dvlm import DCFormerConfig, DCFormerSiglipConfig, Med3DVLMConfig, Vit3DConfig
+from med3dvlm.configuration import transformers_version
 from med3dvlm.configuration.configuration_dcformer import DCFORMER_VARIANTS
 
 
@@ -41,15 +44,39 @@ def test_config_survives_save_and_load(config, tmp_path):
     assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+MODULES = ["dcformer", "dcformer_siglip", "med3dvlm", "vit3d"]
+
+
 @pytest.mark.parametrize("name", ["SubConfigSpec", "PreTrainedConfig"])
-@pytest.mark.parametrize("module", ["configuration_dcformer_siglip", "configuration_med3dvlm"])
+@pytest.mark.parametrize("module", MODULES)
 def test_too_old_a_transformers_is_named(name, module, monkeypatch):
     monkeypatch.delattr(transformers.configuration_utils, name)
-    for loaded in ("configuration_dcformer_siglip", module):
-        monkeypatch.delitem(sys.modules, f"med3dvlm.configuration.{loaded}", raising=False)
     version = re.escape(transformers.__version__)
-    with pytest.raises(ImportError, match=rf"needs transformers 5\.23 or later, found {version}: pip install"):
-        importlib.import_module(f"med3dvlm.configuration.{module}")
+    install = r"pip install -U 'transformers>=5\.23,<5\.25'"
+    for loaded in ("transformers_version", *(f"configuration_{entry}" for entry in MODULES)):
+        monkeypatch.delitem(sys.modules, f"med3dvlm.configuration.{loaded}", raising=False)
+    with pytest.raises(ImportError, match=rf"needs transformers 5\.23 or later, found {version}: {install}"):
+        importlib.import_module(f"med3dvlm.configuration.configuration_{module}")
+
+
+def test_the_releases_that_are_asked_for_are_those_of_the_package():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"{transformers_version.REQUIREMENT}"' in project
+    assert ",<{}.{}".format(*transformers_version.FIRST_UNTRIED) in transformers_version.REQUIREMENT
+
+
+@pytest.mark.parametrize(
+    "version, is_untried", [("5.24.9", False), ("5.25.0", True), ("5.25.0.dev0", True), ("6.0", True)]
+)
+def test_a_transformers_that_was_not_tried_is_told_of(version, is_untried, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, message, *rest, **options: said.append(message))
+    # Not the name of this file: transformers may have been loaded a second time, which puts another module there.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    logging.Logger.warning_once.cache_clear()
+    monkeypatch.delitem(sys.modules, transformers_version.__name__)
+    importlib.import_module(transformers_version.__name__)
+    assert [f"untried with transformers {version}" in message for message in said] == [True] * is_untried
 
 
 def test_statistics_are_synchronised_only_when_asked_for():
@@ -74,6 +101,12 @@ def test_grid_follows_the_stride_rounded_up(stage, expected):
     config = DCFormerConfig(**VISION)
     assert config.grid(stage) == expected
     assert config.num_tokens(stage) == math.prod(expected)
+
+
+@pytest.mark.parametrize("stage", [-6, 5])
+def test_a_stage_that_is_not_there_has_no_grid(stage):
+    with pytest.raises(IndexError):
+        DCFormerConfig(**VISION).grid(stage)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +176,12 @@ def test_variants_have_one_entry_a_stage(variant):
         (lambda: tiny_config(low_level_tokens=()), "one positive number for each Mixer layer"),
         (lambda: tiny_config(low_level_tokens=(4,) * 7), "7 Mixer layers.*hidden size 32"),
         (lambda: tiny_config(vision_feature_layers=(-1,)), "two hidden states"),
+        (lambda: tiny_config(vision_feature_layers=(-6, -1)), r"\(-6, -1\) must lie from -5 to 4.*'dcformer' has 5"),
+        (lambda: tiny_config(vision_feature_layers=(3, 5), projector_type="mlp"), r"\(3, 5\) must lie from -5 to 4"),
+        (
+            lambda: tiny_config(vision_config={"model_type": "vit3d"}, vision_feature_layers=(-2, 13)),
+            r"\(-2, 13\) must lie from -13 to 12.*'vit3d' has 13",
+        ),
         (lambda: tiny_config(projector_type="mhsa"), "8 attention heads.*12 channels"),
     ],
 )

@@ -1,7 +1,9 @@
 """Cards say what the objects say."""
 
 import re
+from pathlib import Path
 
+import original_files
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -10,14 +12,20 @@ from torch import nn
 
 from med3dvlm import Med3DVLMImageProcessor, Med3DVLMModel
 from med3dvlm.hub_cards.model_card import (
+    BASE_BEGINS,
+    CONVERSION_BEGINS,
+    OF_PICTURES,
     create_model_card,
     describe_image_tokens,
     describe_inputs,
     find_base_model,
     parameter_table,
     read_old_card,
+    saw_pictures,
     usage_example,
 )
+from med3dvlm.modeling_med3dvlm.convert_original import convert
+from med3dvlm.train import merge
 
 
 KINDS = {
@@ -195,6 +203,33 @@ def test_inputs_are_those_of_the_processor(options, expected):
     text = describe_inputs(tiny_vlm_config(), Med3DVLMImageProcessor(**options))
     for part in expected:
         assert part in text
+
+
+def test_the_card_of_converted_weights_tells_what_they_were_trained_on(tmp_path):
+    source = original_files.write_dual_encoder(tmp_path / "source", "sigmoid")
+    convert(source, tmp_path / "ours", config=original_files.write_text_config(tmp_path / "text"))
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "Training saw stacks of 8-bit pictures without HU" in card and "cannot be turned back" not in card
+    for option in ("`intensity_mode='minmax'`", "`orientation='none'`", "`do_crop_foreground=False`"):
+        assert option in card
+
+
+@pytest.mark.parametrize(
+    "training_data, expected",
+    [
+        (None, False),
+        ("Reports.", False),
+        (f"Reports. {OF_PICTURES}", True),
+        (f"{CONVERSION_BEGINS} by med3dvlm.", True),
+        (f"{OF_PICTURES}\n\n{BASE_BEGINS} Reports.", True),
+        (f"Scans.\n\n{BASE_BEGINS} Reports. {OF_PICTURES}", False),
+    ],
+)
+def test_the_last_training_decides_what_is_said_of_inputs(encoder, training_data, expected):
+    assert saw_pictures(training_data) is expected
+    card = create_model_card(encoder.model, encoder.processor, training_data=training_data).text
+    assert ("8-bit pictures without HU" in card, "cannot be turned back" in card) == (expected, not expected)
+    assert f"{BASE_BEGINS} {{" in Path(merge.__file__).read_text()
 
 
 def test_example_follows_loss_and_template(siglip, vlm, tokenizer):

@@ -272,6 +272,45 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("place, done", [(2, False), (1, True), (2, True)])
+def test_an_interrupt_between_two_moves_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch, place, done):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("")
+    rename, calls = Path.rename, []
+
+    def interrupt(self, target):
+        calls.append(self)
+        moved = rename(self, target) if done or len(calls) != place else None
+        if len(calls) == place:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt), replaced_when_complete(tmp_path / "model") as folder:
+        (folder / "new").write_text("")
+    expected = "new" if done and place == 2 else "old"
+    assert [path.name for path in (tmp_path / "model").iterdir()] == [expected]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_put_back_is_not_deleted(tmp_path, monkeypatch, caplog):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("")
+    rename, calls = Path.rename, []
+
+    def fail_twice(self, target):
+        calls.append(self)
+        if len(calls) > 1:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_twice)
+    with pytest.raises(OSError, match="no"), replaced_when_complete(tmp_path / "model"):
+        pass
+    (kept,) = tmp_path.glob(".model.*/old")
+    assert (kept / "old").exists() and f"what was there lies in {kept}" in caplog.text
+
+
 def misfit_processor(vlm, **changes):
     processor = vlm.processor
     fields = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "image_seq_length": 8}
@@ -364,6 +403,12 @@ def test_precision_is_kept(encoder, tmp_path):
     publish(model, tmp_path / "half", processor=encoder.processor)
     assert load_model(str(tmp_path / "half")).dtype == torch.bfloat16
     assert "Parameters (bfloat16)" in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_another_precision_is_asked_for_when_loading(encoder, tmp_path):
+    encoder.model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="float64")
+    assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float64}
 
 
 def test_large_weights_are_sharded(vlm, tmp_path):

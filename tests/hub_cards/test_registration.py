@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 import med3dvlm
+from med3dvlm.hub_cards import registration
 from med3dvlm.hub_cards.registration import REGISTRATIONS, ImportWatcher, install, register_imported
 
 
@@ -101,6 +102,17 @@ from transformers import AutoModel, AutoProcessor
 """
     output = run_python("-c", code)
     assert "could not register its classes with AutoProcessor" in output and "volume_io" in output
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError])
+def test_auto_classes_of_another_transformers_are_a_warning_too(error, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error("no argument `exist_ok`")
+
+    monkeypatch.setattr(transformers.AutoConfig, "register", refuse)
+    monkeypatch.setattr(registration, "_registered", set())
+    with pytest.warns(UserWarning, match="could not register.*AutoConfig.*no argument `exist_ok`"):
+        register_imported()
 
 
 @pytest.fixture

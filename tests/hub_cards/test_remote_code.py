@@ -27,6 +27,7 @@ ENCODER_CODE = {
     "fused_training.py",
     "modeling_dcformer.py",
     "strict_loading.py",
+    "transformers_version.py",
 }
 
 

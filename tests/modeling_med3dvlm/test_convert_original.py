@@ -132,8 +132,6 @@ def test_encoder_equals_the_golden_and_goes_back_to_the_bit(encoder_file, tmp_pa
 
 @pytest.mark.parametrize("variant", ["naive", "tiny", "small", "base", "large"])
 def test_every_variant_is_told_by_its_sizes(variant, tmp_path):
-    if golden_cases.find_golden(f"dcformer_{variant}") is None:
-        pytest.skip(f"the golden dcformer_{variant} is not in this checkout")
     layout = golden_cases.find_golden(f"dcformer_{variant}").meta["layout"]
     state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in layout.items()}
     plan = make_plan(open_source(save_bin(state, tmp_path / "pretrained_ViT.bin")), None, None)

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -87,6 +88,7 @@ def test_fused_path_equals_the_modules(in_blocks, batch_size, image_size):
         {"kernel_sizes": (1, 3, 1, 5, 7)},
         {"kernel_sizes": (11, 3, 3, 3, 3)},
         {**ONE_STAGE, "hidden_act": "gelu_pytorch_tanh"},
+        {"batch_norm_eps": 0.1},
     ],
     ids=str,
 )
@@ -268,6 +270,21 @@ def test_graph_is_whole_and_equal_under_torch_compile(calls):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         outputs = compiled(volumes, output_hidden_states=True).hidden_states
         assert largest_error(outputs, plain_hidden_states(model, volumes)) < 2e-6
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_gpu_says_itself_whether_it_multiplies_bfloat16(is_supported, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = {"including_emulation": True}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **given: asked.update(given) or is_supported)
+    assert fused_dcformer.multiplies_bfloat16.__wrapped__("cuda") is is_supported
+    assert asked == {"including_emulation": False}
+
+
+def test_a_torch_without_the_private_question_multiplies_no_bfloat16_on_cpus(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not fused_dcformer.multiplies_bfloat16.__wrapped__("cpu")
 
 
 def test_a_torch_without_onednn_multiplies_no_bfloat16_on_cpus(monkeypatch):

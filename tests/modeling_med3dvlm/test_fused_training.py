@@ -107,6 +107,21 @@ def test_a_layer_that_was_changed_gives_what_its_modules_give(change):
         torch.testing.assert_close(own, other)
 
 
+def test_under_autocast_a_layer_calls_its_modules():
+    """To the bit: autocast chooses the precision of each module, which the shorter way would not follow."""
+    results = []
+    for layer in changed(lambda layer: None):
+        volumes = torch.randn(2, 2, 5, 6, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = layer(volumes)
+        outputs.float().square().sum().backward()
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        results.append([outputs, volumes.grad, *gradients, *layer.buffers()])
+    assert results[0][0].dtype == torch.bfloat16
+    for own, other in zip(*results):
+        assert own.dtype == other.dtype and torch.equal(own, other)
+
+
 def test_a_depthwise_layer_of_one_channel_has_all_its_taps():
     torch.manual_seed(0)
     ours = DCFormerDecomposedConv(tiny.tiny_dcformer_config(), 1, 1, kernel_size=5)

@@ -107,8 +107,10 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(use_reen
     assert int(plain.stem.layers[0].norm_depth.num_batches_tracked) == 1
 
 
-def test_frozen_encoder_keeps_its_statistics_and_its_output_in_training():
-    model = tiny_model()
+@pytest.mark.parametrize("is_fused", [None, False], ids=["fused", "modules"])
+def test_frozen_encoder_keeps_its_statistics_and_its_output_in_training(is_fused):
+    model = tiny_model(batch_norm_eps=0.1)  # far from the default of torch
+    model.fused_inference = is_fused
     volumes = tiny.random_volumes(2)
     expected = model(volumes).last_hidden_state
     model.train().requires_grad_(False)

@@ -17,6 +17,7 @@ from transformers import (
 
 from med3dvlm import Med3DVLMConfig, Med3DVLMForConditionalGeneration, Med3DVLMModel
 from med3dvlm.modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME
+from med3dvlm.train.models import add_lora
 
 
 TEXT = [11, 12, 13]
@@ -207,13 +208,48 @@ def test_sampling_follows_the_seed_and_returns_several_answers(model):
     assert answers[0].shape == (6, 6) and torch.equal(*answers)
 
 
-def test_several_volumes_keep_their_order_in_every_returned_sequence(model):
-    input_ids = tiny.text_with_volumes(model.config, [10], 1, [14], 1, TEXT)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    volumes = tiny.random_volumes(2, seed=3)
-    beams = generate(model, **inputs, pixel_values=volumes, num_beams=2, num_return_sequences=2)
-    greedy = generate(model, **inputs, pixel_values=volumes, num_beams=2)
-    assert torch.equal(beams[0], greedy[0])
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True}], ids=["beams", "sampled"])
+def test_several_volumes_keep_their_order_in_every_returned_sequence(model, settings):
+    """Two texts of two volumes each: as where the image tokens stand in the embeddings of the text already."""
+    row, length = tiny.text_with_volumes(model.config, [10], 1, [14], 1, TEXT), model.config.image_seq_length
+    input_ids = row.repeat(2, 1)
+    factors = torch.tensor([1.0, 50.0, -50.0, 200.0])  # the answers differ
+    volumes = tiny.random_volumes(4, seed=4) * factors.view(4, 1, 1, 1, 1)
+    tokens = model.get_image_features(volumes).pooler_output
+
+    def embeds_of(order):
+        embeds = model.get_input_embeddings()(input_ids).detach()
+        for text, (first, second) in enumerate(order):
+            embeds[text, 1 : 1 + length] = tokens[first]
+            embeds[text, 2 + length : 2 + 2 * length] = tokens[second]
+        return embeds
+
+    def answers_to(**prompts):
+        """Two answers to each text, and the scores of the first token in every sequence, of beams too."""
+        torch.manual_seed(0)
+        options = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "eos_token_id": None,
+            "num_return_sequences": 2,
+            **settings,
+        }
+        options |= {
+            "attention_mask": torch.ones_like(input_ids),
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
+        outputs = model.generate(**prompts, **options)
+        return outputs.sequences[:, -6:], outputs.logits[0]
+
+    answers, scores = answers_to(input_ids=input_ids, pixel_values=volumes)
+    expected_answers, expected_scores = answers_to(inputs_embeds=embeds_of([(0, 1), (2, 3)]))
+    assert torch.equal(answers, expected_answers) and answers.shape == (4, 6)
+    assert len({tuple(answer) for answer in answers.tolist()}) == 4
+    torch.testing.assert_close(scores, expected_scores)
+    for order in ([(1, 0), (3, 2)], [(2, 3), (0, 1)], [(0, 2), (1, 3)]):  # the order tells
+        _, others = answers_to(inputs_embeds=embeds_of(order))
+        assert ((others - scores).abs().amax(dim=1) > 0.01).all()
 
 
 def test_volumes_are_encoded_once_for_a_whole_answer(model):
@@ -444,6 +480,16 @@ def test_lora_trains_the_language_model_and_the_whole_projector(tmp_path):
     merged = loaded.merge_and_unload()
     assert type(merged) is Med3DVLMForConditionalGeneration
     torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_projector_trained_in_float32_answers_in_a_bfloat16_model_without_autocast():
+    model = add_lora(tiny.tiny_vlm().bfloat16(), {"r": 2}, trained=["multi_modal_projector"]).eval()
+    projector = model.base_model.model.model.multi_modal_projector.modules_to_save["default"]
+    assert {parameter.dtype for parameter in projector.parameters()} == {torch.float32}
+    inputs = one_volume(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in projector.parameters())
+    assert generate(model, **inputs).shape[0] == 1
 
 
 def test_first_placeholder_can_keep_its_embedding_as_in_the_original():

@@ -3,6 +3,7 @@ import copy
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from med3dvlm import Vit3DModel
 
@@ -46,6 +47,26 @@ def test_checkpointing_keeps_gradients():
         model(tiny.random_volumes(1)).last_hidden_state.square().sum().backward()
     for (name, ours), (_, theirs) in zip(plain.named_parameters(), checkpointed.named_parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+class QuantisedLinear(nn.Linear):
+    """A linear map that keeps whole numbers of one byte instead of its weight, as quantisers do."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.scale = linear.weight.detach().abs().max() / 127
+        stored = (linear.weight.detach() / self.scale + 128).round().to(torch.uint8)
+        self.weight, self.bias = nn.Parameter(stored, requires_grad=False), linear.bias
+
+    def forward(self, states):
+        return nn.functional.linear(states, (self.weight.to(states.dtype) - 128) * self.scale, self.bias)
+
+
+def test_quantised_patch_weights_do_not_decide_the_precision_of_voxels():
+    model, volumes = tiny_model(), tiny.random_volumes(1)
+    expected = model(volumes).last_hidden_state
+    model.embeddings.projection = QuantisedLinear(model.embeddings.projection)
+    torch.testing.assert_close(model(volumes).last_hidden_state, expected, atol=0.05, rtol=0.05)
 
 
 def test_save_and_load_is_exact_to_the_bit(tmp_path):

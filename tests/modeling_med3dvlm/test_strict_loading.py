@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations import PeftAdapterMixin
 
 from med3dvlm import DCFormerModel, DCFormerSiglipModel, Med3DVLMForConditionalGeneration
 
@@ -133,6 +134,12 @@ def test_an_adapter_is_loaded_only_onto_a_base_that_is_whole(file, change, messa
     with pytest.raises(ValueError, match=message):
         Med3DVLMForConditionalGeneration.from_pretrained(folder)
     Med3DVLMForConditionalGeneration.from_pretrained(folder, strict=False)
+
+
+def test_a_transformers_without_its_private_mark_of_adapters_loads_models_all_the_same(tmp_path, monkeypatch):
+    DCFormerModel(tiny.tiny_dcformer_config()).save_pretrained(tmp_path)
+    monkeypatch.delattr(PeftAdapterMixin, "_hf_peft_config_loaded")
+    DCFormerModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [4, 0.5])

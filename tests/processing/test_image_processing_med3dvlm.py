@@ -138,6 +138,21 @@ def test_resize_is_trilinear_without_aligned_corners():
     assert torch.equal(resized, expected)
 
 
+def test_windows_are_those_in_which_ct_is_read():
+    """From their widths and levels in HU, which is how they are taught, written down here once more."""
+    width_and_level = {
+        "wide": (2000, 0),
+        "soft_tissue": (400, 40),
+        "lung": (1500, -600),
+        "bone": (1500, 300),
+        "brain": (80, 40),
+        "mediastinum": (350, 50),
+        "liver": (150, 30),
+    }
+    expected = {name: (level - width / 2, level + width / 2) for name, (width, level) in width_and_level.items()}
+    assert expected == CT_WINDOWS
+
+
 @pytest.mark.parametrize("window", [*CT_WINDOWS, (-50.0, 350.0)])
 def test_window_clips_and_scales_hu(window):
     lower, upper = CT_WINDOWS.get(window, window)

@@ -1,5 +1,6 @@
 import json
 import warnings
+from inspect import signature
 from pathlib import Path
 
 import nibabel
@@ -10,6 +11,7 @@ from nibabel.testing import data_path
 from transformers import AutoProcessor
 
 from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
+from med3dvlm.processing.processing_med3dvlm import PROCESSOR_ARGUMENTS
 from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
 
 
@@ -230,6 +232,12 @@ def test_mistyped_option_is_refused(processor):
         processor(images=volume(), text="<image>?", hu_rnge="lung")
     with pytest.raises(ValueError, match="did you mean `hu_range`"):
         tokenize(processor, [{"role": "user", "content": [image(volume())]}], processor_kwargs={"hu_rnge": "lung"})
+
+
+def test_mistyped_argument_is_refused():
+    assert set(PROCESSOR_ARGUMENTS) == set(signature(Med3DVLMProcessor).parameters) - {"kwargs"}
+    with pytest.raises(ValueError, match="no option `image_seq_len`; did you mean `image_seq_length`"):
+        Med3DVLMProcessor(Med3DVLMImageProcessor(), build_tiny_tokenizer(), image_seq_len=256)
 
 
 def test_tokenizer_must_know_the_placeholder():

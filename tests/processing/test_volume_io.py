@@ -375,3 +375,12 @@ def test_standard_library_reads_what_the_faster_one_reads(tmp_path, monkeypatch)
     monkeypatch.setattr(volume_io, "gzip_reader", gzip)
     assert np.array_equal(read_voxels(open_volume(path)), expected)
     assert np.array_equal(read_voxels(open_volume(path.read_bytes())), expected)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("12.PNG", "a folder of pictures.*prepare m3d-cap"), ("a.dcm", "a folder.*dcm2niix")]
+)
+def test_a_folder_is_refused_with_the_remedy_for_what_is_in_it(name, message, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(InvalidVolumeError, match=f"expected one NIfTI file for each volume, got {message}"):
+        open_volume(tmp_path)

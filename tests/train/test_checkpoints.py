@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -418,14 +417,11 @@ class Run:
     def __init__(self, context, folder, world_size=1, zero_2=False, **arguments):
         folder.mkdir(exist_ok=True)
         self.folder, self.world_size = folder, world_size
-        for path in [*folder.glob("progress-*"), *folder.glob("trace-*")]:
+        for path in [*folder.glob("progress-*"), *folder.glob("trace-*"), *folder.glob("rendezvous")]:
             path.unlink()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self.processes = [
             context.Process(
-                target=training_program.train_in_process, args=(folder, rank, world_size, port, zero_2, arguments)
+                target=training_program.train_in_process, args=(folder, rank, world_size, zero_2, arguments)
             )
             for rank in range(world_size)
         ]
@@ -534,6 +530,23 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(processes, tmp_p
     assert checkpoint == tmp_path / f"checkpoint-{reports[0]['step']}"
     with pytest.raises(ValueError, match="world_size: expected 2, got 1; distributed: expected 'ddp', got 'plain'"):
         prepare_resume(training_program.make_arguments(tmp_path))
+
+
+def test_zero_2_loses_what_plain_processes_lose_and_its_checkpoint_counts(processes, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    plain, sharded = (
+        survive_kills(processes, tmp_path / name, (), seed=0, world_size=2, zero_2=zero_2, max_steps=3, save_steps=3)[
+            1
+        ]
+        for name, zero_2 in {"plain": False, "sharded": True}.items()
+    )
+    assert len(plain) == 3
+    assert [loss for _, loss, _ in sharded] == pytest.approx([loss for _, loss, _ in plain], abs=2e-5)
+    marker = json.loads((tmp_path / "sharded" / "checkpoint-3" / MARKER_NAME).read_text())
+    assert (marker["world_size"], marker["distributed"]) == (2, "zero-2")
+    assert {f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)} <= set(
+        marker["files"]
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
+import importlib.util
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,17 +11,25 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from m3d_layout import write_cap
 from nibabel.testing import data_path
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app, parse_hu_range
 from med3dvlm.train.command_line import require_extra
+from med3dvlm.train.data.collate import ConversationCollator
+from med3dvlm.train.data.dataset import ConversationBuilder, ProcessedVolumes, StudyDataset
+from med3dvlm.train.data.manifest import read_manifest, write_example_manifest
 from med3dvlm.train.data.preparation_record import MADE_BY
 from med3dvlm.train.data.prepare import encode_prepared_volume
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.phantoms import study
+from med3dvlm.train.recipe import STAGES, load_recipe
 
 
+README = Path(__file__).parents[2] / "README.md"
 SCAN = str(Path(data_path) / "anatomical.nii")
 
 
@@ -47,6 +58,8 @@ def test_ask_prints_one_json_object(folder):
     result = run(
         "ask", SCAN, "What is this?", "--model", folder, "--json", "--hu-range=-160,240", "--max-new-tokens", 5
     )
+    assert "--hu-range was given but not used" in result.stderr  # of an MR
+    assert "pass --intensity-mode window with it" in result.stderr
     answer = json.loads(result.stdout)
     assert set(answer) == {"question", "answer", "model", "preprocessing"}
     assert answer["preprocessing"]["source_shape"] == [33, 41, 25]
@@ -98,7 +111,8 @@ def test_ask_takes_a_prepared_volume_as_it_is(folder, tmp_path):
         (("ask", SCAN, "?", "--model", str(Path(__file__).parent)), "no config.json"),
         (("ask", SCAN, "?", "--model", "FOLDER", "--hu-range", "lungs"), "lung"),
         (("ask", SCAN, "?", "--model", "FOLDER", "--hu-range", "1,x"), "LOWER,UPPER"),
-        (("ask", SCAN, "?", "--model", "FOLDER", "--intensity-mode", "windw"), "window"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--intensity-mode", "windw"), "--intensity-mode must be one of"),
+        (("ask", SCAN, "?", "--model", "FOLDER", "--orientation", "LPX"), "--orientation must"),
         (("ask", Path(data_path) / "example4d.nii.gz", "?", "--model", "FOLDER"), "series of 2"),
         (("ask", Path(data_path) / "example4d.nii.gz", "?", "--model", "FOLDER"), "--volume-index"),
         (("ask", SCAN, "?", "--model", "FOLDER", "--device", "cuda:7"), "cannot be used here"),
@@ -201,10 +215,97 @@ def test_bench_refuses_devices_whose_work_it_could_not_wait_for():
 
 
 def test_publish_is_shown_on_a_whole_model_and_sends_adapters_to_merge():
-    shown = {"help": run("publish", "--help").stdout, "README": (Path(__file__).parents[2] / "README.md").read_text()}
+    shown = {"help": run("publish", "--help").stdout, "README": README.read_text()}
     for text in shown.values():
-        assert "med3dvlm publish runs/projector/checkpoint-900 " in text and "publish runs/finetune" not in text
+        assert (
+            "med3dvlm publish published/med3dvlm org/med3dvlm --push" in text and "publish runs/finetune" not in text
+        )
     assert "med3dvlm merge" in shown["help"]
+    written = re.findall(r"^med3dvlm (?:publish|merge) (\S+) (\S+)", shown["README"], flags=re.MULTILINE)
+    assert len({destination for _, destination in written}) == len(written) > 3  # none replaces another's result
+    for checkpoint in re.findall(r"runs/projector/checkpoint-(\d+)", shown["README"]):
+        assert int(checkpoint) % load_recipe("paper/projector").training["save_steps"] == 0
+
+
+def test_help_of_train_names_all_stages_and_where_its_files_are():
+    text = run("train", "--help").stdout
+    assert all(stage in text for stage in STAGES)
+    folder = re.search(r"Launch files: (.*)", text, flags=re.DOTALL)[1]
+    assert (Path("".join(folder.split())) / "slurm.sbatch").is_file()
+
+
+def test_training_without_deepspeed_is_refused_before_processes_are_started(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find_spec(name, *rest)
+    )
+    result = run("train", "paper/contrastive", f"data.root={tmp_path}")
+    assert result.exit_code == 2 and "training.deepspeed=null training.bf16=auto" in result.stderr
+
+
+ON_CPU = (
+    "training.bf16=false",
+    "training.use_cpu=true",
+    "training.dataloader_num_workers=0",
+    "training.report_to=none",
+)
+
+
+def test_own_scans_are_learnt_as_the_readme_says(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_example_manifest("example")
+    shutil.copytree(folder, "org/med3dvlm")
+    lines = [line for line in README.read_text().splitlines() if re.match("med3dvlm .*(manifest.csv|/own)", line)]
+    commands = [
+        shlex.split(line.replace("manifest.csv", "example/manifest.csv").replace("scans/b", "example/scan_1"), True)[
+            1:
+        ]
+        for line in lines
+    ]
+    more = {
+        "train": ["training.deepspeed=null", *ON_CPU, "training.num_train_epochs=2", "training.eval_strategy=no"],
+        "ask": ["--max-new-tokens", "2"],
+        "evaluate": ["--no-blind", "--metrics", "bleu_1,rouge_1", "--max-new-tokens", "2"],
+    }
+    assert [command[0] for command in commands] == ["prepare", "train", "merge", "ask", "evaluate"]
+    for command in commands:
+        result = run(*command, *more.get(command[0], []))
+        assert result.exit_code == 0, result.stdout + result.stderr
+    before, after = (load_file(f"{place}/model.safetensors") for place in ("org/med3dvlm", "published/own"))
+    changed = {
+        name.split(".")[1] for name in before if not torch.equal(before[name], after[name].to(before[name].dtype))
+    }
+    assert changed == {"multi_modal_projector", "language_model"}
+    processor = AutoProcessor.from_pretrained("published/own")
+    samples = read_manifest("example/manifest.csv", "train")
+    dataset = StudyDataset(samples, ProcessedVolumes(processor.image_processor), ConversationBuilder())
+    batch = ConversationCollator(processor)([dataset[index] for index in range(len(dataset))])
+    with torch.no_grad():
+        losses = [
+            float(AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32).eval()(**batch).loss)
+            for place in ("org/med3dvlm", "published/own")
+        ]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("volumes", ["prepared", "scans"])
+def test_the_card_of_a_stage_says_whether_it_saw_pictures(volumes, tmp_path):
+    write_cap(tmp_path / "data", {"train": ["1", "2"]})
+    result = run(
+        "train",
+        "phantom/contrastive",
+        f"data.root={tmp_path / 'data'}",
+        f"data.volumes={volumes}",
+        f"training.output_dir={tmp_path / 'run'}",
+        "model.vision={variant: null, image_size: [32, 64, 96], hidden_sizes: [4, 6, 8, 10, 12], depths: [1, 1, 1, 1, 1]}",
+        "model.text_encoder={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24}",
+        *("model.whiten_text=false", "data.similar_reports=0", "data.cache=null", "training.max_steps=1"),
+        *("training.per_device_train_batch_size=2", "training.eval_strategy=no", *ON_CPU),
+    )
+    assert result.exit_code == 0, result.stderr
+    card = (tmp_path / "run" / "published" / "README.md").read_text()
+    is_prepared = volumes == "prepared"
+    assert ("8-bit pictures without HU" in card, "cannot be turned back" in card) == (is_prepared, not is_prepared)
 
 
 def test_weights_that_are_cut_off_end_with_code_2_and_one_clear_line(folder, tmp_path):
@@ -267,6 +368,12 @@ def test_phantom_writes_a_study_that_check_accepts(tmp_path):
     assert "7 train, 2 validation, 3 test" in result.stdout
     checked = run("prepare", "check", tmp_path / "study", "--workers", 1, "--json")
     assert checked.exit_code == 0, checked.stdout
+    scan = max((tmp_path / "study").rglob("*.nii.gz"))
+    scan.write_bytes(scan.read_bytes()[:-1000])  # the header is whole
+    checked = run("prepare", "check", tmp_path / "study", "--workers", 1)
+    assert checked.exit_code == 2 and "headers only" not in checked.stdout
+    fast = run("prepare", "check", tmp_path / "study", "--workers", 1, "--fast")
+    assert fast.exit_code == 0 and "headers only" in fast.stdout, fast.stdout
     again = run("phantom", tmp_path / "study", "--cases", 13, "--workers", 1)
     assert again.exit_code == 2 and "other settings" in again.stderr
 

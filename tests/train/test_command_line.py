@@ -9,15 +9,38 @@ import pytest
 import torch
 import transformers
 import typer
+from typer.testing import CliRunner
 
 from med3dvlm import DCFormerConfig, Med3DVLMConfig
 from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train import command_line
-from med3dvlm.train.command_line import SIGNALS_OF_TORCHRUN, bad_input_is_an_answer, check_answers_questions, launch
+from med3dvlm.train.cli import app
+from med3dvlm.train.command_line import (
+    SIGNALS_OF_TORCHRUN,
+    bad_input_is_an_answer,
+    check_answers_questions,
+    in_options_of_the_command,
+    launch,
+)
 
 
 LAUNCH = Path(command_line.__file__).parent / "recipes" / "launch"
 VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+@pytest.mark.parametrize(
+    "overrides, options, expected",
+    [([], [], 1), (["training.use_cpu=false"], [], 8), ([], ["--processes", "3"], 3)],
+)
+def test_a_recipe_for_the_cpu_counts_no_gpus(overrides, options, expected, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("med3dvlm.train.cli.launch", lambda count, command: started.append(count) or 0)
+    monkeypatch.setattr("med3dvlm.train.recipe.check_places", lambda recipe: None)
+    monkeypatch.setattr("med3dvlm.train.recipe.check_deepspeed", lambda recipe: None)
+    command = ["train", "phantom/projector", "training.deepspeed=zero2", *overrides, *options]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert started == [expected]
 
 
 @pytest.mark.parametrize("given, seconds", [(None, 280), ("60", 60)])
@@ -158,3 +181,17 @@ def test_launch_scripts_give_processes_minutes_to_save(script, given, seconds, t
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "signals SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1\n" in result.stdout
     assert f"run {seconds} " in result.stdout and "med3dvlm.train.cli train paper/contrastive" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ('`hu_range`: pass `intensity_mode="window"` with it.', "--hu-range: pass --intensity-mode window with it."),
+        ("For CT in HU ask for 'window'.", "For CT in HU ask with --intensity-mode window."),
+        ("ask for 'minmax' or 'percentile'.", "ask with --intensity-mode minmax or --intensity-mode percentile."),
+        ("`volume_index` 3, `hu_ranges`", "`volume_index` 3, `hu_ranges`"),
+    ],
+)
+def test_messages_name_the_options_of_the_command(message, expected):
+    options = {"hu_range": "--hu-range", "intensity_mode": "--intensity-mode"}
+    assert in_options_of_the_command(message, **options) == expected

@@ -76,6 +76,30 @@ def test_a_published_volume_encoder_gets_a_new_text_encoder(kind, tmp_path):
         build_dual_encoder(replace(recipe, image_processor={"image_size": [64, 64, 64]}), TEXTS)
 
 
+@pytest.mark.parametrize("whiten_text", [False, True])
+def test_reports_are_whitened_where_the_recipe_says_so(whiten_text):
+    reports = [f"{kind} in the {side} {organ}." for kind in ("Cyst", "Mass") for side in ("left", "right") for organ in
+               ("lung", "kidney")]  # fmt: skip
+    fields = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    recipe = ModelRecipe(
+        vision={"image_size": (32, 64, 96), "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 1, 1)},
+        text_encoder={**fields, "intermediate_size": 24},
+        tokenizer_size=60,
+        dual_encoder={"projection_dim": 20},
+        whiten_text=whiten_text,
+    )
+    torch.manual_seed(0)
+    model, processor = build_dual_encoder(recipe, reports, reports)
+    inputs = processor.tokenizer(reports, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        vectors = model.eval().get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    variances = torch.linalg.eigvalsh(torch.cov(vectors.double().T, correction=0))
+    is_kept = variances > 0.5
+    if whiten_text:
+        torch.testing.assert_close(variances, is_kept.double(), atol=1e-3, rtol=0)
+    assert bool(is_kept.any()) is whiten_text
+
+
 def test_the_image_processor_of_a_published_model_is_adjusted_and_what_is_unused_is_said(tmp_path, caplog):
     model, processor = build_tiny_model()
     publish(model, tmp_path / "published", processor=processor)

@@ -1,9 +1,21 @@
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 from transformers import TrainingArguments
 
 from med3dvlm import DCFormerConfig, Med3DVLMConfig
 from med3dvlm.train.models import vision_config_fields
-from med3dvlm.train.recipe import check_places, load_recipe, packaged_recipes, save_recipe
+from med3dvlm.train.recipe import (
+    check_deepspeed,
+    check_places,
+    find_recipe,
+    load_recipe,
+    packaged_recipes,
+    save_recipe,
+)
 
 
 ROOT = ["data.root=data", "model.start_from=somewhere"]
@@ -181,9 +193,38 @@ def test_places_that_are_not_there_are_named(tmp_path, monkeypatch):
         FileNotFoundError, match="`model.start_from` runs/contrastive/published.*stage before finished"
     ):
         check_places(load_recipe("paper/projector"))
+    elsewhere = f"lies elsewhere.*model.start_from=FOLDER; a relative path starts at {re.escape(str(tmp_path))}"
+    with pytest.raises(FileNotFoundError, match=elsewhere):
+        check_places(load_recipe("paper/projector"))
     check_places(load_recipe("paper/projector", ["model.start_from=org/encoder"]))
     check_places(load_recipe("paper/contrastive"))
     with pytest.raises(
         FileNotFoundError, match="`model.vision` runs/phantom/contrastive/published.*stage before finished"
     ):
         check_places(load_recipe("pretrained/contrastive", ["data.root=data"]))
+
+
+def test_a_deepspeed_that_is_not_there_is_told_with_the_remedy(monkeypatch):
+    recipe = load_recipe("paper/contrastive")
+    without = load_recipe("paper/contrastive", ["training.deepspeed=null", "training.bf16=auto"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    with pytest.raises(
+        ImportError, match=r"'zero2' needs the package deepspeed.*training.deepspeed=null training.bf16=auto"
+    ):
+        check_deepspeed(recipe)
+    check_deepspeed(without)
+
+
+LAUNCH = find_recipe("paper/contrastive").parents[1] / "launch"
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_launch_files_show_how_each_stage_starts_from_the_one_before(path):
+    commands = [shlex.split(line[1:]) for line in path.read_text().splitlines() if re.match("#  .* paper/", line)]
+    before = None
+    for command, stage in zip(commands, ("contrastive", "projector", "finetune"), strict=True):
+        place = command.index(f"paper/{stage}")
+        recipe = load_recipe(command[place], command[place + 1 :])
+        if before is not None:
+            assert Path(recipe.model.start_from) == Path(before.training["output_dir"]) / "published"
+        before = recipe

@@ -1,5 +1,6 @@
 """The three stages on five small scans: each trains what it says, publishes, and is what the next one starts from."""
 
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 from med3dvlm.train import stages
 from med3dvlm.train.checkpoints import only_run_in
 from med3dvlm.train.cli import app
+from med3dvlm.train.data.augmentation import AUGMENTATIONS
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
@@ -41,7 +43,9 @@ from med3dvlm.train.stages import (
     read_deepspeed_config,
     read_samples,
     run_recipe,
+    splits_of,
 )
+from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +107,13 @@ def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch, is_mu
     assert choose_precision(said) is said
 
 
+def test_bfloat16_that_a_gpu_emulates_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    recipe = load_recipe("phantom/contrastive", ["training.use_cpu=false"])
+    assert choose_precision(recipe).training["bf16"] is False
+
+
 @pytest.fixture(scope="module")
 def contrastive(manifest, tmp_path_factory):
     folder = tmp_path_factory.mktemp("contrastive")
@@ -150,6 +161,78 @@ def test_contrastive_stage_publishes_a_dual_encoder(contrastive):
     assert summary["stage"] == "contrastive" and summary["samples_per_second"] > 0 and summary["peak_memory_gib"] > 0
     for name in ("recipe.yaml", "curves.png", "curves.csv", "published/README.md"):
         assert (contrastive.parent / name).stat().st_size > 0
+
+
+def trainer_of(recipe):
+    """The trainer of a recipe as a run builds it, which is not trained."""
+    arguments = build_training_arguments(recipe)
+    samples = {split: read_samples(recipe.data, split) for split in splits_of(arguments)}
+    return build_trainer(recipe, arguments, samples, [])
+
+
+@pytest.mark.parametrize(
+    "identical_reports, augmentation, rate", [("match", "laterality_safe", 1e-4), ("distinct", "original", None)]
+)
+def test_the_contrastive_trainer_has_what_the_recipe_says(identical_reports, augmentation, rate, manifest, tmp_path):
+    num_similar = 2 if identical_reports == "match" else 0  # similar reports need it
+    options = [
+        f"data.identical_reports={identical_reports}",
+        f"data.similar_reports={num_similar}",
+        f"data.augmentation={augmentation}",
+        f"text_learning_rate={'null' if rate is None else rate}",
+        "training.learning_rate=1e-3",
+        "training.eval_strategy=epoch",
+        "training.seed=3",
+        "training.data_seed=7",
+    ]
+    trainer = trainer_of(recipe_of("contrastive", manifest, tmp_path, *CONTRASTIVE, *options))
+    assert type(trainer) is ContrastiveTrainer
+    assert trainer.identical_reports_match is (identical_reports == "match")
+    rates = {group["lr"] for group in trainer.create_optimizer().param_groups if group["params"]}
+    assert rates == ({1e-3} if rate is None else {1e-3, rate})
+    train, validation = trainer.train_dataset, trainer.eval_dataset
+    assert train.augmentation is AUGMENTATIONS[augmentation] and validation.augmentation is None
+    assert train.build_item.is_drawn and (train.build_item.draw_similar is not None) is bool(num_similar)
+    assert not validation.build_item.is_drawn and validation.build_item.draw_similar is None
+    assert (len(train), len(validation)) == (4, 1)
+    assert train.seed == validation.seed == 3 and trainer._get_train_sampler().seed == 7
+    assert trainer.data_collator.max_length == train.build_item.max_length == 400
+
+
+@pytest.mark.parametrize("stage", ["projector", "finetune"])
+def test_the_generation_trainer_has_what_the_recipe_says(stage, manifest, request, tmp_path):
+    overrides, before = {"projector": (PROJECTOR, "contrastive"), "finetune": ((), "projector")}[stage]
+    options = [
+        "data.augmentation=original",
+        "data.questions_per_volume=2",
+        "data.tasks=[closed_vqa, open_vqa, report]",
+        "data.num_validation=1",
+        "training.eval_strategy=epoch",
+        "training.seed=3",
+        "num_answers=5",
+    ]
+    start_from = request.getfixturevalue(before)
+    trainer = trainer_of(recipe_of(stage, manifest, tmp_path, *overrides, *options, start_from=start_from))
+    assert type(trainer) is GenerationTrainer and trainer.num_answers == 5
+    train, validation = trainer.train_dataset, trainer.eval_dataset
+    assert train.augmentation is AUGMENTATIONS["original"] and validation.augmentation is None
+    images = train.samples["image"][:]
+    assert len(train) == sum(-(-images.count(image) // 2) for image in set(images)) < len(images)
+    assert validation.groups is None and len(validation) == 2  # a report and a closed question
+    assert train.seed == validation.seed == trainer._get_train_sampler().seed == 3
+    assert trainer.data_collator.max_length == 400
+
+
+def test_the_language_trainer_has_what_the_recipe_says(manifest, tmp_path):
+    options = ["data.questions_per_volume=2", "data.tasks=[closed_vqa, report]", "training.eval_strategy=epoch"]
+    options += ["training.seed=3", "data.num_train=5"]
+    trainer = trainer_of(recipe_of("language", manifest, tmp_path, LANGUAGE, *options))
+    train, validation = trainer.train_dataset, trainer.eval_dataset
+    cases = train.samples["case"][:]
+    assert len(cases) == 5 and len(train) == sum(-(-cases.count(case) // 2) for case in set(cases))
+    assert validation.groups is None and len(validation) == 2
+    assert train.seed == validation.seed == trainer._get_train_sampler().seed == 3
+    assert trainer.data_collator.max_length == 400
 
 
 def test_projector_stage_takes_the_encoder_and_leaves_it_as_it_is(contrastive, projector):
@@ -539,6 +622,17 @@ def test_validation_samples_of_a_manifest_are_limited_for_each_task(manifest, tm
     assert list(read_samples(data, "validation")["task"]) == ["closed_vqa", "report", "yes_no_vqa"]
     data.num_validation = 512
     assert len(read_samples(data, "validation")) == 3 and len(read_samples(data, "train")) == 8
+
+
+def test_training_samples_are_drawn_from_all_and_the_same_each_time(manifest):
+    data = DataRecipe(root=str(manifest), tasks=["closed_vqa", "report", "yes_no_vqa"], num_train=4)
+    whole = read_samples(dataclasses.replace(data, num_train=None), "train")
+    drawn = read_samples(data, "train")
+    assert drawn.to_list() == read_samples(data, "train").to_list() == whole.shuffle(seed=0).to_list()[:4]
+    assert drawn.to_list() != whole.to_list()[:4] and len(read_samples(data, "validation")) == 3
+    data.num_train = 100
+    all_rows = [sorted(map(repr, samples)) for samples in (read_samples(data, "train"), whole)]
+    assert all_rows[0] == all_rows[1]
 
 
 @pytest.mark.parametrize("rows", ["", "a.nii.gz,,Where?,Left.,validation\n"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +15,10 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_firs
 from torch.utils.data import BatchSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from med3dvlm import contrastive_loss
 from med3dvlm.train import trainers
+from med3dvlm.train.data.dataset import EpochSampler, StudyDataset
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -63,6 +67,25 @@ def test_a_contrastive_batch_is_not_shared_out_by_rows(tmp_path):
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match="one device for each process, got 2: .*with torchrun"):
         trainer.compute_loss(trainer.model, {})
+
+
+@pytest.mark.parametrize("is_match", [False, True])
+def test_identical_reports_match_in_the_loss_where_they_are_to(is_match, tmp_path):
+    model, group_ids = tiny.tiny_siglip(), torch.tensor([5, 9, 5])
+    inputs = {
+        "input_ids": torch.tensor([[2, 11, 3], [2, 12, 3], [2, 11, 3]]),
+        "attention_mask": torch.ones(3, 3, dtype=torch.long),
+        "pixel_values": tiny.random_volumes(3),
+    }
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
+    trainer = ContrastiveTrainer(model=model, args=arguments, identical_reports_match=is_match)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        pairs = (outputs.image_embeds, outputs.text_embeds, model.logit_scale, model.logit_bias)
+        matched, distinct = (contrastive_loss(*pairs, text_group_ids=ids) for ids in (group_ids, None))
+        loss = trainer.compute_loss(model, {**inputs, "text_group_ids": group_ids, "return_loss": True})
+    assert matched - distinct > 1  # with the first bias, -10, two more positives cost much
+    torch.testing.assert_close(loss, matched if is_match else distinct)
 
 
 def one_conversation(model):
@@ -184,6 +207,18 @@ def test_all_processes_validate_with_the_statistics_of_the_first(tmp_path, monke
     assert counters and all(torch.equal(validated[name], before[name]) for name in counters)
 
 
+def test_the_order_of_samples_follows_the_seed_of_the_data_or_that_of_the_run(tmp_path):
+    trainer = trainer_of(tmp_path, num_train=2, num_validation=2)
+
+    def order(seed, data_seed=None):
+        trainer.args.seed, trainer.args.data_seed = seed, data_seed
+        return list(trainer._get_train_sampler(range(50)))
+
+    orders = [order(seed) for seed in (0, 1, 2)]
+    assert [list(EpochSampler(50, seed)) for seed in (0, 1, 2)] == orders and orders[0] != orders[1] != orders[2]
+    assert order(0, data_seed=1) == order(2, data_seed=1) == orders[1] and order(1, data_seed=0) == orders[0]
+
+
 @pytest.mark.parametrize("strategy", ["sequential", "group_by_length"])
 def test_samples_are_ordered_by_no_length(strategy, tmp_path):
     trainer = trainer_of(tmp_path, num_train=4, num_validation=1)
@@ -201,6 +236,27 @@ def test_training_on_less_than_a_batch_is_refused_where_the_last_one_is_dropped(
     )
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, 3, 3).train()
+
+
+def test_answers_of_a_validation_are_spread_over_the_samples(tmp_path, monkeypatch):
+    tasks = ["report"] * 3 + ["closed_vqa"] * 3 + ["open_vqa"] * 2 + ["yes_no_vqa"] * 2
+    row = {
+        "image": "a",
+        "case": "a",
+        "question": "?",
+        "choices": list("wxyz"),
+        "answer_choice": "B",
+        "question_type": 3,
+    }
+    rows = [{**row, "task": task, "answer": str(place)} for place, task in enumerate(tasks)]
+    samples = datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    monkeypatch.setattr(trainers, "answer_samples", lambda model, processor, samples, *_, **__: samples["answer"][:])
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
+    trainer = GenerationTrainer(model=tiny.tiny_vlm(), args=arguments, num_answers=4)
+    path = trainer.write_answers(StudyDataset(samples, None, None))
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["task"] for row in written] == ["report", "report", "closed_vqa", "open_vqa"]
+    assert [row["answer"] for row in written] == ["0", "2", "5", "7"]
 
 
 @pytest.mark.slow

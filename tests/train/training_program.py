@@ -120,12 +120,11 @@ def read_trace(trainer: Trainer) -> list[list[float]]:
     ]
 
 
-def train_in_process(
-    output_dir: Path, rank: int, world_size: int, port: int, zero_2: bool, arguments: dict[str, Any]
-) -> None:
+def train_in_process(output_dir: Path, rank: int, world_size: int, zero_2: bool, arguments: dict[str, Any]) -> None:
     """
-    What one of `world_size` processes does, in an environment such as torchrun gives. When training ends it writes
-    `trace-RANK.json` into the output folder, and exits as [`StopOnSignal`] advises: with 143 if SIGTERM ended it.
+    What one of `world_size` processes does, in an environment such as torchrun gives, but that they meet in a file: a free port
+    may be another's when it is used. When training ends it writes `trace-RANK.json` into the output folder, and exits as
+    [`StopOnSignal`] advises: with 143 if SIGTERM ended it.
     """
     os.setsid()
     with (output_dir / f"output-{rank}").open("w") as output:
@@ -133,7 +132,7 @@ def train_in_process(
         os.dup2(output.fileno(), 2)
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # accelerate asks for them; nothing connects
     if zero_2:
         import deepspeed.ops
 
@@ -142,6 +141,9 @@ def train_in_process(
         arguments = {**arguments, "deepspeed": ZERO_2}
     exit_code = 1
     try:
+        if world_size > 1:  # Trainer and DeepSpeed take a group that is there
+            meeting_place = f"file://{output_dir}/rendezvous"
+            torch.distributed.init_process_group("gloo", init_method=meeting_place, rank=rank, world_size=world_size)
         trainer, stop, checkpoint = train(output_dir, progress=output_dir / f"progress-{rank}", **arguments)
         report = {"trace": read_trace(trainer), "step": trainer.state.global_step, "resumed_from": checkpoint}
         (output_dir / f"trace-{rank}.json").write_text(json.dumps(report))

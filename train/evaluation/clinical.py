@@ -9,15 +9,13 @@ is validated for, and [`clinical_notes`] puts that below the tables.
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from ..data.m3d import read_csv_rows
-from .scores import TextMetric
+from .scores import TextMetric, fields_for_json
 from .tables import escape_cell, percent
 from .text_metrics import SampleMetric
 
@@ -311,10 +309,7 @@ class LabelScore:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold; NaN becomes `None`."""
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(self).items()
-        }
+        return fields_for_json(self)
 
 
 def score_labels(predicted: Sequence[ReportLabels], reference: Sequence[ReportLabels]) -> list[LabelScore]:
@@ -440,55 +435,6 @@ def find_labeller(labeller: str | Labeller) -> Labeller:
     return found
 
 
-def read_report_labels(path: str | Path, ids: Sequence[str]) -> list[dict[str, int | None]]:
-    """
-    Labels of reports that were made elsewhere.
-
-    Args:
-        path (`str` or `Path`):
-            CSV with a column `id` and one for each label: 1, 0, or empty for unknown.
-        ids (`Sequence[str]`):
-            Of the reports, such as those of `references.jsonl`.
-
-    Returns:
-        `list[dict]`, in the order of the ids, for [`score_labels`].
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no CSV, or not in UTF-8, a column is missing, a cell is neither 1, 0 nor empty, or an id occurs
-            twice, is unknown or has no row.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of labels.")
-    values = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}
-    found: dict[str, dict[str, int | None]] = {}
-
-    def check_columns(header: list[str]) -> None:
-        if "id" not in header or len(header) < 2:
-            raise ValueError(
-                f"{path}: expected a column 'id' and one for each label, got {', '.join(header) or 'none'}."
-            )
-
-    for number, row in read_csv_rows(path, check_header=check_columns):
-        where = f"{path}, row {number}"
-        name = row.pop("id")
-        if name in found:
-            raise ValueError(f"{where}: the id {name!r} occurs a second time.")
-        wrong = [(label, cell) for label, cell in row.items() if cell.strip() not in values]
-        if wrong:
-            raise ValueError(f"{where}: expected 1, 0 or an empty cell for {wrong[0][0]!r}, got {wrong[0][1]!r}.")
-        found[name] = {label: values[cell.strip()] for label, cell in row.items()}
-    unknown, missing = [name for name in found if name not in set(ids)], [name for name in ids if name not in found]
-    if unknown or missing:
-        shown = ", ".join((unknown or missing)[:3])
-        fault = "are not among those asked" if unknown else "have no row"
-        raise ValueError(
-            f"{path}: {len(unknown or missing)} ids {fault}: {shown}. The ids are those of references.jsonl."
-        )
-    return [found[name] for name in ids]
-
-
 def format_labels(scores: Sequence[LabelScore]) -> str:
     """The scores as a Markdown table in percent, with what they leave out."""
     lines = [
@@ -535,6 +481,5 @@ __all__ = [
     "find_labeller",
     "format_labels",
     "label_f1",
-    "read_report_labels",
     "score_labels",
 ]

@@ -14,6 +14,7 @@ from ..command_line import (
     bad_input_is_an_answer,
     check_device,
     check_model_name,
+    count_processes,
     hush_progress_bars,
     is_to_be_launched,
     launch,
@@ -233,18 +234,29 @@ def evaluate_report_command(
             ("report",),
             data,
             out,
-            model,
-            predictions,
-            blind_predictions,
-            name,
-            {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
-            (metrics, bertscore_model, bertscore_layers, labeller),
-            (batch_size, device, cache, skip_broken),
-            {"dtype": dtype, "prepared": prepared},
-            published,
-            show_case_names,
-            processes,
-            as_json,
+            model=model,
+            predictions=predictions,
+            blind_predictions=blind_predictions,
+            system=name,
+            settings={
+                "split": split,
+                "num_cases": cases,
+                "blind": blind,
+                "max_new_tokens": max_new_tokens,
+                "dtype": dtype,
+                "prepared": prepared,
+            },
+            metrics={
+                "names": tuple(metrics.split(",")),
+                "bertscore_model": bertscore_model,
+                "bertscore_layers": bertscore_layers,
+                "labeller": labeller,
+            },
+            work={"batch_size": batch_size, "device": device, "cache": cache, "skip_broken": skip_broken},
+            published=published,
+            show_case_names=show_case_names,
+            processes=processes,
+            as_json=as_json,
         )
 
 
@@ -291,18 +303,28 @@ def evaluate_vqa_command(
             tuple(tasks.split(",")) if tasks else None,
             data,
             out,
-            model,
-            predictions,
-            blind_predictions,
-            name,
-            {"split": split, "num_cases": cases, "blind": blind, "max_new_tokens": max_new_tokens},
-            (metrics, bertscore_model, bertscore_layers, None),
-            (batch_size, device, cache, skip_broken),
-            {"dtype": dtype, "prepared": prepared},
-            published,
-            show_case_names,
-            processes,
-            as_json,
+            model=model,
+            predictions=predictions,
+            blind_predictions=blind_predictions,
+            system=name,
+            settings={
+                "split": split,
+                "num_cases": cases,
+                "blind": blind,
+                "max_new_tokens": max_new_tokens,
+                "dtype": dtype,
+                "prepared": prepared,
+            },
+            metrics={
+                "names": tuple(metrics.split(",")),
+                "bertscore_model": bertscore_model,
+                "bertscore_layers": bertscore_layers,
+            },
+            work={"batch_size": batch_size, "device": device, "cache": cache, "skip_broken": skip_broken},
+            published=published,
+            show_case_names=show_case_names,
+            processes=processes,
+            as_json=as_json,
         )
 
 
@@ -458,9 +480,10 @@ def evaluate_zero_shot_command(
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ..data.study import read_task
             from .folders import ZERO_SHOT, describe_source, open_folder
-            from .settings import build_volumes, check_kind, find_model, load_for_evaluation, start_processes
+            from .settings import build_volumes, check_kind, find_model, load_for_evaluation, start_single_process
             from .zero_shot import (
                 PHANTOM_PROMPTS,
+                find_rule,
                 format_zero_shot,
                 images_by_case,
                 read_labels,
@@ -469,7 +492,8 @@ def evaluate_zero_shot_command(
             )
         hush_progress_bars()
         work = make_work(batch_size, device, cache)
-        start_processes(work)
+        start_single_process(work)
+        chosen_rule = None if rule is None else find_rule(rule)
         classes = read_prompts(prompts or PHANTOM_PROMPTS)
         names = [entry.name for entry in classes]
 
@@ -497,7 +521,7 @@ def evaluate_zero_shot_command(
             labelled,
             build_volumes(processor, settings, work),
             held,
-            rule,  # type: ignore[arg-type]
+            chosen_rule,
             max_text_length,
             batch_size,
             work.progress,
@@ -565,11 +589,11 @@ def evaluate_dependence_command(
                 load_for_evaluation,
                 model_type_of,
                 prepared_options,
-                start_processes,
+                start_single_process,
             )
         hush_progress_bars()
         work = make_work(batch_size, device, cache)
-        start_processes(work)
+        start_single_process(work)
         folder = find_model(source)
         is_dual = model_type_of(folder) == DCFormerSiglipModel.config_class.model_type
         asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
@@ -719,33 +743,34 @@ def answer_and_score(
     tasks: tuple[str, ...] | None,
     data: str,
     out: Path,
+    *,
     model: str | None,
     predictions: Path | None,
     blind_predictions: Path | None,
-    name: str | None,
-    asked: dict[str, Any],
-    metric_options: tuple[str, str | None, int | None, str | None],
-    work_options: tuple[int, str, Path | None, bool],
-    model_options: dict[str, Any],
+    system: str | None,
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+    work: dict[str, Any],
     published: Path | None,
     show_case_names: bool,
     processes: int | None,
     as_json: bool,
 ) -> None:
-    """What `evaluate report` and `evaluate vqa` have in common."""
+    """
+    What `evaluate report` and `evaluate vqa` have in common. `settings` are the fields of [`EvaluationSettings`], `metrics` those of
+    [`MetricOptions`], `work` the arguments of [`make_work`]: their classes are imported only when all else is known to fit.
+    """
     require_eval_extra()
     source = check_source(model, predictions, "--predictions")
-    make_settings(data, tasks or (), **asked, **model_options)  # what is wrong is said once, not by each process
-    start_processes_if_needed(processes, work_options[1])
+    make_settings(data, tasks or (), **settings)  # what is wrong is said once, not by each process
+    start_processes_if_needed(processes, work["device"])
     with step("importing"):
         from .runner import MetricOptions, evaluate_answers, questions_of
     hush_progress_bars()
-    settings = make_settings(data, tasks or questions_of(data, asked["split"]), **asked, **model_options)
-    names, bertscore_model, bertscore_layers, labeller = metric_options
-    metrics = MetricOptions(tuple(names.split(",")), bertscore_model, bertscore_layers, labeller)
-    work = make_work(*work_options)
-    result = evaluate_answers(out, settings, source, predictions, blind_predictions, name, metrics, work)
-    text = show(result, out, published, work, show_case_names, source)
+    asked = make_settings(data, tasks or questions_of(data, settings["split"]), **settings)
+    options, done_by = MetricOptions(**metrics), make_work(**work)
+    result = evaluate_answers(out, asked, source, predictions, blind_predictions, system, options, done_by)
+    text = show(result, out, published, done_by, show_case_names, source)
     if result:
         typer.echo(json.dumps(result) if as_json else text)
 
@@ -787,13 +812,14 @@ def start_processes_if_needed(processes: int | None, device: str) -> None:
     """
     if device:
         check_device(device)
-    if is_to_be_launched(processes, use_cpu=device not in ("", "cuda")):
+    use_cpu = device not in ("", "cuda")
+    if is_to_be_launched(processes, use_cpu):
         command = list(sys.argv[1:])
         if "--processes" in command:
             place = command.index("--processes")
             del command[place : place + 2]
         command = [argument for argument in command if not argument.startswith("--processes=")]
-        raise typer.Exit(code=launch(processes, command))
+        raise typer.Exit(code=launch(count_processes(processes, use_cpu), command))
 
 
 def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> "EvaluationSettings":

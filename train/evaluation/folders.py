@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -176,11 +175,6 @@ def check_scores_are_of(model: Path, folder: Path, scored: Mapping[str, Any], co
         )
 
 
-def score_fields(score: Score) -> dict[str, Any]:
-    """Of a score, as JSON can hold it: what is not estimated is null."""
-    return {name: None if value != value else value for name, value in asdict(score).items()}
-
-
 def read_scores(path: Path) -> list[Score]:
     """
     The scores of a `scores.json`.
@@ -229,7 +223,6 @@ __all__ = [
     "keep_references",
     "open_folder",
     "read_scores",
-    "score_fields",
     "snapshot_of",
     "versions",
 ]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...hub_cards.model_card import DIRECTIONS
 from ..data.dataset import VolumeLoader
+from ..data.slices import is_slice_folder
 from ..files import write_atomically
 from .predictions import Reference
 from .scores import SampleScores, Score
@@ -22,6 +24,9 @@ from .tables import percent
 # Metrics that say right or wrong; others are matters of degree and get no mark.
 RIGHT_OR_WRONG = ("accuracy", "exact")
 SLICE_POSITIONS = (0.25, 0.5, 0.75)
+OPPOSITES = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
+# Of the slices across an axis that runs in a direction.
+PLANES = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }
@@ -112,6 +117,7 @@ def write_html_report(
     seed: int = 0,
     show_case_names: bool = False,
     slice_size: int = 160,
+    orientation: str = "none",
 ) -> Path:
     """
     Writes one HTML file with styles and pictures inside: no script, no network.
@@ -134,8 +140,7 @@ def write_html_report(
         plots (`Mapping[str, Path]`, *optional*):
             PNG files by caption.
         volumes ([`VolumeLoader`], *optional*):
-            Loads the volumes for slices; without it, the report has none. The captions name directions, which are those of the
-            image processor's default orientation.
+            Loads the volumes for slices; without it, the report has none.
         num_cases (`int`, *optional*, defaults to 5):
             Cases of each kind: the best, the worst and random others. A case is shown once: of few cases, there are at most a
             third of each kind.
@@ -145,6 +150,9 @@ def write_html_report(
             Whether to name cases as the data do; otherwise they are counted, and only the ids of the questions are given.
         slice_size (`int`, *optional*, defaults to 160):
             Height and width to which each slice is resized, in pixels.
+        orientation (`str`, *optional*, defaults to `"none"`):
+            The image processor's, such as `"LPS"`: the directions in which (width, height, depth) of the loaded volumes grow, for
+            the captions. With `"none"`, and of folders of slices, which do not state any, the captions name no direction.
 
     Returns:
         `Path`: the file.
@@ -174,7 +182,7 @@ def write_html_report(
         for name in names:
             number += 1
             label = name if show_case_names else f"case {number}"
-            parts.append(_case(label, cases[name], volumes, slice_size))
+            parts.append(_case(label, cases[name], volumes, slice_size, orientation))
     write_atomically(_page(title, parts).encode("utf-8", "backslashreplace"), path)
     return path
 
@@ -232,18 +240,20 @@ def choose_cases(cases: Mapping[str, Sequence[Question]], num_cases: int, seed: 
     return {kind: names for kind, names in chosen.items() if names}
 
 
-def draw_slices(volume: Any, slice_size: int) -> dict[str, bytes]:
+def draw_slices(volume: Any, slice_size: int, orientation: str) -> dict[str, bytes]:
     """
-    Strips of three slices of a volume along each plane, in radiological display.
+    Strips of three slices of a volume across each axis. With the orientation `"LPS"` the display is radiological.
 
     Args:
         volume (`torch.Tensor` or `numpy.ndarray` of shape `(depth, height, width)`):
-            In [0, 1]; depth grows to superior, height to posterior, width to the patient's left.
+            In [0, 1].
         slice_size (`int`):
             Height and width of each slice, in pixels, whatever its shape was.
+        orientation (`str`):
+            The directions in which (width, height, depth) grow, such as `"LPS"`; `"none"` if they are not known.
 
     Returns:
-        `dict[str, bytes]`: a PNG by caption.
+        `dict[str, bytes]`: a PNG by caption, which names the directions if they are known.
 
     Raises:
         ValueError: it is no volume, or has values that are not finite.
@@ -255,15 +265,32 @@ def draw_slices(volume: Any, slice_size: int) -> dict[str, bytes]:
             "`med3dvlm prepare check`."
         )
     d, h, w = ([int(share * (size - 1)) for share in SLICE_POSITIONS] for size in voxels.shape)
-    planes = {
-        "axial, from inferior to superior; the patient's right is on the left": [voxels[place] for place in d],
-        "coronal, from anterior to posterior; the patient's right is on the left": [
-            voxels[::-1, place]
-            for place in h  # superior is up
-        ],
-        "sagittal, from the patient's right to left; anterior is on the left": [voxels[::-1, :, place] for place in w],
-    }
-    return {caption: _strip(slices, slice_size) for caption, slices in planes.items()}
+    # Where the depth runs upwards in the patient, or forwards, its end is shown above.
+    is_depth_up = orientation[-1] in "SA"
+    upright = voxels[::-1] if is_depth_up else voxels
+    planes = [
+        [voxels[place] for place in d],
+        [upright[:, place] for place in h],
+        [upright[:, :, place] for place in w],
+    ]
+    captions = _captions(orientation, is_depth_up)
+    return {caption: _strip(slices, slice_size) for caption, slices in zip(captions, planes)}
+
+
+def _captions(orientation: str, is_depth_up: bool) -> list[str]:
+    """Of the slices across the depth, the height and the width; `is_depth_up` if those across the latter two end above."""
+    if orientation == "none":
+        shown = {"depth": "height down and width", "height": "depth down and width", "width": "depth down and height"}
+        return [
+            f"across the {axis}, with {rest} to the right; directions are not known" for axis, rest in shown.items()
+        ]
+    width, height, depth = tuple(orientation)
+    top = depth if is_depth_up else OPPOSITES[depth]
+    return [
+        f"{PLANES[across]}, from {DIRECTIONS[OPPOSITES[across]]} to {DIRECTIONS[across]}; {DIRECTIONS[OPPOSITES[columns]]} is on "
+        f"the left, {DIRECTIONS[above]} above"
+        for across, above, columns in ((depth, OPPOSITES[height], width), (height, top, width), (width, top, height))
+    ]
 
 
 def _strip(slices: Sequence[np.ndarray], slice_size: int) -> bytes:
@@ -321,7 +348,9 @@ def _score(value: float | None) -> str:
     return f"{text} %" if text else "undefined"
 
 
-def _case(label: str, questions: Sequence[Question], volumes: VolumeLoader | None, slice_size: int) -> str:
+def _case(
+    label: str, questions: Sequence[Question], volumes: VolumeLoader | None, slice_size: int, orientation: str
+) -> str:
     ids = [question.reference.id for question in questions]
     more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
     parts = [
@@ -332,7 +361,8 @@ def _case(label: str, questions: Sequence[Question], volumes: VolumeLoader | Non
         by_image.setdefault(question.reference.image, []).append(question)
     for image, asked in by_image.items():
         if volumes is not None:
-            pictures = draw_slices(volumes.load(image), slice_size)
+            known = "none" if is_slice_folder(Path(image)) else orientation  # pictures do not state any
+            pictures = draw_slices(volumes.load(image), slice_size, known)
             figures = "\n".join(_figure(picture, caption) for caption, picture in pictures.items())
             parts.append(f'<div class="planes">\n{figures}\n</div>')
         parts.append(_question_table(asked))

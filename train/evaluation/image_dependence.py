@@ -9,7 +9,8 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -20,7 +21,7 @@ from ..answering import answer_samples, embed_samples
 from ..data.dataset import VolumeLoader, text_group_id
 from ..scoring import retrieval_hits, with_volume_of_another_case
 from .predictions import build_references
-from .scores import CHANCE, TextMetric, has_same_words, score_samples
+from .scores import CHANCE, TextMetric, fields_for_json, has_same_words, score_samples
 from .statistics import bootstrap_interval
 
 
@@ -45,9 +46,17 @@ def shuffle(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return volume.flatten()[order].reshape(volume.shape)
 
 
-def mirror(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Right and left swapped: the width runs from the patient's right to the left, if the processor brings it to "LPS"."""
-    return volume.flip(-1)
+def mirror(volume: torch.Tensor, generator: torch.Generator, axis: int = 2) -> torch.Tensor:
+    """Right and left swapped, if that is where the axis runs: see [`side_axis`]."""
+    return volume.flip(axis)
+
+
+def side_axis(orientation: str) -> int | None:
+    """
+    The axis of a volume of shape `(depth, height, width)` that runs between the patient's right and left: for `"LPS"`, the
+    directions in which (width, height, depth) grow, it is 2. `None` if nothing is known of them (`"none"`).
+    """
+    return next((2 - place for place, letter in enumerate(orientation) if letter in "LR"), None)
 
 
 def shift(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -72,13 +81,18 @@ class ChangedVolumes:
             A key of `CHANGES`, or a function of a volume of shape `(depth, height, width)` and a `torch.Generator`.
         seed (`int`, *optional*, defaults to 0):
             Of the random numbers, which also depend on the path and on nothing else.
+        orientation (`str`, *optional*, defaults to `"LPS"`):
+            The image processor's, which says where right and left are; with `"none"`, "mirrored" flips the width.
 
     Raises:
         ValueError: the change is not known.
     """
 
-    def __init__(self, volumes: VolumeLoader, change: str | Change, seed: int = 0):
+    def __init__(self, volumes: VolumeLoader, change: str | Change, seed: int = 0, orientation: str = "LPS"):
         self.volumes, self.change, self.seed = volumes, find_change(change), seed
+        axis = side_axis(orientation)
+        if self.change is mirror and axis is not None:
+            self.change = partial(mirror, axis=axis)
 
     def load(self, path: str) -> torch.Tensor:
         """
@@ -144,10 +158,7 @@ class Dependence:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold; NaN becomes `None`."""
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(self).items()
-        }
+        return fields_for_json(self)
 
 
 def check_image_dependence(
@@ -175,7 +186,8 @@ def check_image_dependence(
       not above 0 beyond its interval, while another case's score does fall.
     - "shifted": no score falls; the interval of the difference does not lie below 0. At most `stable_share` of the answers to
       questions change; whole reports may differ in a word. The mean cosine is at least `stable_cosine`.
-    - "mirrored": of the answers that name a side, more change than not.
+    - "mirrored": of the answers that name a side, more change than not. Where the image processor's orientation is `"none"`, the
+      width is flipped, and nothing is expected of it that could hold.
 
     Of a score that is not above chance with the true volumes, beyond its interval, nothing can be said: there is nothing that it
     could fall from.
@@ -184,7 +196,7 @@ def check_image_dependence(
         model ([`Med3DVLMForConditionalGeneration`], a `peft.PeftModel` of one, or [`DCFormerSiglipModel`]):
             Used in evaluation mode; its mode is restored.
         processor ([`Med3DVLMProcessor`]):
-            The model's processor.
+            The model's processor. Its image processor's orientation says which axis runs between right and left.
         samples (`datasets.Dataset`):
             Rows of `SAMPLE_FEATURES` of at least two cases, of any tasks; for a dual encoder, of the task "report".
         volumes ([`VolumeLoader`]):
@@ -213,7 +225,10 @@ def check_image_dependence(
     taken = [name for name, change in found.items() if name == OTHER_CASE or CHANGES.get(name, change) is not change]
     if taken:
         raise ValueError(f"The name {taken[0]!r} stands for another change: choose one of your own.")
-    loaders: dict[str, VolumeLoader] = {name: ChangedVolumes(volumes, change, seed) for name, change in found.items()}
+    orientation = processor.image_processor.orientation
+    loaders: dict[str, VolumeLoader] = {
+        name: ChangedVolumes(volumes, change, seed, orientation) for name, change in found.items()
+    }
     if isinstance(model, DCFormerSiglipModel):
         return _check_embeddings(
             model, processor, samples, volumes, loaders, max_text_length, batch_size, stable_cosine, show_progress
@@ -229,7 +244,7 @@ def check_image_dependence(
 
         blind = ask(with_volume_of_another_case(chosen), volumes)
         answers = {OTHER_CASE: blind, **{name: ask(chosen, loader) for name, loader in loaders.items()}}
-        rows += compare_answers(chosen, ask(chosen, volumes), answers, text_metrics, stable_share)
+        rows += compare_answers(chosen, ask(chosen, volumes), answers, text_metrics, stable_share, orientation)
     return rows
 
 
@@ -239,6 +254,7 @@ def compare_answers(
     changed: Mapping[str, Sequence[str]],
     text_metrics: Mapping[str, TextMetric] | None = None,
     stable_share: float = 0.1,
+    orientation: str = "LPS",
 ) -> list[Dependence]:
     """
     What changes of the volumes did to answers.
@@ -252,6 +268,8 @@ def compare_answers(
             For each change the answers with the changed ones; "other case" among them.
         text_metrics, stable_share:
             As for [`check_image_dependence`].
+        orientation (`str`, *optional*, defaults to `"LPS"`):
+            The image processor's. With `"none"` nothing can be said of mirroring.
 
     Returns:
         `list[Dependence]`, change by change: the shares of answers that change, then the scores.
@@ -272,9 +290,9 @@ def compare_answers(
     rows = []
     for name, answers in changed.items():
         differs = [float(not has_same_words(one, other)) for one, other in zip(original, answers)]
-        rows.append(_share_row(name, task, ANSWERS_CHANGED, differs, cases, stable_share))
-        sides = [differs[place] for place in with_side]
-        rows.append(_share_row(name, task, SIDES_CHANGED, sides, [cases[place] for place in with_side], stable_share))
+        rows.append(_share_row(name, task, ANSWERS_CHANGED, differs, cases, stable_share, orientation))
+        sides, of_cases = [differs[place] for place in with_side], [cases[place] for place in with_side]
+        rows.append(_share_row(name, task, SIDES_CHANGED, sides, of_cases, stable_share, orientation))
         for metric, values in scores.items():
             others = scores_of[OTHER_CASE][metric]
             chance = CHANCE.get(task, 0.0)
@@ -283,7 +301,13 @@ def compare_answers(
 
 
 def _share_row(
-    change: str, task: str, metric: str, differs: Sequence[float], cases: Sequence[str], stable_share: float
+    change: str,
+    task: str,
+    metric: str,
+    differs: Sequence[float],
+    cases: Sequence[str],
+    stable_share: float,
+    orientation: str,
 ) -> Dependence:
     share = _mean(differs)
     low, high = bootstrap_interval(differs, cases)
@@ -292,6 +316,9 @@ def _share_row(
         expectation = "most answers that name a side change"
         holds = share > 0.5 if differs else None
         remark = f"{share:.0%} of {len(differs)} change" if differs else "no answer names a side"
+        if side_axis(orientation) is None:
+            holds = None
+            remark += "; which axis runs between right and left is not known, the orientation is 'none'"
     if metric == ANSWERS_CHANGED and change == "shifted" and task != "report":
         expectation = f"at most {stable_share:.0%} of the answers change"
         holds, remark = share <= stable_share, f"{share:.0%} change"

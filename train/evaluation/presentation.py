@@ -8,7 +8,7 @@ from typing import Any
 
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..data.cache import VolumeCache
-from ..data.dataset import ProcessedVolumes, VolumeLoader
+from ..data.dataset import ProcessedVolumes
 from ..data.manifest import find_manifest
 from ..files import write_atomically
 from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
@@ -17,7 +17,7 @@ from .folders import PREDICTIONS, SCORES, read_scores, snapshot_of
 from .html_report import AnsweredTask, write_html_report
 from .plots import RecallCurve, draw_calibration, draw_recall_curves, draw_type_bars
 from .predictions import Reference, read_json_lines
-from .published import PublishedScore, read_published
+from .published import MissingResult, PublishedScore, read_missing, read_published
 from .retrieval import TASK as RETRIEVAL
 from .runner import HIT_METRICS
 from .scores import Score
@@ -63,7 +63,9 @@ def present(
     result = json.loads((output / SCORES).read_text(encoding="utf-8"))
     # Those of the package are of the test.
     is_comparable = result["settings"]["split"] == "test" and is_m3d(result["settings"]["data"])
-    others = read_published(published) if published is not None or is_comparable else []
+    has_others = published is not None or is_comparable
+    others = read_published(published) if has_others else []
+    missing = read_missing(published) if has_others else []
     tables = build_tables(scores, result["system"], others)
     write_tables(tables, scores, output / "tables")
     tasks = list(dict.fromkeys(score.task for score in scores))
@@ -74,6 +76,7 @@ def present(
     else:
         answered = read_answered(output, tasks)
         plots |= draw_answers(scores, answered, output, others)
+        volumes = load_volumes(find_on_disk(model, result["settings"]), result["settings"], work)
         write_html_report(
             output / "report.html",
             f"{result['system']} on {result['settings']['data']}",
@@ -81,10 +84,12 @@ def present(
             summary=[describe_run(result), *result["notes"]],
             scores=scores,
             plots=plots,
-            volumes=load_volumes(find_on_disk(model, result["settings"]), result["settings"], work),
+            volumes=volumes,
             show_case_names=show_case_names,
+            orientation="none" if volumes is None else volumes.image_processor.orientation,
         )
-    text = format_readme(result, [f"## {table.title}\n\n{table.to_markdown()}" for table in tables], plots, output)
+    shown = [f"## {table.title}\n\n{table.to_markdown()}" for table in tables]
+    text = format_readme(result, shown, plots, output, missing)
     write_atomically(text.encode(), output / "README.md")
     return text
 
@@ -151,7 +156,9 @@ def find_on_disk(model: str | None, settings: dict[str, Any]) -> str | None:
     return str(snapshot_of(model, settings["model"].get("revision")))
 
 
-def load_volumes(model: str | None, settings: dict[str, Any], work: Work | None) -> VolumeLoader | None:
+def load_volumes(
+    model: str | None, settings: dict[str, Any], work: Work | None
+) -> ProcessedVolumes | VolumeCache | None:
     """What prepares volumes as the model gets them."""
     if model is None:
         return None
@@ -171,7 +178,13 @@ def describe_run(result: dict[str, Any]) -> str:
     )
 
 
-def format_readme(result: dict[str, Any], tables: list[str], plots: dict[str, Path], output: Path) -> str:
+def format_readme(
+    result: dict[str, Any],
+    tables: list[str],
+    plots: dict[str, Path],
+    output: Path,
+    missing: Sequence[MissingResult] = (),
+) -> str:
     """The text of the folder's `README.md`."""
     lines = [f"# {result['system']}", "", describe_run(result)]
     lines += [f"**{note}**" for note in result["notes"]]
@@ -182,6 +195,9 @@ def format_readme(result: dict[str, Any], tables: list[str], plots: dict[str, Pa
         "",
         "\n\n".join(tables),
     ]
+    if missing:
+        lines += ["", "Of the published figures these are not known, so that no table has them:", ""]
+        lines += [f"- {entry.table}. {entry.about}" for entry in missing]
     collapse = format_answer_statistics(result["details"])
     if collapse:
         lines += ["", "## Answers", "", collapse]

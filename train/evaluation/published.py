@@ -155,29 +155,6 @@ def read_missing(path: str | Path | None = None) -> list[MissingResult]:
     return missing
 
 
-def published_for(
-    task: str, metric: str, group: str, scores: Sequence[PublishedScore] | None = None
-) -> list[PublishedScore]:
-    """
-    The published figures that belong beside one of ours.
-
-    Args:
-        task, metric, group (`str`):
-            Of our [`Score`].
-        scores (`Sequence[PublishedScore]`, *optional*):
-            Of [`read_published`]; those of the package by default.
-
-    Returns:
-        `list[PublishedScore]`, in their order. A recall whose source does not state the direction belongs to both; its `group`
-        and its `note` say so.
-    """
-    groups = {group}
-    if task == "retrieval":
-        groups.add(f"{ANY_DIRECTION}, {group.rpartition(', ')[2]}")
-    scores = read_published() if scores is None else scores
-    return [score for score in scores if (score.task, score.metric) == (task, metric) and score.group in groups]
-
-
 def list_sources(scores: Sequence[PublishedScore]) -> list[str]:
     """
     A line for each source of some figures, with what it leaves open, for below a table.
@@ -260,7 +237,6 @@ __all__ = [
     "MissingResult",
     "PublishedScore",
     "list_sources",
-    "published_for",
     "read_missing",
     "read_published",
 ]

@@ -51,7 +51,6 @@ from .folders import (
     describe_source,
     keep_references,
     open_folder,
-    score_fields,
     versions,
 )
 from .journal import Journal
@@ -63,6 +62,7 @@ from .scores import (
     Score,
     TextMetric,
     answers_of_another_case,
+    fields_for_json,
     score_samples,
     summarise,
     types_of_one_case,
@@ -191,13 +191,10 @@ def evaluate_answers(
 
     skipped_note, seconds, num_new, num_all = None, 0.0, 0, len(references)
     if folder is not None:
-        broken = find_unreadable(output, settings, folder, samples, work)
-        versions_of_samples = {"given": samples}
-        if settings.blind:
-            versions_of_samples["blind"] = with_volume_of_another_case(samples, broken)
-        skipped_note, kept = leave_out(output, samples, broken)
-        samples, references = samples.select(kept), [references[row] for row in kept]
-        versions_of_samples = {mode: version.select(kept) for mode, version in versions_of_samples.items()}
+        samples, references, blind, skipped_note = leave_out_broken(
+            output, settings, folder, samples, references, work
+        )
+        versions_of_samples = {"given": samples} if blind is None else {"given": samples, "blind": blind}
         start = time.perf_counter()
         answers, num_new = answer_all(output, settings, folder, versions_of_samples, references, work, state)
         seconds = time.perf_counter() - start
@@ -274,10 +271,7 @@ def evaluate_retrieval(
     folder_settings = begin(output, settings, identity, references, state)
 
     seconds, num_new, num_all = 0.0, 0, len(references)
-    broken = [] if folder is None else find_unreadable(output, settings, folder, samples, work)
-    blind = with_volume_of_another_case(samples, broken) if settings.blind else None
-    skipped_note, kept = leave_out(output, samples, broken)
-    samples, references = samples.select(kept), [references[row] for row in kept]
+    samples, references, blind, skipped_note = leave_out_broken(output, settings, folder, samples, references, work)
     if folder is not None:
         start = time.perf_counter()
         num_new = sum(gather_object([embed_all(output, settings, folder, samples, references, work, state)]))
@@ -292,7 +286,7 @@ def evaluate_retrieval(
     blind_order = None
     if blind is not None:
         places = {image: place for place, image in enumerate(samples["image"])}
-        blind_order = [places[image] for image in blind.select(kept)["image"]]
+        blind_order = [places[image] for image in blind["image"]]
     scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
     num_reports = len(set(group_ids.tolist()))
     notes = notes_on(settings, is_part, references, {})
@@ -365,6 +359,31 @@ def find_unreadable(
     return done_by_first_process(find)
 
 
+def leave_out_broken(
+    output: Path,
+    settings: EvaluationSettings,
+    folder: str | None,
+    samples: datasets.Dataset,
+    references: Sequence[Reference],
+    work: Work,
+) -> tuple[datasets.Dataset, list[Reference], datasets.Dataset | None, str | None]:
+    """
+    What is asked about volumes that can be read, if those that cannot are to be left out; without a model, about all.
+
+    Returns:
+        The samples, their references, the samples with the volume of another case each (`None` without the blind control), and a
+        note if something is left out.
+
+    Raises:
+        ValueError: nothing is left of a task, or there is no sound volume of another case.
+    """
+    broken = [] if folder is None else find_unreadable(output, settings, folder, samples, work)
+    blind = with_volume_of_another_case(samples, broken) if settings.blind else None
+    note, kept = leave_out(output, samples, broken)
+    blind = None if blind is None else blind.select(kept)
+    return samples.select(kept), [references[row] for row in kept], blind, note
+
+
 def leave_out(output: Path, samples: datasets.Dataset, broken: Collection[str]) -> tuple[str | None, list[int]]:
     """
     What is left of samples without those whose image cannot be read.
@@ -409,7 +428,7 @@ def check_blind_control(settings: EvaluationSettings, samples: datasets.Dataset)
 
 def finish(output: Path, scores: Sequence[Score], **facts: Any) -> dict[str, Any]:
     """Writes `scores.json`, and returns its content."""
-    result = {**facts, "versions": versions(), "scores": [score_fields(score) for score in scores]}
+    result = {**facts, "versions": versions(), "scores": [fields_for_json(score) for score in scores]}
     write_json_atomically(result, output / SCORES)
     return result
 

@@ -1,7 +1,9 @@
 """From answers to scores: each sample by itself, then means by type of question with intervals, chance and blind control."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..data.samples import CHOICE_LETTERS, QUESTION_TYPES
 from ..prompts import parse_choice
@@ -44,6 +46,13 @@ class Score:
     count: int
     blind: float | None = None
     chance: float | None = None
+
+
+def fields_for_json(row: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON can hold them: NaN, of what is not known or not estimated, becomes `None`."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(row).items()
+    }
 
 
 def score_samples(
@@ -208,6 +217,7 @@ __all__ = [
     "TextMetric",
     "answers_of_another_case",
     "exact_matches",
+    "fields_for_json",
     "has_same_words",
     "score_samples",
     "summarise",

@@ -82,6 +82,21 @@ def start_processes(work: Work) -> PartialState:
     return PartialState(cpu=choose_device(work) == "cpu", timeout=LONGEST_WAIT)
 
 
+def start_single_process(work: Work) -> None:
+    """
+    For an evaluation whose work is not dealt out.
+
+    Raises:
+        ValueError: it was started in several processes.
+    """
+    num_processes = start_processes(work).num_processes
+    if num_processes > 1:
+        raise ValueError(
+            f"Expected one process, got {num_processes}: this evaluation is not dealt out, each would do all of the work and write "
+            "the same files. Start it without torchrun or accelerate."
+        )
+
+
 def choose_device(work: Work) -> str:
     """`work.device`, or CUDA if there is one."""
     return work.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,17 +176,18 @@ def check_kind(model: str, kind: type[Any]) -> None:
 
 def load_for_evaluation(model: str, kind: type[Any], settings: EvaluationSettings, work: Work) -> tuple[Any, Any]:
     """
-    A published model of one kind, on its device, and its processor.
+    A published model of one kind, in its precision and on its device, and its processor. Its weights go to a GPU directly: the
+    CPU's memory need not hold them all.
 
     Raises:
         OSError: it is not there.
         ValueError: it is of another kind.
     """
     check_kind(model, kind)
-    loaded: Any = load_model(model)
-    if settings.dtype != "auto":
-        loaded = loaded.to(getattr(torch, settings.dtype))
-    return loaded.eval().to(device_of_process(work)), Med3DVLMProcessor.from_pretrained(model)
+    device = device_of_process(work)
+    device_map = {"": device} if torch.device(device).type == "cuda" else None
+    loaded: Any = load_model(model, settings.dtype, device_map)
+    return loaded.eval().to(device), Med3DVLMProcessor.from_pretrained(model)
 
 
 def build_volumes(processor: Any, settings: EvaluationSettings, work: Work) -> VolumeLoader:
@@ -201,4 +217,5 @@ __all__ = [
     "model_type_of",
     "prepared_options",
     "start_processes",
+    "start_single_process",
 ]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,7 +29,7 @@ from ..data.samples import Split
 from ..files import write_atomically
 from ..phantoms.anatomy import ORGANS
 from ..phantoms.study import TRUTH_FILE
-from .scores import Score
+from .scores import fields_for_json
 from .tables import escape_cell, percent
 
 
@@ -146,28 +146,8 @@ class ZeroShotResult:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, without the probabilities; NaN becomes `None`."""
-        rows = [
-            {
-                key: None if isinstance(value, float) and math.isnan(value) else value
-                for key, value in asdict(score).items()
-            }
-            for score in self.scores
-        ]
+        rows = [fields_for_json(score) for score in self.scores]
         return {"rule": self.rule, "rule_text": RULE_TEXTS[self.rule], "scores": rows, "notes": list(self.notes)}
-
-    def to_scores(self) -> list[Score]:
-        """AUROC, F1 and accuracy as [`Score`], with the class as group; those that are NaN are left to `scores`."""
-        found = []
-        for row in self.scores:
-            count = row.num_positive + row.num_negative
-            if not math.isnan(row.auroc):
-                found.append(
-                    Score("zero_shot", "auroc", row.name, row.auroc, row.low, row.high, count, row.blind_auroc, 0.5)
-                )
-            for metric, value in {"f1": row.f1, "accuracy": row.accuracy}.items():
-                if not math.isnan(value):
-                    found.append(Score("zero_shot", metric, row.name, value, math.nan, math.nan, count))
-        return found
 
 
 def read_prompts(path: str | Path) -> list[ClassPrompts]:
@@ -445,13 +425,25 @@ def run_zero_shot(
     )
 
 
+def find_rule(name: str) -> Rule:
+    """
+    The rule of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for rule in RULES:
+        if rule == name:
+            return rule
+    raise ValueError(f"Expected a rule out of {', '.join(map(repr, RULES))}, got {name!r}.")
+
+
 def _choose_rule(model: Any, prompts: Sequence[ClassPrompts], rule: Rule | None) -> Rule:
     is_sigmoid = model.logit_bias is not None
     without = [entry.name for entry in prompts if not entry.negative]
     if rule is None:
         return "sigmoid" if is_sigmoid else "among classes" if without else "against negatives"
-    if rule not in RULES:
-        raise ValueError(f"Expected a rule out of {', '.join(map(repr, RULES))}, got {rule!r}.")
+    rule = find_rule(rule)
     if rule == "sigmoid" and not is_sigmoid:
         raise ValueError(
             "The rule 'sigmoid' needs a model that was trained with the sigmoid loss. Choose 'against negatives' or "
@@ -755,6 +747,7 @@ __all__ = [
     "class_probabilities",
     "embed_prompts",
     "embed_volumes",
+    "find_rule",
     "format_zero_shot",
     "images_by_case",
     "read_labels",

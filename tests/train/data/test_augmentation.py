@@ -30,6 +30,28 @@ def test_laterality_safe_changes_keep_every_side():
         assert abs(d - 7) <= 2 and abs(h - 42) <= 2 and abs(w - 50.5) <= 3
 
 
+def test_laterality_safe_shifts_go_both_ways_up_to_4_percent_of_each_axis():
+    volume = torch.zeros(50, 75, 100)
+    volume[20:30, 30:45, 40:60] = 0.8
+    moves = []
+    for generator in generators(200):
+        places = (augment_laterality_safe(volume, generator) > 0.5).nonzero()
+        moves.append(places.amin(dim=0) - torch.tensor([20, 30, 40]))
+        assert len(places) == 10 * 15 * 20  # moved, not resized
+    moves = torch.stack(moves)
+    assert moves.amax(dim=0).tolist() == [2, 3, 4] and moves.amin(dim=0).tolist() == [-2, -3, -4]
+    assert 0.4 < (moves == 0).all(dim=1).float().mean() < 0.6
+
+
+def test_laterality_safe_brightness_is_scaled_by_a_tenth_and_moved_by_a_twentieth():
+    values = torch.stack(
+        [augment_laterality_safe(torch.full(SHAPE, 0.5), generator)[3, 4, 4] for generator in generators(200)]
+    )
+    # 0.5 * (1 +- 0.1) +- 0.05, each of the two with probability 0.5
+    assert 0.4 <= values.min() < 0.44 and 0.56 < values.max() <= 0.6
+    assert 0.15 < (values == 0.5).float().mean() < 0.35
+
+
 def test_the_original_changes_do_not_keep_sides():
     volume = torch.zeros(40, 60, 60)
     volume[5:10, 40:45, 48:54] = 0.8

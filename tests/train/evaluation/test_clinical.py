@@ -17,7 +17,6 @@ from med3dvlm.train.evaluation.clinical import (
     find_labeller,
     format_labels,
     label_f1,
-    read_report_labels,
     score_labels,
 )
 
@@ -236,30 +235,6 @@ def test_a_labeller_is_a_function_or_its_name(monkeypatch):
         find_labeller("no_such_labeller:label")
     with pytest.raises(ValueError, match="a dict of labels for each of 3 reports"):
         label_f1(PREDICTIONS, REFERENCES, lambda reports: [{"cyst": 1}])
-
-
-def test_labels_made_elsewhere_are_matched_by_id(tmp_path):
-    path = tmp_path / "labels.csv"
-    path.write_text("id,cyst,mass\nreport/1,1,\nreport/0,0,1.0\n")
-    ids = ["report/0", "report/1"]
-    assert read_report_labels(path, ids) == [{"cyst": 0, "mass": 1}, {"cyst": 1, "mass": None}]
-    with pytest.raises(ValueError, match="1 ids have no row: report/2"):
-        read_report_labels(path, [*ids, "report/2"])
-    with pytest.raises(ValueError, match="1 ids are not among those asked: report/1"):
-        read_report_labels(path, ids[:1])
-    with pytest.raises(FileNotFoundError, match="no such file of labels"):
-        read_report_labels(tmp_path / "none.csv", ids)
-    for text, message in {
-        "name,cyst\na,1\n": "expected a column 'id' and one for each label, got name, cyst",
-        "id\na\n": "got id",
-        "id,cyst\na,yes\n": "row 2: expected 1, 0 or an empty cell for 'cyst', got 'yes'",
-        "id,cyst\na,1\na,1\n": "row 3: the id 'a' occurs a second time",
-        "id,cyst\na\n": "row 2: expected 2 cells",
-        'id,cyst\n"a,1\n': "line 2, is not valid CSV: unexpected end of data",
-    }.items():
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_report_labels(path, ["a"])
 
 
 def test_labels_cannot_end_a_cell():

@@ -2,8 +2,11 @@ import csv
 import json
 import shutil
 import sys
+from html import unescape
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.evaluation import commands
+from med3dvlm.train.evaluation import settings as settings_module
 from med3dvlm.train.evaluation.zero_shot import write_phantom_labels
 
 
@@ -37,6 +41,8 @@ def test_all_makes_three_folders_with_tables_plots_and_reports(study, vlm, dual_
         "retrieval/plots/recall.png",
     ):
         assert (tmp_path / "out" / name).stat().st_size > 0
+    page = unescape((tmp_path / "out" / "vqa" / "report.html").read_text())
+    assert "the patient's right is on the left, anterior above" in page  # by the model's image processor
     scored = parts["vqa"]["scores"]
     assert {score["task"] for score in scored} == {"closed_vqa", "open_vqa", "yes_no_vqa"}
 
@@ -122,12 +128,84 @@ def test_published_figures_stand_beside_scores_on_m3d_alone(study, tmp_path):
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert "| Med3DVLM | published [1] |" in result.stdout and "arXiv 2503.20047" in result.stdout
+    assert "closed questions. Accuracy by type of question" in result.stdout  # what the file does not have
     # They are of the test, and stand beside nothing else.
     assert run("references", answers, "-d", m3d, "--tasks", "closed_vqa", "--split", "validation").exit_code == 0
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     answers.write_text("".join(json.dumps({**row, "prediction": "A."}) + "\n" for row in rows))
     result = run(*arguments[:4], tmp_path / "validation", *arguments[5:], "--split", "validation")
     assert result.exit_code == 0 and "published" not in result.stdout, result.output
+
+
+def test_the_model_is_loaded_in_the_precision_that_is_asked_for(study, vlm, tmp_path, monkeypatch):
+    from med3dvlm.train.evaluation import runner
+
+    load, loaded = runner.load_for_evaluation, []
+    monkeypatch.setattr(runner, "load_for_evaluation", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    arguments = ["vqa", "-m", vlm, "-d", study, "-o", tmp_path / "out", "--tasks", "closed_vqa", "--no-blind"]
+    arguments += ["--cases", "2", "--max-new-tokens", "2", "--device", "cpu"]
+    result = run(*arguments, "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    ((model, _),) = loaded
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["work"]["dtype"] == "bfloat16"
+
+
+def test_files_of_answers_come_with_the_control_published_figures_and_no_names(study, tmp_path):
+    references = tmp_path / "references.jsonl"
+    assert run("references", references, "-d", study, "--tasks", "closed_vqa").exit_code == 0
+    rows = [json.loads(line) for line in references.read_text().splitlines()]
+    assert {row["answer_choice"] for row in rows} > {"A"}
+    for name in ("right", "blind"):
+        answers = [{"id": row["id"], "prediction": row["answer_choice"] if name == "right" else "A."} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    figure = {"table": "Table 7", "task": "closed_vqa", "system": "Somebody", "metric": "accuracy", "group": "plane"}
+    figures = {"sources": {"a": "A 2025"}, "scores": [{**figure, "value": 0.431, "source": "a"}]}
+    (tmp_path / "published.json").write_text(json.dumps(figures))
+    arguments = ["vqa", "-d", study, "--tasks", "closed_vqa", "--predictions", tmp_path / "right.jsonl", "-o"]
+    options = ["--blind-predictions", tmp_path / "blind.jsonl", "--published", tmp_path / "published.json"]
+    result = run(*arguments, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    (accuracy,) = (
+        score
+        for score in json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+        if (score["metric"], score["group"]) == ("accuracy", "all")
+    )
+    share = sum(row["answer_choice"] == "A" for row in rows) / len(rows)
+    assert accuracy["value"] == 1 and accuracy["blind"] == pytest.approx(share)
+    assert "Somebody" in result.stdout and "43.1" in result.stdout and "A 2025" in result.stdout
+
+    page = (tmp_path / "out" / "report.html").read_text()
+    cases = {row["case"] for row in rows}
+    assert cases and not any(case in page for case in cases) and "names of cases" not in page
+    result = run(*arguments, tmp_path / "out", *options, "--show-case-names")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert any(case in page for case in cases) and "names of cases" in page
+
+
+def test_the_encoder_of_bertscore_can_be_chosen(study, tmp_path, monkeypatch):
+    asked = []
+
+    class Scorer:
+        def __init__(self, **settings):
+            asked.append((settings["model_type"], settings["num_layers"]))
+
+        def score(self, candidates, references, batch_size):
+            return None, None, torch.full((len(candidates),), 0.25)
+
+    monkeypatch.setattr("bert_score.BERTScorer", Scorer)
+    answers = tmp_path / "answers.jsonl"
+    assert run("references", answers, "-d", study, "--tasks", "report").exit_code == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    answers.write_text("".join(json.dumps({"id": row["id"], "prediction": "A cyst."}) + "\n" for row in rows))
+    arguments = ["report", "-d", study, "-o", tmp_path / "out", "--predictions", answers, "--metrics", "bertscore"]
+    result = run(*arguments, "--bertscore-model", "bert-base-uncased", "--bertscore-layers", "7")
+    assert result.exit_code == 0, result.output
+    assert asked == [("bert-base-uncased", 7)]
+    assert "BERTScore's encoder: bert-base-uncased, layer 7; not comparable with figures of roberta-large." in (
+        result.stdout
+    )
 
 
 def test_a_study_with_reports_alone_has_no_part_of_questions(study, vlm, tmp_path):
@@ -301,6 +379,24 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
         result = run(*arguments, "-m", dual_encoder, "-o", notes)
         assert result.exit_code == 2 and "it holds something else" in result.stderr, result.output
     assert (notes / "README.md").read_text() == "mine" and len(list(notes.iterdir())) == 1
+
+
+def test_a_mistyped_rule_is_known_before_the_folder_is_begun(study, dual_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings_module, "load_for_evaluation", lambda *arguments: pytest.fail("loaded"))
+    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    arguments = ["zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "out"]
+    result = run(*arguments, "--rule", "softmax")
+    assert result.exit_code == 2 and "Expected a rule out of 'sigmoid', " in result.stderr, result.output
+    assert "got 'softmax'" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_what_is_not_dealt_out_refuses_several_processes(study, dual_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings_module, "start_processes", lambda work: SimpleNamespace(num_processes=2))
+    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    for arguments in (["zero-shot", "--labels", labels], ["dependence", "-d", study]):
+        result = run(*arguments, "-m", dual_encoder, "-o", tmp_path / "out")
+        assert result.exit_code == 2 and "Expected one process, got 2" in result.stderr, result.output
+        assert "without torchrun or accelerate" in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_dependence_compares_the_texts_of_reports(study, vlm, tmp_path):

@@ -3,6 +3,8 @@
 import base64
 import io
 import re
+from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pytest
@@ -136,7 +138,9 @@ def test_slices_are_in_radiological_display():
     volume[:, :, 10:] = 0.25  # the patient's left
     volume[:, 6:] += 0.25  # posterior
     volume[4:] += 0.5  # superior
-    axial, coronal, sagittal = (np.array(Image.open(io.BytesIO(png))) for png in draw_slices(volume, 40).values())
+    axial, coronal, sagittal = (
+        np.array(Image.open(io.BytesIO(png))) for png in draw_slices(volume, 40, "LPS").values()
+    )
     assert axial.shape == coronal.shape == sagittal.shape == (40, 3 * 40 + 2 * 4)
 
     def corners(picture):
@@ -151,10 +155,74 @@ def test_slices_are_in_radiological_display():
     )
 
 
+@pytest.mark.parametrize(
+    "orientation, expected",
+    [
+        (
+            "LPS",
+            [
+                "axial, from inferior to superior; the patient's right is on the left, anterior above",
+                "coronal, from anterior to posterior; the patient's right is on the left, superior above",
+                "sagittal, from the patient's right to the patient's left; anterior is on the left, superior above",
+            ],
+        ),
+        (
+            "RAS",
+            [
+                "axial, from inferior to superior; the patient's left is on the left, posterior above",
+                "coronal, from posterior to anterior; the patient's left is on the left, superior above",
+                "sagittal, from the patient's left to the patient's right; posterior is on the left, superior above",
+            ],
+        ),
+        (
+            "PLI",
+            [
+                "axial, from superior to inferior; anterior is on the left, the patient's right above",
+                "sagittal, from the patient's right to the patient's left; anterior is on the left, superior above",
+                "coronal, from anterior to posterior; the patient's right is on the left, superior above",
+            ],
+        ),
+        (
+            "none",
+            [
+                "across the depth, with height down and width to the right; directions are not known",
+                "across the height, with depth down and width to the right; directions are not known",
+                "across the width, with depth down and height to the right; directions are not known",
+            ],
+        ),
+    ],
+)
+def test_captions_name_the_directions_of_the_image_processor(tmp_path, orientation, expected):
+    page = unescape(write(tmp_path, closed_task(1), volumes=Volumes(), orientation=orientation))
+    assert re.findall("<figcaption>(.+?)</figcaption>", page) == expected
+
+
+def test_slices_are_turned_so_that_superior_is_above():
+    volume = np.zeros((8, 12, 20), dtype=np.float32)
+    volume[:4] = 1  # the upper half of the patient if depth grows to inferior
+
+    def coronal(orientation):
+        return np.array(Image.open(io.BytesIO(list(draw_slices(volume, 40, orientation).values())[1])))
+
+    assert coronal("LPI")[2, 2] == 255 and coronal("LPI")[37, 2] == 0
+    assert coronal("LPS")[2, 2] == 0 and coronal("LPS")[37, 2] == 255
+    assert coronal("none")[2, 2] == 255  # as stored
+
+
+def test_no_direction_is_named_of_a_folder_of_slices(tmp_path):
+    folder = tmp_path / "slices"
+    folder.mkdir()
+    Image.new("L", (3, 2)).save(folder / "0.png")
+    task = closed_task(1)
+    task = replace(task, references=[replace(reference, image=str(folder)) for reference in task.references])
+    page = unescape(write(tmp_path, task, volumes=Volumes(), orientation="LPS"))
+    assert "patient's" not in page and page.count("directions are not known") == 3 * 2  # `alt` and caption
+
+
 @pytest.mark.parametrize("volume", [np.zeros((4, 4)), np.full((2, 2, 2), np.nan)])
 def test_what_is_no_volume_is_refused(volume):
     with pytest.raises(ValueError, match=r"\(depth, height, width\) with finite values"):
-        draw_slices(volume, 10)
+        draw_slices(volume, 10, "LPS")
 
 
 def test_plots_are_put_in(tmp_path):

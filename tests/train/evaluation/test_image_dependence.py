@@ -77,6 +77,38 @@ def test_changes_do_what_they_say():
     assert changed["shifted"][0, 0, 0] == true[0, 0, 0] and changed["shifted"][0, 2, 3] == true[0, 1, 2]
 
 
+@pytest.mark.parametrize("orientation, axis", [("LPS", 2), ("RAS", 2), ("PLS", 1), ("ASR", 0), ("none", 2)])
+def test_mirroring_swaps_right_and_left_wherever_they_are(orientation, axis):
+    true = Noise((2, 3, 4)).load("5")
+    assert ChangedVolumes(Noise((2, 3, 4)), "mirrored", orientation=orientation).load("5").equal(true.flip(axis))
+
+
+def test_without_known_directions_nothing_can_be_said_of_mirroring():
+    samples, left, right = make_samples(4), ["left lung"] * 4, ["right lung"] * 4
+    changed = {OTHER_CASE: right, "mirrored": right}
+    assert find(compare_answers(samples, left, changed), "mirrored", SIDES_CHANGED).holds is True
+    row = find(compare_answers(samples, left, changed, orientation="none"), "mirrored", SIDES_CHANGED)
+    assert row.holds is None and row.changed == 1
+    assert (
+        "cannot be said (100% of 4 change; which axis runs between right and left is not known"
+        in format_dependence([row])
+    )
+
+
+def test_the_image_processor_says_what_is_mirrored():
+    model, processor = build_tiny_model((32, 64, 96))
+    processor.image_processor.orientation = "PLS"
+    samples, volumes = make_samples(2), Blocks()
+    rows = check_image_dependence(model, processor, samples, volumes, ["mirrored"], max_new_tokens=8)
+    mirrored = answer_samples(model, processor, samples, ChangedVolumes(volumes, "mirrored", orientation="PLS"), 8)
+    original = answer_samples(model, processor, samples, volumes, 8)
+    share = sum(one != other for one, other in zip(mirrored, original)) / 2
+    assert find(rows, "mirrored", ANSWERS_CHANGED).changed == share
+    processor.image_processor.orientation = "none"
+    rows = check_image_dependence(model, processor, samples, volumes, ["mirrored"], max_new_tokens=8)
+    assert "the orientation is 'none'" in find(rows, "mirrored", SIDES_CHANGED).remark
+
+
 def test_shuffling_depends_on_seed_and_path_alone():
     class Same:
         def load(self, path):
@@ -215,7 +247,7 @@ def test_a_dual_encoder_is_checked_by_its_vectors():
     tokenizer = build_tiny_tokenizer()
     text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     model = tiny_siglip(text_config={"model_type": "bert", "vocab_size": len(tokenizer), **text})
-    processor = SimpleNamespace(tokenizer=tokenizer)
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=SimpleNamespace(orientation="LPS"))
     samples = make_samples(5, "report")
     rows = check_image_dependence(model, processor, samples, Noise(), ["blank", "shifted"])
     images, texts = embed_samples(model, processor, samples, Noise())

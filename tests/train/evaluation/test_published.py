@@ -6,7 +6,6 @@ from med3dvlm.train.evaluation.published import (
     PUBLISHED_RESULTS,
     PublishedScore,
     list_sources,
-    published_for,
     read_missing,
     read_published,
 )
@@ -51,16 +50,6 @@ def test_what_was_not_found_is_listed_with_where_it_was_looked_for():
         assert any(entry.table.endswith(about) and entry.tried for entry in missing)
 
 
-def test_a_figure_of_ours_gets_those_of_its_task_metric_and_group():
-    of_reports = published_for("report", "bleu_1", "all")
-    assert [score.system for score in of_reports] == ["RadFM", "M3D-LaMed", "MedM-VL-CT-3B-en"]
-    for direction in ("volume to report", "report to volume"):
-        found = published_for("retrieval", "recall_at_1", f"{direction}, 2000")
-        assert [score.value for score in found] == [0.61, 0.191] and "direction" in found[0].note
-    assert published_for("retrieval", "recall_at_1", "volume to report, 100") == []
-    assert published_for("closed_vqa", "original_accuracy", "plane") == []
-
-
 def test_a_file_of_ones_own_is_read_in_its_order(tmp_path):
     path = write(tmp_path, ROW, {**ROW, "group": "all", "value": 1, "note": "as quoted"})
     scores = read_published(path)
@@ -69,7 +58,6 @@ def test_a_file_of_ones_own_is_read_in_its_order(tmp_path):
         PublishedScore("Table 1", "closed_vqa", "A", "accuracy", "all", 1.0, "A 2025", "as quoted"),
     ]
     assert read_missing(path) == []
-    assert published_for("closed_vqa", "accuracy", "plane", scores) == scores[:1]
     assert list_sources(scores) == ["Table 1: A 2025. as quoted"]
 
 

@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
 from med3dvlm.train.evaluation.retrieval import score_retrieval
+from med3dvlm.train.evaluation.statistics import bootstrap_interval
 
 
 def test_galleries_of_the_first_pairs_against_a_plain_count():
@@ -38,6 +41,35 @@ def test_galleries_of_the_first_pairs_against_a_plain_count():
     assert {score.group for score in scores} == set(curves)
     assert curves["volume to report, 4"]["blind"] == [count(other, 4, True, rank, False) for rank in (1, 2, 3, 4)]
     assert {round(score.value, 3) for score in scores} - {0.0, 1.0}  # there is something to count
+
+
+def test_intervals_resample_cases_and_chances_are_those_of_all_orders():
+    generator = torch.Generator().manual_seed(11)
+    images, texts = (torch.nn.functional.normalize(torch.randn(5, 3, generator=generator), dim=1) for _ in range(2))
+    groups, cases = [7, 8, 7, 9, 8], ["a", "a", "b", "c", "c"]
+    scores, _ = score_retrieval(images, texts, torch.tensor(groups), cases, gallery_sizes=(4, 5), ranks=(1, 2))
+    for score in scores:
+        direction, size, rank = *score.group.split(", "), int(score.metric[-1])
+        places = range(int(size))
+        queries, gallery = (images, texts) if direction == "volume to report" else (texts, images)
+
+        def is_match(query, place, score=score):
+            return place == query or (score.metric.startswith("deduplicated") and groups[place] == groups[query])
+
+        def is_hit(query, order, rank=rank, is_match=is_match):
+            return any(is_match(query, place) for place in order[:rank])
+
+        similarities = queries @ gallery.T
+        hits = [
+            float(is_hit(query, sorted(places, key=lambda place: -similarities[query, place]))) for query in places
+        ]
+        assert (score.low, score.high) == bootstrap_interval(hits, cases[: len(hits)]), score
+        orders = list(itertools.permutations(places))
+        chance = sum(is_hit(query, order) for query in places for order in orders) / (len(places) * len(orders))
+        assert score.chance == pytest.approx(chance), score
+    # Cases are wider than pairs, and there is something to tell the two recalls apart by.
+    assert all(score.low <= score.value <= score.high for score in scores)
+    assert len({(score.low, score.high) for score in scores if score.low < score.high}) > 2
 
 
 def test_fewer_pairs_than_the_smallest_gallery_are_one_gallery():

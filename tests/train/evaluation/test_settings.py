@@ -1,10 +1,11 @@
 import nibabel
 import numpy as np
+import pytest
 import torch
 
-from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
-from med3dvlm.train.demo import build_tiny_tokenizer
-from med3dvlm.train.evaluation.settings import EvaluationSettings, Work, build_volumes
+from med3dvlm import Med3DVLMForConditionalGeneration, Med3DVLMImageProcessor, Med3DVLMProcessor
+from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+from med3dvlm.train.evaluation.settings import EvaluationSettings, Work, build_volumes, load_for_evaluation
 from med3dvlm.train.recipe import DataRecipe
 from med3dvlm.train.stages import build_volume_loader
 
@@ -18,3 +19,45 @@ def test_prepared_volumes_of_another_size_are_seen_as_in_training(tmp_path):
     settings = EvaluationSettings("study", ("report",), prepared=True)
     evaluated = build_volumes(processor, settings, Work()).load(path)
     assert evaluated.shape == (2, 6, 4) and torch.equal(evaluated, trained)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    for part in build_tiny_model():
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("device, device_map", [("cuda:1", {"": "cuda:1"}), ("cpu", None)])
+def test_weights_are_loaded_in_their_precision_and_onto_the_gpu_at_once(device, device_map, saved, monkeypatch):
+    asked = {}
+
+    class Loaded:
+        def eval(self):
+            return self
+
+        def to(self, place):
+            asked["place"] = place
+            return self
+
+    monkeypatch.setattr(
+        Med3DVLMForConditionalGeneration,
+        "from_pretrained",
+        lambda source, **options: asked.update(options) or Loaded(),
+    )
+    settings = EvaluationSettings("study", ("report",), dtype="bfloat16")
+    load_for_evaluation(saved, Med3DVLMForConditionalGeneration, settings, Work(device=device))
+    assert asked == {"dtype": "bfloat16", "device_map": device_map, "place": device}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_a_precision_gives_the_weights_of_the_file_rounded_to_it(dtype, saved):
+    settings = EvaluationSettings("study", ("report",), dtype=dtype)
+    loaded, _ = load_for_evaluation(saved, Med3DVLMForConditionalGeneration, settings, Work(device="cpu"))
+    expected = Med3DVLMForConditionalGeneration.from_pretrained(saved, dtype="auto").to(
+        torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    )
+    found = loaded.state_dict()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found[name], value), name

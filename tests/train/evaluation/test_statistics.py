@@ -14,6 +14,15 @@ def test_interval_of_independent_values_is_that_of_the_normal_approximation():
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.01)
 
 
+@pytest.mark.parametrize("level, ends", [(0.95, [0.025, 0.975]), (0.8, [0.1, 0.9])])
+def test_the_interval_holds_that_share_of_the_means_of_resampled_values(level, ends):
+    values = np.random.default_rng(5).normal(size=40)
+    draws = np.random.default_rng(0).integers(40, size=(2000, 40))
+    expected = np.quantile(values[draws].mean(axis=1), ends)
+    options = {} if level == 0.95 else {"level": level}  # 95 % by default
+    assert bootstrap_interval(values, **options) == pytest.approx(expected, rel=1e-9)
+
+
 def test_questions_about_one_case_count_as_one():
     values = np.repeat(np.random.default_rng(1).random(50) < 0.5, 10).astype(float)
     cases = np.repeat(np.arange(50), 10).tolist()

@@ -13,6 +13,7 @@ pytest.importorskip("evaluate", reason="needs the extra `eval`")
 import evaluate
 import torch
 
+from med3dvlm.train.evaluation import text_metrics
 from med3dvlm.train.evaluation.text_metrics import (
     BertScore,
     Bleu1,
@@ -83,6 +84,18 @@ def test_meteor_equals_the_published_script():
     assert result["per_sample"] == pytest.approx(expected("meteor"), abs=GOLDEN["tolerance"]["meteor"])
 
 
+def test_meteor_tells_the_reference_from_the_prediction_and_words_from_stops(monkeypatch):
+    """Needs no data: all words of the prediction are in the reference, so that no synonym is looked up."""
+    nltk = pytest.importorskip("nltk", reason="needs the extra `eval`")
+    monkeypatch.setattr(text_metrics, "check_nltk_data", lambda: None)
+    monkeypatch.setattr(nltk, "word_tokenize", nltk.tokenize.NLTKWordTokenizer().tokenize)
+    result = Meteor().compute(predictions=[" A cyst.\n"], references=["A small cyst."])
+    # 3 of 3 tokens in 2 chunks, and 3 of 4 of the reference.
+    precision, recall = 1, 3 / 4
+    mean = precision * recall / (0.9 * precision + 0.1 * recall)
+    assert result["per_sample"] == [pytest.approx(mean * (1 - 0.5 * (2 / 3) ** 3))]
+
+
 def test_meteor_without_data_says_how_to_get_them(monkeypatch):
     nltk = pytest.importorskip("nltk", reason="needs the extra `eval`")
     monkeypatch.setattr(nltk.data, "path", [])
@@ -108,6 +121,25 @@ def test_bertscore_of_white_space_is_that_of_an_empty_text():
     metric = BertScore()
     metric.scorer = Scorer()
     assert metric.score_samples(["\n", "A cyst.", "A cyst."], ["A cyst.", "A cyst.", " "]) == [0, 1, 0]
+
+
+def test_bertscore_is_the_f1_of_candidates_and_references_in_the_original_settings(monkeypatch):
+    bert_score = pytest.importorskip("bert_score", reason="needs the extra `eval`")
+
+    class Scorer:
+        def __init__(self, **settings):
+            assert settings.pop("device") == "cpu" and settings.pop("batch_size") == 5
+            layers = {"model_type": None, "num_layers": None, "lang": "en"}
+            assert settings == {**layers, "idf": False, "rescale_with_baseline": False, "use_fast_tokenizer": True}
+
+        def score(self, candidates, references, batch_size):
+            assert (candidates, references, batch_size) == (["A cyst.", "Clear."], ["A mass.", "No cyst."], 5)
+            return tuple(torch.tensor(values) for values in ([0.1, 0.2], [0.3, 0.4], [0.5, 1.00001]))
+
+    monkeypatch.setattr(bert_score, "BERTScorer", Scorer)
+    metric = BertScore(batch_size=5, device="cpu")
+    result = metric.compute(predictions=["A cyst. ", "Clear."], references=["A mass.", "No cyst."])
+    assert result["per_sample"] == pytest.approx([0.5, 1.0]) and result["per_sample"][1] == 1
 
 
 def test_an_unknown_encoder_needs_its_layer():

@@ -194,6 +194,23 @@ def test_however_it_is_stored_each_voxel_keeps_its_place() -> None:
         np.testing.assert_allclose(middle[:2], 0, atol=1e-6)  # centred on the body
 
 
+@pytest.mark.parametrize("plane", PLANES)
+def test_a_lesion_is_scanned_at_its_place_to_the_millimetre(plane: str) -> None:
+    """The centroid of what it adds to a scan without noise: a part of a slice too far, and it would lie elsewhere."""
+    for seed in range(2):
+        patient = draw_patient(FINDINGS, np.random.default_rng(seed))
+        (voxels, affine), (without, same) = (
+            scan_patient(each, plane, np.random.default_rng(seed), noise_hu=(0.0, 0.0))
+            for each in (patient, replace(patient, lesion=None))
+        )
+        np.testing.assert_array_equal(affine, same)
+        added = voxels.astype(float) - without
+        index = np.indices(added.shape).reshape(3, -1) @ added.reshape(-1) / added.sum()
+        assert patient.lesion is not None
+        offset = affine[:3, :3] @ index + affine[:3, 3] - patient.lesion.shape.centre
+        assert np.abs(offset).max() < 1, (seed, offset)
+
+
 def test_equal_seeds_give_equal_scans_and_others_do_not() -> None:
     first, again, other = (render_volume(FINDINGS, np.random.default_rng(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first[0], again[0])

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Two machines with 4 GPUs each, so that the 8 devices of the paper's recipes come together. Run it on both:
+# Two machines with 4 GPUs each, so that the 8 devices of the paper's recipes come together. Run each stage on both:
 #   HEAD=first-machine bash torchrun_two_nodes.sh paper/contrastive data.root=/data training.output_dir=/shared/runs/contrastive
+#   HEAD=first-machine bash torchrun_two_nodes.sh paper/projector data.root=/data training.output_dir=/shared/runs/projector model.start_from=/shared/runs/contrastive/published
+#   HEAD=first-machine bash torchrun_two_nodes.sh paper/finetune data.root=/data training.output_dir=/shared/runs/finetune model.start_from=/shared/runs/projector/published
 # data.root, data.cache and training.output_dir must lie on a file system that both see.
 set -euo pipefail
 : "${HEAD:?set HEAD to the name of the first machine}"
