@@ -266,8 +266,7 @@ def prepare_m3d_cap(
 
     Raises:
         FileNotFoundError: there is no folder `source`, or no index `splits`.
-        ValueError: an option has a value that cannot be, the index `splits` names a volume in two splits, `source` holds no
-            case, or `destination` lies within it.
+        ValueError: an option has a value that cannot be, `source` holds no case, or `destination` lies within it.
         BlockingIOError: another call is working on `destination`.
         FileExistsError: `destination` holds an index that preparation has not made, or has made with other `splits` or
             another `seed`; or `splits` is the index that is about to be written.
@@ -337,6 +336,12 @@ def prepare_m3d_cap(
             report.warnings += result.warnings
             report.dropped += result.dropped
         index, dropped = _make_index(results, destination.relative_to(root), fractions, given, seed)
+        repeated = [key for key, count in Counter(key for key, _ in given or ()).items() if count > 1]
+        if repeated:
+            report.warnings.append(
+                f"{splits}: {len(repeated)} volumes are in two splits, such as {repeated[0]}: scores on one are not of volumes "
+                "that training on the other has not seen"
+            )
         report.num_samples = {split: len(entries) for split, entries in index.items()}
         report.dropped = sorted(report.dropped + dropped, key=_order)
         _write_report(report, destination)  # first: an index without it would be taken for one of something else
@@ -725,24 +730,18 @@ def _only_one_at(destination: Path) -> AbstractContextManager[None]:
 
 def _check_splits(
     splits: Mapping[str, float] | str | Path | None,
-) -> tuple[dict[str, float], dict[str, Split] | None]:
+) -> tuple[dict[str, float], list[tuple[str, Split]] | None]:
     """
-    Fractions of the splits; or, for each volume of an index, its split.
+    Fractions of the splits; or the volumes of an index with their splits, in its order.
 
     Raises:
         FileNotFoundError: there is no such index.
-        ValueError: the fractions are none, the index has another form, or a volume is in two of its splits.
+        ValueError: the fractions are none, or the index has another form.
     """
     if isinstance(splits, (str, Path)):
-        given: dict[str, Split] = {}
-        for split in SPLITS:
-            for image, _ in read_cap_index(Path(splits), split):
-                if given.setdefault(_key(image), split) != split:
-                    raise ValueError(
-                        f"{splits}: expected each volume in one split, got {_key(image)} in {given[_key(image)]} and {split}. "
-                        "Take it out of one."
-                    )
-        return {}, given
+        # A volume may be in two splits there: it stays in both, as protocols have it, and the report tells.
+        given = [(_key(image), split) for split in SPLITS for image, _ in read_cap_index(Path(splits), split)]
+        return {}, list(dict.fromkeys(given))
     fractions = dict(DEFAULT_FRACTIONS if splits is None else splits)
     is_valid = set(fractions) <= set(SPLITS) and all(0 <= fraction <= 1 for fraction in fractions.values())
     held_out = sum(fraction for split, fraction in fractions.items() if split != "train")
@@ -755,11 +754,13 @@ def _check_splits(
     return fractions, None
 
 
-def _describe_splits(fractions: Mapping[str, float], given: Mapping[str, Split] | None, seed: int) -> dict[str, Any]:
+def _describe_splits(
+    fractions: Mapping[str, float], given: Sequence[tuple[str, Split]] | None, seed: int
+) -> dict[str, Any]:
     """All that decides about the splits, for JSON."""
     if given is None:
         return {"fractions": {split: fractions.get(split, 0) for split in ("validation", "test")}, "seed": seed}
-    content = json.dumps(list(given.items()))
+    content = json.dumps(given)
     return {"index": hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}
 
 
@@ -773,16 +774,17 @@ def _make_index(
     results: list[_CaseResult],
     prefix: Path,
     fractions: Mapping[str, float],
-    given: Mapping[str, Split] | None,
+    given: Sequence[tuple[str, Split]] | None,
     seed: int,
 ) -> tuple[dict[str, list[dict[str, str]]], list[Dropped]]:
     index: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     dropped: list[Dropped] = []
     usable = [result for result in results if result.report is not None and result.volumes]
     made: dict[str, dict[str, str]] = {}
+    named = {key for key, _ in given or ()}
     for result in usable:
         for name in result.volumes:
-            if given is not None and f"{result.case}/{name}" not in given:
+            if given is not None and f"{result.case}/{name}" not in named:
                 reason = "the given index does not name it, so it is in no split"
                 dropped.append(Dropped("sample", result.case, name, "", reason))
                 continue
@@ -791,11 +793,11 @@ def _make_index(
             made[f"{result.case}/{name}"] = entry
     if given is None:
         drawn = _draw_splits([result.case for result in usable], fractions, seed)
-        given = {key: drawn[key.rpartition("/")[0]] for key in made}
-    for key, split in given.items():  # in its order: protocols take the first samples of a split
+        given = [(key, drawn[key.rpartition("/")[0]]) for key in made]
+    for key, split in given:  # in its order: protocols take the first samples of a split
         if key in made:
             index[split].append(made[key])
-    for key in sorted(set(given) - set(made)):
+    for key in sorted(named - set(made)):
         case, _, name = key.rpartition("/")
         reason = "the given index names it, and no volume with a report was made of the source"
         dropped.append(Dropped("series", case, name, "", reason))

@@ -406,8 +406,10 @@ def test_entries_keep_the_order_of_the_given_index(tmp_path):
     prepare_here(source, tmp_path / "M3D_Cap_npy", splits=index)
     assert read_m3d_cap(tmp_path, "test")["case"][:] == ["000003", "000001"]
     write_index(index, train=["000001"], test=["000003", "000001"])
-    with pytest.raises(ValueError, match="each volume in one split, got 000001/Axial.nii.gz in train and test"):
-        prepare_here(source, tmp_path / "out", splits=index)
+    (warning,) = prepare_here(source, tmp_path / "both/M3D_Cap_npy", splits=index).warnings
+    assert "1 volumes are in two splits, such as 000001/Axial.nii.gz" in warning
+    for split, cases in {"train": ["000001"], "test": ["000003", "000001"]}.items():
+        assert read_m3d_cap(tmp_path / "both", split)["case"][:] == cases
 
 
 def test_a_later_call_keeps_the_splits_of_the_first(tmp_path):
