@@ -20,7 +20,7 @@ from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGenerati
 from ..modeling_med3dvlm.modeling_vit3d import Vit3DModel
 from ..processing.image_processing_med3dvlm import HU_OF_AIR, HU_OF_DENSE_BONE, resolve_hu_range
 from .model_index import CARD_NAME, RESULTS, read_card, section_of
-from .remote_code import is_repository
+from .places import is_owned_repository
 
 
 # Template, task on the Hub and title of each kind of model.
@@ -241,7 +241,7 @@ def card_kind(model: Any) -> tuple[str, str, str]:
 def find_base_model(config: Any) -> str | None:
     """The repository that the text model was loaded from, if its configuration remembers one."""
     name = getattr(getattr(config, "text_config", None), "_name_or_path", None) or ""
-    return name if "/" in name and is_repository(name) else None
+    return name if is_owned_repository(name) else None
 
 
 def parameter_table(model: nn.Module) -> str:
@@ -447,6 +447,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 __all__ = [
+    "BASE_BEGINS",
     "CARD_KINDS",
     "CONVERSION_BEGINS",
     "OF_PICTURES",

@@ -34,6 +34,7 @@ from .model_card import (
     stated_fields,
 )
 from .model_index import CARD_NAME, MODEL_INDEX, carry_over
+from .places import is_repository
 
 
 logger = logging.get_logger(__name__)
@@ -315,7 +316,7 @@ def check_source(source: str) -> None:
     Raises:
         FileNotFoundError: `source` is neither a folder nor the name of a repository.
     """
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if not Path(source).is_dir() and not is_repository(source):
         raise FileNotFoundError(
             f"Expected a folder or a Hub repository `org/name`, got {source!r}: there is no such folder."
         )

@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .files import write_atomically
+from .places import is_repository
 
 
 PACKAGE = __name__.partition(".")[0]
@@ -239,11 +240,6 @@ def scrub_tokenizer_config(folder: str | os.PathLike) -> None:
         write_atomically(text.encode(), path)
 
 
-def is_repository(name: str) -> bool:
-    """Whether a name is one that a repository of the Hub can have, and not that of a file or folder here."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
-
-
 def forget_local_folders(config: PreTrainedConfig) -> None:
     """
     Clears where a configuration and its parts were loaded from, unless it is a repository of the Hub: a path tells about
@@ -329,7 +325,6 @@ __all__ = [
     "flatten_module",
     "forget_local_folders",
     "hub_modules",
-    "is_repository",
     "scrub_tokenizer_config",
     "write_code",
 ]

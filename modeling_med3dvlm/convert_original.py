@@ -28,7 +28,14 @@ from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
 from ..configuration.configuration_vit3d import Vit3DConfig
 from ..hub_cards.files import write_json_atomically
 from ..hub_cards.model_card import CardFields, create_model_card
-from ..hub_cards.publish import check_destination, check_fit, load_model, put_in_place, write_companions
+from ..hub_cards.publish import (
+    CONVERSION_NAME,
+    check_destination,
+    check_fit,
+    load_model,
+    put_in_place,
+    write_companions,
+)
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 from .modeling_dcformer import DCFormerModel
 from .modeling_dcformer_siglip import DCFormerSiglipModel
@@ -52,7 +59,6 @@ from .original_source import (
 logger = logging.get_logger(__name__)
 
 TOOL = f"med3dvlm {version('med3dvlm')}"
-CONVERSION_NAME = "conversion.json"
 PROGRESS_NAME = "progress.json"
 PROJECTOR_WEIGHTS = "projector.safetensors"
 # Alpha is not in the file of a LoRA run; this is what the original's scripts train and merge with.

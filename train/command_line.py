@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from ..hub_cards.places import is_owned_repository
+
 
 ModelOption = Annotated[
     str,
@@ -135,8 +137,7 @@ def check_model_name(model: str) -> str:
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{model}: expected a published model, the folder has no config.json.")
         return str(path)
-    is_repository = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists()
-    if not is_repository:
+    if not is_owned_repository(model):
         raise FileNotFoundError(
             f"{model}: expected a folder with a published model or a Hub repository `org/name`; there is no such folder."
         )

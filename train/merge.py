@@ -8,10 +8,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..hub_cards.model_card import NOT_STATED, stated_fields
+from ..hub_cards.model_card import BASE_BEGINS, NOT_STATED, stated_fields
 from ..hub_cards.model_index import CARD_NAME, read_card
+from ..hub_cards.places import is_owned_repository, is_repository
 from ..hub_cards.publish import check_destination, publish, read_current_card, replaced_when_complete
-from ..hub_cards.remote_code import is_repository
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 
@@ -125,14 +125,21 @@ def merge_adapter(
         )
     settings = PeftConfig.from_pretrained(adapter)
     base = settings.base_model_name_or_path or ""
-    if not Path(base).is_dir() and base.count("/") != 1:
-        raise FileNotFoundError(
-            f"{adapter}: its base model {base!r} is not there. Put it back, or write where it is into "
-            f"`base_model_name_or_path` of {ADAPTER_CONFIG}."
-        )
+    missing_base = (
+        f"{adapter}: its base model {base!r} is not there. Put it back, or write where it is into `base_model_name_or_path` of "
+        f"{ADAPTER_CONFIG}."
+    )
+    if not Path(base).is_dir() and not is_owned_repository(base):
+        raise FileNotFoundError(missing_base)
     fields = {**describe_merged(adapter, base), **stated_fields(card_fields)}
     weights = read_adapter_weights(adapter)
-    model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
+    try:
+        model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
+    except OSError as error:
+        if Path(base).is_dir():
+            raise
+        # A folder that is gone, such as runs/projector, looks like a repository.
+        raise FileNotFoundError(f"{missing_base} Nor is it a repository that the Hub gives: {error}") from error
     processor = Med3DVLMProcessor.from_pretrained(adapter)
     peft_model = PeftModel.from_pretrained(model, adapter)
     check_adapter_fits(peft_model, weights, adapter)
@@ -164,7 +171,7 @@ def describe_merged(adapter: str, base: str) -> dict[str, Any]:
     training_data = [of_adapter.pop("training_data", "")]
     if "training_data" in of_base:
         training_data = [training_data[0] or f"Of the adapter: {NOT_STATED.lower()}"]
-        training_data.append(f"The base model, before that: {of_base['training_data']}")
+        training_data.append(f"{BASE_BEGINS} {of_base['training_data']}")
     data_sets = [*listed(of_base.get("datasets")), *listed(of_adapter.pop("datasets", None))]
     return stated_fields(
         {

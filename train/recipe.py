@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..hub_cards.places import is_repository
 from .files import write_atomically
 
 
@@ -358,12 +359,7 @@ def check_places(recipe: Recipe) -> None:
         )
     for name in PLACES:
         place = getattr(recipe.model, name)
-        # The name of a repository has one slash at most; all else can only be a folder.
-        if (
-            isinstance(place, str)
-            and not Path(place).exists()
-            and (place.count("/") > 1 or place.startswith((".", "/", "~")))
-        ):
+        if isinstance(place, str) and not Path(place).exists() and not is_repository(place):
             raise FileNotFoundError(
                 f"`model.{name}` {place}: expected a published folder or a Hub repository `org/name`; there is no such folder. "
                 f"Is the stage before finished, or lies elsewhere? Then name its place, model.{name}=FOLDER; a relative path starts "

@@ -1,5 +1,6 @@
 """What the card of a merged model says, and what it must not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,11 @@ def test_cards_of_another_make_and_repositories_say_nothing(base, adapter, tmp_p
     text = (tmp_path / "of_known_base" / "README.md").read_text()
     assert "Of the adapter: not stated.\n\nThe base model, before that: Reports." in text
     assert read_adapter_card("org/adapter") == {} == read_adapter_card(str(Path(tmp_path) / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["runs/gone", "runs/of/three", "gone"])
+def test_a_base_that_is_gone_is_named_whatever_its_name_looks_like(name, adapter, tmp_path):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+    with pytest.raises(FileNotFoundError, match=f"its base model '{name}' is not there. Put it back"):
+        merge_adapter(adapter, tmp_path / "merged")
