@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -80,7 +81,7 @@ class DataRecipe:
         root (`str`):
             Folder in the layout of M3D, with `M3D_Cap_npy` and `M3D-VQA`, or a manifest file of one's own.
         tasks (`list[str]`):
-            Of "report", "closed_vqa", "open_vqa", "yes_no_vqa".
+            Of "report", "closed_vqa", "open_vqa", "yes_no_vqa"; what is named twice is learnt from twice as often.
         volumes (`str`, *optional*, defaults to `"scans"`):
             `"scans"` go through the image processor; `"prepared"` ones, as `med3dvlm prepare m3d-cap` writes them, are in
             [0, 1], cropped and of the model's size already.
@@ -256,11 +257,20 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ValueError: a value cannot be, or two contradict each other.
     """
+    _check_choice("stage", recipe.stage, STAGES)
+    for part in recipe.trained:
+        _check_choice("trained", part, PARTS)
+    _check_data(recipe)
+    _check_model(recipe)
+    _check_stage(recipe)
+    _check_training(recipe.training)
+
+
+def _check_data(recipe: Recipe) -> None:
     # Here, so that a mistyped recipe is refused without importing torch first.
     from .data.augmentation import AUGMENTATIONS
     from .data.samples import TASKS
 
-    _check_choice("stage", recipe.stage, STAGES)
     _check_choice("data.volumes", recipe.data.volumes, ("scans", "prepared"))
     _check_choice("data.augmentation", recipe.data.augmentation, AUGMENTATIONS)
     _check_choice("data.identical_reports", recipe.data.identical_reports, ("distinct", "match"))
@@ -276,6 +286,17 @@ def check_recipe(recipe: Recipe) -> None:
             "`data.similar_reports` needs `data.identical_reports: match`: what is similar to one volume's report may be the "
             "very report of another volume in the batch."
         )
+    if recipe.data.questions_per_volume < 1:
+        raise ValueError(f"`data.questions_per_volume` must be 1 or more, got {recipe.data.questions_per_volume}.")
+    for task in recipe.data.tasks:
+        _check_choice("data.tasks", task, TASKS)
+    if not recipe.data.root:
+        raise ValueError("`data.root` is empty: give the folder of the study set or the manifest, data.root=FOLDER.")
+    if not recipe.data.tasks:
+        raise ValueError("`data.tasks` is empty: name what to learn, such as [report].")
+
+
+def _check_model(recipe: Recipe) -> None:
     if not isinstance(recipe.model.vision, (str, dict)) or recipe.model.vision == "":
         raise ValueError(
             f"`model.vision` must be the name of a published volume encoder or the fields of a configuration, got "
@@ -286,18 +307,6 @@ def check_recipe(recipe: Recipe) -> None:
             f"`model.vision` {recipe.model.vision!r} is for a new dual encoder, in the stage 'contrastive' without "
             "`model.start_from`: leave one of them out, `model.vision={}` or `model.start_from=null`."
         )
-    if recipe.data.questions_per_volume < 1:
-        raise ValueError(f"`data.questions_per_volume` must be 1 or more, got {recipe.data.questions_per_volume}.")
-    for task in recipe.data.tasks:
-        _check_choice("data.tasks", task, TASKS)
-    for part in recipe.trained:
-        _check_choice("trained", part, PARTS)
-    if not recipe.data.root:
-        raise ValueError("`data.root` is empty: give the folder of the study set or the manifest, data.root=FOLDER.")
-    if not recipe.data.tasks:
-        raise ValueError("`data.tasks` is empty: name what to learn, such as [report].")
-    if not recipe.training.get("output_dir"):
-        raise ValueError("`training.output_dir` is empty: say where the run is kept, training.output_dir=FOLDER.")
     if recipe.text_learning_rate is not None:
         if recipe.stage != "contrastive":
             raise ValueError(
@@ -305,6 +314,9 @@ def check_recipe(recipe: Recipe) -> None:
             )
         if recipe.text_learning_rate < 0:
             raise ValueError(f"`text_learning_rate` must not be negative, got {recipe.text_learning_rate}.")
+
+
+def _check_stage(recipe: Recipe) -> None:
     if recipe.stage == "language":
         if not recipe.model.language_model:
             raise ValueError(
@@ -337,13 +349,18 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(
                 "`lora` and 'language_model' in `trained` exclude each other: adapters replace its training."
             )
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    if not training.get("output_dir"):
+        raise ValueError("`training.output_dir` is empty: say where the run is kept, training.output_dir=FOLDER.")
     training_fields = _training_fields()
-    for name in recipe.training:
+    for name in training:
         if name not in training_fields:
             near = difflib.get_close_matches(str(name), training_fields, n=1)
             hint = f" Did you mean `training.{near[0]}`?" if near else ""
             raise ValueError(f"`training.{name}` is no field of transformers.TrainingArguments.{hint}")
-    strategy = recipe.training.get("train_sampling_strategy", SAMPLING_STRATEGIES[0])
+    strategy = training.get("train_sampling_strategy", SAMPLING_STRATEGIES[0])
     _check_choice("training.train_sampling_strategy", strategy, SAMPLING_STRATEGIES)
 
 

@@ -398,15 +398,17 @@ def read_samples(data: DataRecipe, split: Split, left_out: list[dict[str, str]] 
     """
     root = Path(data.root).expanduser()
     manifest = find_manifest(root)
+    # What is named twice is learnt from twice as often, and not validated twice.
+    wanted = data.tasks if split == "train" else dict.fromkeys(data.tasks)
     empty: list[dict[str, str]] = []
     options: dict[str, Any] = {"check_files": not data.skip_broken, "skip_empty": data.skip_broken, "left_out": empty}
     if manifest is not None:
         samples = read_manifest(manifest, split, **options)
         tasks = samples["task"][:]
-        parts = [samples.select([row for row, name in enumerate(tasks) if name == task]) for task in data.tasks]
+        parts = [samples.select([row for row, name in enumerate(tasks) if name == task]) for task in wanted]
     else:
         parts = []
-        for task in data.tasks:
+        for task in wanted:
             if task == "yes_no_vqa" and split == "validation" and not (root / "M3D-VQA/M3D_VQA_yn_val.csv").exists():
                 continue  # M3D publishes yes/no questions for training only
             is_report = task == "report"

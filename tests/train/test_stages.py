@@ -635,6 +635,14 @@ def test_training_samples_are_drawn_from_all_and_the_same_each_time(manifest):
     assert all_rows[0] == all_rows[1]
 
 
+def test_a_task_named_twice_is_learnt_from_twice_and_validated_once(manifest):
+    data = DataRecipe(root=str(manifest), tasks=["report", "closed_vqa", "closed_vqa"])
+    for split, times in {"train": 2, "validation": 1}.items():
+        once = read_samples(dataclasses.replace(data, tasks=["closed_vqa"]), split)
+        twice = read_samples(data, split)
+        assert len(once) and list(twice["task"]).count("closed_vqa") == times * len(once)
+
+
 @pytest.mark.parametrize("rows", ["", "a.nii.gz,,Where?,Left.,validation\n"])
 def test_data_without_validation_cases_say_how_to_train_without_them(rows, tmp_path):
     (tmp_path / "a.nii.gz").touch()
