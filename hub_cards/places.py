@@ -4,17 +4,25 @@ import re
 from pathlib import Path
 
 
+NAME_PATTERN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def has_form_of_owned_repository(name: str) -> bool:
+    """Whether a name is of the form `org/name`, whatever is here: `../name` is none."""
+    return "/" in name and NAME_PATTERN.fullmatch(name) is not None
+
+
 def is_repository(name: str) -> bool:
     """
     Whether a name is one that a repository of the Hub can have, and not that of a file or folder here. The name of a folder
     that is not there, such as `runs/finetune`, may be one too: only the Hub knows better.
     """
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
+    return NAME_PATTERN.fullmatch(name) is not None and not Path(name).exists()
 
 
 def is_owned_repository(name: str) -> bool:
     """The same for `org/name`, the form that all repositories have but the oldest."""
-    return "/" in name and is_repository(name)
+    return has_form_of_owned_repository(name) and is_repository(name)
 
 
-__all__ = ["is_owned_repository", "is_repository"]
+__all__ = ["has_form_of_owned_repository", "is_owned_repository", "is_repository"]

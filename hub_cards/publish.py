@@ -34,7 +34,7 @@ from .model_card import (
     stated_fields,
 )
 from .model_index import CARD_NAME, MODEL_INDEX, carry_over
-from .places import is_repository
+from .places import has_form_of_owned_repository, is_repository
 
 
 logger = logging.get_logger(__name__)
@@ -136,7 +136,7 @@ def publish(
             "A model on the Hub needs a licence: pass `license`, the identifier that the Hub uses, and mind the licences of "
             "the language model and of the training data."
         )
-    if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(destination)):
+    if push_to_hub and not has_form_of_owned_repository(str(destination)):
         raise ValueError(
             f"Expected the name of a repository on the Hub with its owner, such as org/med3dvlm, got {str(destination)!r}."
         )

@@ -8,7 +8,6 @@ shapes that must come out. The names are in `original_layout`, what a source is 
 import json
 import math
 import os
-import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
 from ..configuration.configuration_vit3d import Vit3DConfig
 from ..hub_cards.files import write_json_atomically
 from ..hub_cards.model_card import CardFields, create_model_card
+from ..hub_cards.places import has_form_of_owned_repository
 from ..hub_cards.publish import (
     CONVERSION_NAME,
     check_destination,
@@ -147,7 +147,7 @@ def convert(
         if len(shards) > 1:
             write_index(folder, plan.expected, weight_map, opened)
         base_model = opened.config.get("language_model_name_or_path") or opened.config.get("_name_or_path") or ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        if has_form_of_owned_repository(base_model):
             card_fields.setdefault("base_model", base_model)
         write_companion_files(folder, plan, record, card_fields)
         write_json_atomically(record, folder / CONVERSION_NAME)

@@ -48,7 +48,7 @@ from .data.dataset import (
 )
 from .data.m3d import read_m3d_cap, read_m3d_vqa
 from .data.manifest import SPLIT_HINTS, find_manifest, read_manifest
-from .data.preparation_record import PREPARED, read_preparation_record
+from .data.preparation_record import PREPARED, is_of_slices, read_preparation_record
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
@@ -74,6 +74,9 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
+
+# Volumes of a study whose records say for all of them what they were made of.
+NUM_LOOKED_AT = 5
 
 PUBLISHED, SUMMARY, RECIPE, SKIPPED = "published", "summary.json", "recipe.yaml", "skipped.jsonl"
 # What may differ between a run and its continuation, because no weight depends on it.
@@ -508,11 +511,10 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
             f" {recipe.description}" if recipe.description else ""
         )
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
-        if recipe.data.volumes == "prepared" and recipe.stage != "language":
-            record = read_preparation_record(trainer.train_dataset.samples["image"][0])  # type: ignore[union-attr]
-            # By the original's preparation, which takes nothing but slices, or by ours of slices.
-            if record is None or "source_entries" in record["source"]:
-                training_data = f"{training_data} {OF_PICTURES}"
+        samples = trainer.train_dataset.samples  # type: ignore[union-attr]
+        has_prepared = recipe.data.volumes == "prepared" and recipe.stage != "language"
+        if has_prepared and are_of_pictures(recipe.data.root, samples["image"]):
+            training_data = f"{training_data} {OF_PICTURES}"
         with made_whole(trainer.args):  # this process is alone here, and loads what was saved to check it
             if recipe.stage == "language":  # a plain model of transformers, for the next stage
                 publish_language_model(whole, published, processor.tokenizer)
@@ -530,6 +532,16 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
         shutil.rmtree(whole)
     trainer.accelerator.wait_for_everyone()
     return published
+
+
+def are_of_pictures(root: str, images: Iterable[str]) -> bool:
+    """
+    Whether the prepared volumes of a study were stacks of 8-bit pictures, by the first few: by their records, or, in the layout
+    of M3D, without one, as the original's preparation leaves them, which takes nothing but slices.
+    """
+    is_m3d = find_manifest(Path(root).expanduser()) is None
+    records = map(read_preparation_record, list(dict.fromkeys(images))[:NUM_LOOKED_AT])
+    return all(is_m3d if record is None else is_of_slices(record) for record in records)
 
 
 def publish_language_model(whole: Path, published: Path, tokenizer: Any) -> None:

@@ -462,6 +462,12 @@ def test_a_repository_is_named_with_its_owner(encoder):
         publish(encoder.model, "name", processor=encoder.processor, push_to_hub=True, license="mit")
 
 
+def test_a_path_is_no_repository_and_no_model_is_loaded_for_it(published, monkeypatch):
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"with its owner, such as org/med3dvlm, got '\.\./x'"):
+        publish(published["vlm"], "../x", push_to_hub=True, license="mit")
+
+
 @pytest.mark.parametrize(
     "hub, options, error, message",
     [

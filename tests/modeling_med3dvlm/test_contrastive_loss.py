@@ -179,7 +179,13 @@ def compute_on_a_share(rank, batch_sizes, unpaired_sizes, settings, result):
 
 @pytest.mark.parametrize(
     ("batch_sizes", "unpaired_sizes"),
-    [((5,), (0,)), ((4, 4), (0, 0)), ((5, 2), (0, 0)), ((2, 3, 1), (0, 0, 0)), ((2, 2), (1, 3))],
+    [
+        ((5,), (0,)),
+        pytest.param((4, 4), (0, 0), marks=pytest.mark.slow),
+        pytest.param((5, 2), (0, 0), marks=pytest.mark.slow),
+        ((2, 3, 1), (0, 0, 0)),
+        ((2, 2), (1, 3)),
+    ],
     ids=str,
 )
 def test_many_processes_give_the_loss_and_gradients_of_one(batch_sizes, unpaired_sizes, tmp_path):

@@ -399,6 +399,15 @@ def test_provenance_and_prompt_are_on_the_card(vlm_source, converted_vlm):
     assert len({path.stat().st_mode for path in converted_vlm.iterdir() if path.is_file()}) == 1
 
 
+@pytest.mark.parametrize("name, is_repository", [("org/base", True), ("../base", False)])
+def test_a_path_that_the_original_was_loaded_from_is_no_base_model(name, is_repository, vlm_source, tmp_path):
+    source = shutil.copytree(vlm_source, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": name}))
+    convert(source, tmp_path / "ours")
+    assert ("base_model:" in (tmp_path / "ours/README.md").read_text()) is is_repository
+
+
 def test_a_converted_model_can_be_published_again(converted_vlm, tmp_path):
     publish(str(converted_vlm), tmp_path / "again")
     processor = Med3DVLMProcessor.from_pretrained(tmp_path / "again")

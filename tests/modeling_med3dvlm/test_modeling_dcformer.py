@@ -212,7 +212,7 @@ def normalise_on_a_share(rank, batch_sizes, result):
     torch.save(outcomes, f"{result}{rank}")
 
 
-@pytest.mark.parametrize("batch_sizes", [(2, 1), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("batch_sizes", [pytest.param((2, 1), marks=pytest.mark.slow), (1, 3, 2)], ids=str)
 def test_synchronised_statistics_are_those_of_one_process_with_all_batches(batch_sizes, tmp_path):
     run_processes(normalise_on_a_share, len(batch_sizes), tmp_path, batch_sizes, tmp_path / "result")
     results = [torch.load(tmp_path / f"result{rank}") for rank in range(len(batch_sizes))]

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import pytest
 import torch
+from m3d_layout import write_volume
 from omegaconf import OmegaConf
 from processes import run_processes
 from safetensors.torch import load_file
@@ -29,11 +31,13 @@ from med3dvlm.train.checkpoints import only_run_in
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.augmentation import AUGMENTATIONS
 from med3dvlm.train.data.manifest import write_example_manifest
+from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
 from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.recipe import DataRecipe, Recipe, load_recipe, save_recipe
 from med3dvlm.train.stages import (
+    are_of_pictures,
     build_trainer,
     build_training_arguments,
     check_attention,
@@ -771,3 +775,24 @@ def test_a_model_in_bfloat16_validates_and_answers_under_deepspeed(sharding, man
     assert {tensor.dtype for tensor in tensors(published, "adapter_model.safetensors").values()} == {torch.float32}
     assert len(losses(tmp_path)) == 2 and all(math.isfinite(loss) for loss in losses(tmp_path))
     assert len((tmp_path / "answers" / "step-00000002.jsonl").read_text().splitlines()) == 1
+
+
+def test_prepared_volumes_are_told_from_stacks_of_pictures_by_all_that_are_looked_at(tmp_path):
+    """Without a record, only those in the layout of M3D are taken for the original's; a group's own CT are not."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/manifest.csv").write_text("image,report\n")
+
+    def make(number, **source):
+        path = write_volume(tmp_path / f"{number}.nii.gz")
+        if source:
+            image, content = nibabel.load(path), json.dumps({"made_by": MADE_BY, "source": source}).encode()
+            image.header.extensions.append(nibabel.nifti1.Nifti1Extension(COMMENT, content))
+            nibabel.save(nibabel.Nifti1Image(image.get_fdata(), image.affine, image.header), path)
+        return str(path)
+
+    foreign, slices, scan = make(0), make(1, source_entries="x"), make(2, source_size="3")
+    own, m3d = str(tmp_path / "own"), str(tmp_path)
+    assert are_of_pictures(m3d, [foreign]) and not are_of_pictures(own, [foreign])
+    assert not are_of_pictures(str(tmp_path / "own/manifest.csv"), [foreign])
+    assert are_of_pictures(own, [slices]) and not are_of_pictures(m3d, [scan])
+    assert not are_of_pictures(m3d, [slices, slices, scan]) and are_of_pictures(m3d, [foreign, slices])

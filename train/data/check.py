@@ -564,7 +564,7 @@ def _stack_slices(image: str, facts: _VolumeFacts) -> np.ndarray:
     stack, dropped = read_slices(folder)
     damaged = damaged_slices(dropped)
     others = [entry for entry in dropped if entry not in damaged]
-    repeated = repeated_numbers(folder)
+    repeated = repeated_numbers(folder, dropped)
     if damaged:
         facts.problems.append(("error", "damaged_slices", describe_damaged(len(stack), damaged)))
     if others:

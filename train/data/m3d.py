@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
@@ -50,7 +50,13 @@ NUM_NAMED = 5
 # Characters that a cell of a CSV file may have. Python's own limit, 131072, is less than some reports with their history.
 MAX_CELL = 2**27
 # The end of a message on files that are missing.
-SKIP_HINT = "Bring them there; to train without them, set data.skip_broken=true in the recipe."
+SKIP_HINT = (
+    "Bring them there; to train without them, set data.skip_broken=true in the recipe, and to evaluate without them, give "
+    "--skip-broken."
+)
+# What to do with samples that lack a text: raise, leave them out, or keep them in their places, so that the others keep their
+# numbers, for the caller to leave out (see `missing_text`).
+SkipEmpty = bool | Literal["keep"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,7 +68,7 @@ def read_m3d_cap(
     *,
     streaming: bool = False,
     check_files: bool = True,
-    skip_empty: bool = False,
+    skip_empty: SkipEmpty = False,
     left_out: list[dict[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
@@ -81,8 +87,9 @@ def read_m3d_cap(
             Return an `IterableDataset` of up to 64 shards instead.
         check_files (`bool`, *optional*, defaults to `True`):
             Look whether every volume exists. Leave it out where that takes long and was done before.
-        skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave samples with an empty report, or none, out and name them in a warning, instead of raising.
+        skip_empty (`bool` or `"keep"`, *optional*, defaults to `False`):
+            Leave samples with an empty report, or none, out and name them in a warning, instead of raising. `"keep"` leaves
+            them in their places, see [`missing_text`].
         left_out (`list`, *optional*):
             With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
@@ -109,13 +116,13 @@ def read_m3d_cap(
     root, index = Path(root), Path(root) / CAP_INDEX
     entries = read_cap_index(index, split)
     table = SampleTable(index, skip_empty, left_out)
-    texts = read_texts([str(root / text) for _, text in entries], index, may_be_missing=skip_empty)
+    texts = read_texts([str(root / text) for _, text in entries], index, may_be_missing=bool(skip_empty))
     for row, ((image, _), text) in enumerate(zip(entries, texts)):
         where, path = f'"{split}"[{row}]', resolve_image(root, image)
-        if text is None:
+        if text is None and skip_empty != "keep":
             table.leave_out(where, "report", "there is no such file")
         else:
-            table.add(where, image=path, case=case_of(image), task="report", answer=text)
+            table.add(where, image=path, case=case_of(image), task="report", answer=text or "")
     return table.build(streaming=streaming, check_files=check_files)
 
 
@@ -126,7 +133,7 @@ def read_m3d_vqa(
     *,
     streaming: bool = False,
     check_files: bool = True,
-    skip_empty: bool = False,
+    skip_empty: SkipEmpty = False,
     left_out: list[dict[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
@@ -147,8 +154,9 @@ def read_m3d_vqa(
             Return an `IterableDataset` of up to 64 shards instead.
         check_files (`bool`, *optional*, defaults to `True`):
             Look whether every volume exists.
-        skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave samples with an empty question, answer or choice out and name them in a warning, instead of raising.
+        skip_empty (`bool` or `"keep"`, *optional*, defaults to `False`):
+            Leave samples with an empty question, answer or choice out and name them in a warning, instead of raising. `"keep"`
+            leaves them in their places, see [`missing_text`].
         left_out (`list`, *optional*):
             With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
@@ -193,8 +201,8 @@ def read_m3d_cap_raw(
         streaming (`bool`, *optional*, defaults to `False`):
             Return an `IterableDataset` of up to 64 shards instead.
         skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave cases with an empty report, without a report that can be read or without a series out and name them in a
-            warning, instead of raising.
+            Leave cases with an empty report, without a report that can be read, with two texts that could be it or without
+            a series out and name them in a warning, instead of raising.
 
     Returns:
         `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, sorted by path. `image` is the folder or the file of a
@@ -203,9 +211,10 @@ def read_m3d_cap_raw(
 
     Raises:
         FileNotFoundError: there is no folder `source`.
-        ValueError: it holds no case, a case has no report or no series, or a report is empty or cannot be read.
+        ValueError: it holds no case, a case has no report or no series, a report is empty or cannot be read, or two texts
+            could be the report.
     """
-    from .slices import find_cases, find_series, folders_without_series, read_report
+    from .slices import describe_rival_texts, find_cases, find_series, folders_without_series, read_report
 
     source = Path(source)
     if not source.is_dir():
@@ -215,6 +224,10 @@ def read_m3d_cap_raw(
     broken: dict[str, str] = {}
     unused: list[str] = []
     for case in cases:
+        rivals = describe_rival_texts(source, case)
+        if rivals:
+            broken[case] = rivals
+            continue
         try:
             report = read_report(source / case)
         except FileNotFoundError:
@@ -264,13 +277,13 @@ class SampleTable:
     Args:
         source (`Path`):
             File or folder that messages name.
-        skip_empty (`bool`):
-            Whether samples without a question, an answer or one of their choices are left out, or raise.
+        skip_empty (`bool` or `"keep"`):
+            Whether samples without a question, an answer or one of their choices are left out, or raise, or are kept.
         left_out (`list`, *optional*):
             Gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample that is left out.
     """
 
-    def __init__(self, source: Path, skip_empty: bool = False, left_out: list[dict[str, str]] | None = None):
+    def __init__(self, source: Path, skip_empty: SkipEmpty = False, left_out: list[dict[str, str]] | None = None):
         self.source, self.skip_empty = source, skip_empty
         self.columns: dict[str, list[Any]] = {name: [] for name in SAMPLE_FEATURES}
         self.empty: list[str] = []
@@ -291,11 +304,9 @@ class SampleTable:
     ) -> None:
         """Adds a sample, or notes that it is empty. `where` tells the place in the source."""
         question, answer = question.strip(), answer.strip()
-        if not answer or (task != "report" and not question):
-            self.leave_out(where, "question" if answer else "report" if task == "report" else "answer", "empty text")
-            return
-        if task == "closed_vqa" and not all(choices):
-            self.leave_out(where, "choices", "empty text")
+        lacking = missing_text({"task": task, "question": question, "answer": answer, "choices": choices})
+        if lacking is not None and self.skip_empty != "keep":
+            self.leave_out(where, lacking, "empty text")
             return
         sample = (image, case, task, question, list(choices), answer, answer_choice, question_type)
         for column, value in zip(self.columns.values(), sample):
@@ -317,7 +328,8 @@ class SampleTable:
             if not self.skip_empty:
                 raise ValueError(
                     f"{message} A sample without a text would train on nothing: fill them in, or take them out; in Python, "
-                    "`skip_empty=True` leaves them out, in a recipe data.skip_broken=true, which also lists them."
+                    "`skip_empty=True` leaves them out, in a recipe data.skip_broken=true and in an evaluation --skip-broken, "
+                    "which also list them."
                 )
             logger.warning(f"{message} They are left out.")
         if not self.columns["image"]:
@@ -327,6 +339,16 @@ class SampleTable:
         # As `Dataset.from_dict`, which looks at every text on its own and takes several times as long.
         dataset = Dataset(pa.Table.from_pydict(self.columns, schema=SAMPLE_FEATURES.arrow_schema))
         return dataset.to_iterable_dataset(num_shards=min(NUM_SHARDS, len(dataset))) if streaming else dataset
+
+
+def missing_text(sample: Mapping[str, Any]) -> str | None:
+    """What a sample lacks, "report", "question", "answer" or "choices", by a row of `SAMPLE_FEATURES`; None if nothing."""
+    is_report = sample["task"] == "report"
+    if not sample["answer"]:
+        return "report" if is_report else "answer"
+    if not is_report and not sample["question"]:
+        return "question"
+    return "choices" if sample["task"] == "closed_vqa" and not all(sample["choices"]) else None
 
 
 def resolve_image(root: Path, image: str) -> str:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .m3d import (
     SKIP_HINT,
     SampleTable,
+    SkipEmpty,
     check_split,
     choice_letter,
     hint_at_backslashes,
@@ -90,7 +91,7 @@ def read_manifest(
     *,
     streaming: bool = False,
     check_files: bool = True,
-    skip_empty: bool = False,
+    skip_empty: SkipEmpty = False,
     left_out: list[dict[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     r"""
@@ -122,8 +123,9 @@ def read_manifest(
             Return an `IterableDataset` of up to 64 shards instead.
         check_files (`bool`, *optional*, defaults to `True`):
             Look whether every scan exists.
-        skip_empty (`bool`, *optional*, defaults to `False`):
-            Leave rows without a report or a complete question out, with a warning, instead of raising.
+        skip_empty (`bool` or `"keep"`, *optional*, defaults to `False`):
+            Leave rows without a report or a complete question out, with a warning, instead of raising. `"keep"` leaves them in
+            their places, see [`~train.data.m3d.missing_text`].
         left_out (`list`, *optional*):
             With `skip_empty`: gets a row `{"source": ..., "row": ..., "column": ..., "reason": ...}` for each sample left out.
 
@@ -150,7 +152,7 @@ def read_manifest(
     table = SampleTable(path, skip_empty, left_out)
     rows_of_images: dict[str, int] = {}
     splits: dict[int, str] = {}
-    for row in read_manifest_rows(path):
+    for row in read_manifest_rows(path, may_lack_choices=bool(skip_empty)):
         splits[row.number] = row.split
         if split is not None and row.split != split:
             continue
@@ -196,16 +198,17 @@ def find_manifest(root: Path) -> Path | None:
     return next((path for path in (root, *(root / name for name in MANIFEST_NAMES)) if path.is_file()), None)
 
 
-def read_manifest_rows(path: Path) -> Iterator[ManifestRow]:
+def read_manifest_rows(path: Path, may_lack_choices: bool = False) -> Iterator[ManifestRow]:
     """
-    Reads a manifest row by row, see [`read_manifest`]. Scans are not looked for, and empty samples are passed on.
+    Reads a manifest row by row, see [`read_manifest`]. Scans are not looked for, and empty samples are passed on; those
+    that lack some of their four choices only if they `may_lack_choices`, else they raise.
 
     Raises:
         FileNotFoundError: there is no such manifest.
         ValueError: it has the wrong form.
     """
     for number, cells in read_manifest_cells(path):
-        yield parse_manifest_row(path, number, cells)
+        yield parse_manifest_row(path, number, cells, may_lack_choices)
 
 
 def read_manifest_cells(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -250,7 +253,7 @@ def _check_columns(where: str, names: Collection[str]) -> None:
         raise ValueError(f"{where}: expected 'choices' or 'choice_a' to 'choice_d', got both. Keep one of them.")
 
 
-def parse_manifest_row(path: Path, number: int, cells: dict[str, Any]) -> ManifestRow:
+def parse_manifest_row(path: Path, number: int, cells: dict[str, Any], may_lack_choices: bool = False) -> ManifestRow:
     """
     Makes samples of a row's cells.
 
@@ -261,6 +264,8 @@ def parse_manifest_row(path: Path, number: int, cells: dict[str, Any]) -> Manife
             Of the row.
         cells (`dict`):
             As [`read_manifest_cells`] gives them.
+        may_lack_choices (`bool`, *optional*, defaults to `False`):
+            Whether a question with some of its four choices empty is passed on, its answer as it stands, or raises.
 
     Returns:
         [`ManifestRow`].
@@ -276,7 +281,7 @@ def parse_manifest_row(path: Path, number: int, cells: dict[str, Any]) -> Manife
     if split and split not in SPLIT_NAMES:
         raise ValueError(f"{where}: expected a split out of {', '.join(SPLIT_NAMES)} or none, got another word.")
     samples = []
-    question = _question_sample(texts, _choices(cells, texts, where), where)
+    question = _question_sample(texts, _choices(cells, texts, where, may_lack_choices), where)
     if texts["report"] or question is None:
         samples.append({"task": "report", "answer": texts["report"]})
     if question is not None:
@@ -298,8 +303,8 @@ def _plain(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def _choices(cells: dict[str, Any], texts: dict[str, str], where: str) -> list[str]:
-    """The four choices of a row, or none."""
+def _choices(cells: dict[str, Any], texts: dict[str, str], where: str, may_lack_some: bool) -> list[str]:
+    """The four choices of a row, or none; some of the four may be empty if the row `may_lack_some`."""
     value = cells.get("choices", "")
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -314,8 +319,13 @@ def _choices(cells: dict[str, Any], texts: dict[str, str], where: str) -> list[s
     if not any(choices):
         return []
     count = sum(map(bool, choices))
-    if len(choices) != len(CHOICE_LETTERS) or count < len(choices):
-        raise ValueError(f"{where}: expected four choices, A to D, got {count}. An open question has none.")
+    are_four = len(choices) == len(CHOICE_LETTERS)
+    if not are_four or (count < len(choices) and not may_lack_some):
+        remedy = (
+            "To do without such rows, set data.skip_broken=true in a recipe, or give --skip-broken to an evaluation."
+        )
+        hint = f" {remedy}" if are_four else ""
+        raise ValueError(f"{where}: expected four choices, A to D, got {count}. An open question has none.{hint}")
     return choices
 
 
@@ -325,7 +335,10 @@ def _question_sample(texts: dict[str, str], choices: list[str], where: str) -> d
     if not (texts["question"] or answer or choices or texts["answer_choice"]):
         return None
     letter = ""
-    if choices:
+    if choices and not all(choices):
+        # Left out by whoever reads it, for its choices: the right one may be the one that is missing.
+        answer = answer or texts["answer_choice"]
+    elif choices:
         letter, answer = _right_choice(texts, choices, where)
     elif texts["answer_choice"]:
         raise ValueError(f"{where}: has an 'answer_choice' and no choices. Fill in 'choices', or leave it empty.")

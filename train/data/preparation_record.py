@@ -53,6 +53,31 @@ def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def states_directions(path: str | Path, prepared: bool = False) -> bool:
+    """
+    Whether it is known of a volume where the patient's right and left are, so that a side may be named. Slices do not state it,
+    and the affine of a volume that was prepared from slices only counts their pixels.
+
+    Args:
+        path (`str` or `Path`):
+            The volume, a NIfTI file or a folder of slices.
+        prepared (`bool`, *optional*, defaults to `False`):
+            Whether volumes are prepared: then those without a record count as made of slices, as the original makes all of its.
+
+    Returns:
+        `bool`.
+    """
+    if Path(path).is_dir():
+        return False
+    record = read_preparation_record(path)
+    return not prepared if record is None else not is_of_slices(record)
+
+
+def is_of_slices(record: Mapping[str, Any]) -> bool:
+    """Whether a prepared volume was made of slices, by its record."""
+    return "source_entries" in record.get("source", {})
+
+
 def check_not_prepared(path: str, options: Mapping[str, Any]) -> None:
     """
     Refuses to bring a prepared volume through the image processor as if it were a scan: cropped and scaled a second time, it
@@ -76,4 +101,12 @@ def check_not_prepared(path: str, options: Mapping[str, Any]) -> None:
         )
 
 
-__all__ = ["COMMENT", "MADE_BY", "PREPARED", "check_not_prepared", "read_preparation_record"]
+__all__ = [
+    "COMMENT",
+    "MADE_BY",
+    "PREPARED",
+    "check_not_prepared",
+    "is_of_slices",
+    "read_preparation_record",
+    "states_directions",
+]

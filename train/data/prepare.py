@@ -19,6 +19,7 @@ What is written, and what it means:
 """
 
 import csv
+import errno
 import gzip
 import hashlib
 import io
@@ -54,6 +55,7 @@ from .slices import (
     SLICE_ENDINGS,
     DroppedSlice,
     describe_repeated,
+    describe_rival_texts,
     find_cases,
     find_report,
     find_series,
@@ -79,6 +81,16 @@ DEFAULT_HU_RANGE = (-1000.0, 1000.0)
 # Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
 STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 SCANNER, ALIGNED = 1, 2  # NIfTI's codes for what an affine leads to
+# Errors of writing that meet every case, and what to do. Others, as of a name that a disk cannot hold, are of one case.
+_MAKE_ROOM, _ALLOW = "Free some space, or choose another folder", "Choose a folder that may be written to, or allow it"
+REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EROFS: _ALLOW,
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EIO: "Look after the disk, or choose another folder",
+}
 
 
 @dataclass(frozen=True)
@@ -269,7 +281,8 @@ def prepare_m3d_cap(
         ValueError: an option has a value that cannot be, `source` holds no case, or `destination` lies within it.
         BlockingIOError: another call is working on `destination`.
         FileExistsError: `destination` holds an index that preparation has not made, or has made with other `splits` or
-            another `seed`; or `splits` is the index that is about to be written.
+            another `seed`, or by an earlier version, which drew splits otherwise; or `splits` is the index that is about
+            to be written.
         CannotWriteError: a file cannot be written, for instance because the disk is full. Nothing more is tried.
 
     Example:
@@ -329,7 +342,7 @@ def prepare_m3d_cap(
         results = _prepare_cases(cases, settings, num_workers, progress)
         report = PreparationReport(str(source), str(destination), str(root), str(root / CAP_INDEX), len(cases))
         report.splits = chosen
-        report.dropped += _list_stray_texts(source, cases)
+        report.dropped += _list_stray_texts(source, cases, accept_jpg)
         for result in results:
             report.num_volumes += len(result.volumes)
             report.num_made += result.num_made
@@ -353,7 +366,8 @@ def _check_index_may_be_written(index: Path, destination: Path, splits: Any, cho
     """
     Raises:
         FileExistsError: there is an index that `splits` names, that no earlier call has made, or that one has made with other
-            splits than those now `chosen`. It may hold the only copy of official splits.
+            splits than those now `chosen`, or drawn as earlier versions did, which kept no note of it. It may hold the
+            only copy of official splits.
     """
     if not index.exists():
         return
@@ -363,13 +377,19 @@ def _check_index_may_be_written(index: Path, destination: Path, splits: Any, cho
             "not made now: move it elsewhere and pass it from there."
         )
     try:
-        earlier = json.loads((destination / f"{REPORT_NAME}.json").read_text(encoding="utf-8")).get("splits", chosen)
+        earlier = json.loads((destination / f"{REPORT_NAME}.json").read_text(encoding="utf-8")).get("splits")
     except FileNotFoundError as error:
         raise FileExistsError(
             f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, move it "
             "elsewhere and pass it from there as `splits` (--splits)."
         ) from error
-    if earlier != chosen:
+    if earlier is None and "seed" in chosen:
+        raise FileExistsError(
+            f"{index}: its splits are those of an earlier version, which drew them otherwise: volumes would move from one "
+            "split to another. Move it elsewhere and pass it from there as `splits` (--splits) to keep them, or delete it "
+            "to split anew."
+        )
+    if earlier is not None and earlier != chosen:
         ways = [
             f"the fractions {way['fractions']} and the seed {way['seed']}"
             if "seed" in way
@@ -432,10 +452,15 @@ def format_preparation_report(report: PreparationReport) -> str:
     rows["listed in"] = str(Path(report.destination) / f"{REPORT_NAME}.csv")
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
-    failed = [entry for entry in report.dropped if entry.is_failure]
-    shown = [f"{'/'.join(filter(None, (entry.case, entry.series, entry.name)))}: {entry.reason}" for entry in failed]
+    left_out: list[str] = []
+    damaged: list[str] = []
+    for entry in report.dropped:
+        if entry.is_failure:
+            place = "/".join(filter(None, (entry.case, entry.series, entry.name)))
+            (damaged if entry.level == "slice" else left_out).append(f"{place}: {entry.reason}")
     for title, entries in (
-        ("Cases and series that were left out, and damaged slices: copy these again, or delete them", shown),
+        ("Cases and series that were left out", left_out),
+        ("Volumes that lack damaged slices: copy these again, or delete them", damaged),
         ("Warnings", report.warnings),
     ):
         if entries:
@@ -452,7 +477,7 @@ def _prepare_cases(cases: list[str], settings: _Settings, num_workers: int, prog
     with tqdm(desc="cases", total=len(cases), unit="case", disable=not progress) as bar:
         for result in _run(cases, settings, num_workers):
             results[result.case] = result
-            num_failed += any(entry.level in ("case", "series") for entry in result.dropped)
+            num_failed += any(entry.is_failure for entry in result.dropped)
             bar.set_postfix(with_failures=num_failed, refresh=False)
             bar.update()
     return [results[case] for case in cases]
@@ -537,6 +562,10 @@ def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
     result = _CaseResult(case)
     folder, output = settings.source / case, settings.destination / case
     try:
+        rivals = describe_rival_texts(settings.source, case, settings.accept_jpg)
+        if rivals:
+            result.drop("case", rivals)
+            return result
         make_folder_or_stop(output)
         _remove_leftovers(output)
         _prepare_report(folder, output, result)
@@ -567,14 +596,22 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def _list_stray_texts(source: Path, cases: Sequence[str]) -> list[Dropped]:
-    """The texts in folders above the cases."""
+def _list_stray_texts(source: Path, cases: Sequence[str], accept_jpg: bool) -> list[Dropped]:
+    """The texts in folders above the cases, but for those that could be the report of one, which its failure names."""
     folders = {folder.as_posix() for case in cases for folder in PurePosixPath(case).parents if folder.name}
-    return [
-        Dropped("file", folder, "", path.name, "a text above cases, so the report of none: move it away")
+    strays = {
+        folder: names
         for folder in sorted(folders)
-        for path in visible_entries(source / folder)
-        if path.name.endswith(".txt")
+        if (names := [path.name for path in visible_entries(source / folder) if path.name.endswith(".txt")])
+    }
+    for case in cases:
+        above = PurePosixPath(case).parent.as_posix()
+        if above in strays and describe_rival_texts(source, case, accept_jpg):
+            del strays[above]
+    return [
+        Dropped("file", folder, "", name, "a text above cases, so the report of none: move it away")
+        for folder, names in strays.items()
+        for name in names
     ]
 
 
@@ -631,18 +668,21 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
     is_stack = path.is_dir()
     options: dict[str, Any] = {"intensity_mode": "minmax"} if is_stack else {}
     # Options that make no difference to this series have their defaults in the fingerprint, so that it is not made anew.
-    takes_jpg = settings.accept_jpg and is_stack and any(entry.name.endswith(".jpg") for entry in path.iterdir())
-    described = {**options, "accept_jpg": takes_jpg}
+    has_jpg = is_stack and any(entry.name.endswith(".jpg") for entry in path.iterdir())
+    described = {**options, "accept_jpg": settings.accept_jpg and has_jpg}
     if options.get("intensity_mode", settings.intensity_mode) not in ("auto", "window"):
         described["hu_range"] = list(DEFAULT_HU_RANGE)
     fingerprint = fingerprint_of(image_processor, "float32", described)
+    accepted = {fingerprint}
+    if not has_jpg:  # earlier versions had the option in the fingerprint of every series
+        accepted.add(fingerprint_of(image_processor, "float32", {**described, "accept_jpg": True}))
     state = describe_source(path)
     record = read_preparation_record(output / name)
     if record is None and is_readable_volume(output / name):
         raise FileExistsError(
             f"{output / name} exists, and preparation has not made it, so it is not replaced: move it away"
         )
-    if record is None or (record.get("settings"), record.get("source")) != (fingerprint, state):
+    if record is None or record.get("settings") not in accepted or record.get("source") != state:
         scan: Any = open_volume(path) if not is_stack else None
         is_orientation_known = not is_stack and scan.is_orientation_known
         dropped: list[DroppedSlice] = []
@@ -659,6 +699,7 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
             "source": state,
             "preprocessing_report": report,
             "dropped": dropped,
+            "repeated": repeated_numbers(path, dropped, settings.accept_jpg) if is_stack else [],
         }
         content = encode_prepared_volume(
             inputs["pixel_values"][0, 0], np.array(report["affine"]), not is_stack, is_orientation_known, record
@@ -666,9 +707,8 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
         write_or_stop(content, output / name)
         result.num_made += 1
     result.volumes.append(name)
-    repeated = repeated_numbers(path, settings.accept_jpg) if is_stack else []
-    if repeated:
-        result.warnings.append(f"{result.case}/{path.name}: {describe_repeated(repeated)}")
+    if record.get("repeated"):  # earlier versions kept no note of it
+        result.warnings.append(f"{result.case}/{path.name}: {describe_repeated(record['repeated'])}")
     result.drop_from_series(path.name, [(file, reason) for file, reason in record["dropped"]])
 
 
@@ -684,7 +724,9 @@ def is_readable_volume(path: Path) -> bool:
 def write_or_stop(content: bytes, path: Path) -> None:
     """
     Raises:
-        CannotWriteError: the file cannot be written. Unlike a fault of a case, this ends the preparation.
+        CannotWriteError: the file cannot be written, and no other either. Unlike a fault of a case, this ends the
+            preparation.
+        OSError: it alone cannot be written.
     """
     with _or_stop(path):
         write_atomically(content, path)
@@ -693,8 +735,8 @@ def write_or_stop(content: bytes, path: Path) -> None:
 def make_folder_or_stop(path: Path) -> None:
     """
     Raises:
-        CannotWriteError: the folder cannot be made.
-        FileExistsError, NotADirectoryError: a file stands in its place.
+        CannotWriteError: the folder cannot be made, and no other either.
+        OSError: it alone cannot be made, for instance because a file stands in its place.
     """
     with _or_stop(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -704,12 +746,12 @@ def make_folder_or_stop(path: Path) -> None:
 def _or_stop(path: Path) -> Iterator[None]:
     try:
         yield
-    except (FileExistsError, NotADirectoryError):
-        raise  # of this place alone; another case can be written
     except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise  # of this place alone; another case can be written
         raise CannotWriteError(
-            f"{path}: it cannot be written ({error.strerror}). Free some space, or choose another folder; the same call then "
-            "goes on."
+            f"{path}: it cannot be written ({error.strerror}). {remedy}; the same call then goes on."
         ) from error
 
 

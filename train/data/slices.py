@@ -47,7 +47,8 @@ def is_slice_folder(path: Path, accept_jpg: bool = False) -> bool:
 def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
     """
     The case folders below `source`, sorted, relative to it: folders with a text file, a NIfTI file or folders of slices; and
-    folders with no folder in them, in which nothing is found later. A text above whole cases makes no case of their folder.
+    folders with no folder in them, in which nothing is found later. A text above whole cases makes no case of their
+    folder; where it could be their report as well, [`describe_rival_texts`] says so.
     """
     cases: list[str] = []
     waiting = [path for path in reversed(visible_entries(source)) if path.is_dir()]
@@ -68,8 +69,40 @@ def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
     return cases
 
 
+def describe_rival_texts(source: Path, case: str, accept_jpg: bool = False) -> str:
+    """
+    What is wrong with a case whose report may be its own text or one in the folder above, and what to do.
+
+    With `P1/report.txt`, `P1/nifti/scan.nii.gz` and `P1/nifti/log.txt`, the case may be `P1`, or `P1/nifti` below a text
+    that is the report of none: [`find_cases`] finds `P1/nifti`, and which text describes the scan only its owner knows.
+    Folders of slices in the case leave no doubt, as they are no series of the folder above.
+
+    Args:
+        source (`Path`), case (`str`):
+            As [`find_cases`] has them.
+        accept_jpg (`bool`, *optional*, defaults to `False`):
+            Whether a folder with nothing but `.jpg` files holds slices too.
+
+    Returns:
+        `str`, without a full stop, which names the texts relative to `source`; empty where there is no doubt.
+    """
+    folder = source / case
+    own, above = _texts(folder), _texts(folder.parent) if folder.parent != source else []
+    if not own or not above:
+        return ""
+    entries = visible_entries(folder)
+    if not any(map(is_nifti_file, entries)) or any(is_slice_folder(path, accept_jpg) for path in entries):
+        return ""
+    names = [path.relative_to(source).as_posix() for path in (*above, *own)]
+    return f"{len(names)} texts could be the report of these scans: keep one of {', '.join(names)}"
+
+
+def _texts(folder: Path) -> list[Path]:
+    return [path for path in visible_entries(folder) if path.name.endswith(".txt") and path.is_file()]
+
+
 def _has_text(folder: Path) -> bool:
-    return any(path.name.endswith(".txt") for path in visible_entries(folder))
+    return bool(_texts(folder))
 
 
 def _is_above_cases(folder: Path, accept_jpg: bool) -> bool:
@@ -215,7 +248,7 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
         refuse_other_pictures(Path(path))
         return path, []
     stack, dropped = read_slices(path)
-    repeated = repeated_numbers(Path(path))
+    repeated = repeated_numbers(Path(path), dropped)
     if repeated:
         logger.warning(f"{path}: {describe_repeated(repeated)}.")
     damaged = damaged_slices(dropped)
@@ -226,11 +259,16 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
     return Volume(path, stack, stack.shape, stack.dtype), dropped  # so that messages name the folder
 
 
-def repeated_numbers(folder: Path, accept_jpg: bool = False) -> list[str]:
-    """Names of the slices of a series whose number another one has too, as 1.png and 1.jpeg: all are in the stack."""
+def repeated_numbers(folder: Path, dropped: Sequence[DroppedSlice] = (), accept_jpg: bool = False) -> list[str]:
+    """
+    Names of the slices of a series whose number another one has too, as 1.png and 1.jpeg: all are in the stack. What
+    [`read_slices`] has `dropped` is not.
+    """
     numbered, _ = _sort_by_number(folder, accept_jpg)
-    counts = Counter(int(path.stem) for path in numbered)
-    return [path.name for path in numbered if counts[int(path.stem)] > 1]
+    left_out = {name for name, _ in dropped}
+    stacked = [path for path in numbered if path.name not in left_out]
+    counts = Counter(int(path.stem) for path in stacked)
+    return [path.name for path in stacked if counts[int(path.stem)] > 1]
 
 
 def describe_repeated(names: Sequence[str]) -> str:
@@ -332,7 +370,7 @@ def find_report(case_folder: str | Path) -> Path:
         FileNotFoundError: there is none.
         ValueError: there are several.
     """
-    paths = [path for path in visible_entries(Path(case_folder)) if path.name.endswith(".txt") and path.is_file()]
+    paths = _texts(Path(case_folder))
     if not paths:
         raise FileNotFoundError(f"{case_folder}: there is no report. Expected one .txt file.")
     if len(paths) > 1:
@@ -421,6 +459,7 @@ __all__ = [
     "damaged_slices",
     "describe_damaged",
     "describe_repeated",
+    "describe_rival_texts",
     "extract_report",
     "find_cases",
     "find_report",

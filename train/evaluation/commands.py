@@ -126,8 +126,8 @@ SkipBrokenOption = Annotated[
     bool,
     typer.Option(
         "--skip-broken",
-        help="Leave samples out whose scan cannot be read, and list the scans in skipped.jsonl. All scans are read for it first, "
-        "once for a folder.",
+        help="Leave samples out whose scan is missing or cannot be read, or that lack a text, and list them in skipped.jsonl. All "
+        "scans are read for it first, once for a folder.",
     ),
 ]
 ProcessesOption = Annotated[
@@ -398,7 +398,7 @@ def evaluate_all_command(
             parts["retrieval"] = evaluate_retrieval(out / "retrieval", settings, encoder, system=name, work=work)
             texts.append(show(parts["retrieval"], out / "retrieval", published, None, False, None))
         asked: list[tuple[str, tuple[str, ...], int]] = [("report", ("report",), max_new_tokens)]
-        if questions := questions_of(data, split):
+        if questions := questions_of(data, split, skip_broken):
             asked.append(("vqa", questions, min(64, max_new_tokens)))
         else:
             typer.echo(f"{data} has no questions in the split {split!r}: there is no part vqa.", err=True)
@@ -632,6 +632,7 @@ def evaluate_dependence_command(
             batch_size=batch_size,
             seed=seed,
             show_progress=work.progress,
+            prepared=prepared,
         )
         text = format_dependence(rows)
         content = write_result(
@@ -711,6 +712,12 @@ def evaluate_references_command(
     ] = None,
     split: SplitOption = "test",
     cases: CasesOption = None,
+    skip_broken: Annotated[
+        bool,
+        typer.Option(
+            "--skip-broken", help="Leave samples out that lack a text, and do not look whether their scans are there."
+        ),
+    ] = False,
 ) -> None:
     """
     Write what is asked, with ids, for a system that this package does not run: it answers each line, and `--predictions`
@@ -723,12 +730,12 @@ def evaluate_references_command(
         from dataclasses import asdict
 
         from ..files import write_json_lines
-        from .predictions import build_references
-        from .runner import questions_of, read_samples
+        from .runner import questions_of, read_asked
+        from .settings import Work
 
-        asked = tuple(tasks.split(",")) if tasks else ("report", *questions_of(data, split))
+        asked = tuple(tasks.split(",")) if tasks else ("report", *questions_of(data, split, skip_broken))
         settings = make_settings(data, asked, split=split, num_cases=cases)
-        references = build_references(read_samples(settings)[0])
+        _, references, _, _ = read_asked(settings, Work(skip_broken=skip_broken))
         write_json_lines([asdict(reference) for reference in references], out)
         typer.echo(f"{out}: {len(references)} lines")
 
@@ -767,7 +774,7 @@ def answer_and_score(
     with step("importing"):
         from .runner import MetricOptions, evaluate_answers, questions_of
     hush_progress_bars()
-    asked = make_settings(data, tasks or questions_of(data, settings["split"]), **settings)
+    asked = make_settings(data, tasks or questions_of(data, settings["split"], work["skip_broken"]), **settings)
     options, done_by = MetricOptions(**metrics), make_work(**work)
     result = evaluate_answers(out, asked, source, predictions, blind_predictions, system, options, done_by)
     text = show(result, out, published, done_by, show_case_names, source)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...hub_cards.model_card import DIRECTIONS
 from ..data.dataset import VolumeLoader
-from ..data.slices import is_slice_folder
+from ..data.preparation_record import states_directions
 from ..files import write_atomically
 from .predictions import Reference
 from .scores import SampleScores, Score
@@ -118,6 +118,7 @@ def write_html_report(
     show_case_names: bool = False,
     slice_size: int = 160,
     orientation: str = "none",
+    prepared: bool = False,
 ) -> Path:
     """
     Writes one HTML file with styles and pictures inside: no script, no network.
@@ -152,7 +153,9 @@ def write_html_report(
             Height and width to which each slice is resized, in pixels.
         orientation (`str`, *optional*, defaults to `"none"`):
             The image processor's, such as `"LPS"`: the directions in which (width, height, depth) of the loaded volumes grow, for
-            the captions. With `"none"`, and of folders of slices, which do not state any, the captions name no direction.
+            the captions. With `"none"`, and of slices, which do not state any, the captions name no direction.
+        prepared (`bool`, *optional*, defaults to `False`):
+            Whether the volumes were prepared before, perhaps from slices: see [`~train.data.preparation_record.states_directions`].
 
     Returns:
         `Path`: the file.
@@ -182,7 +185,7 @@ def write_html_report(
         for name in names:
             number += 1
             label = name if show_case_names else f"case {number}"
-            parts.append(_case(label, cases[name], volumes, slice_size, orientation))
+            parts.append(_case(label, cases[name], volumes, slice_size, orientation, prepared))
     write_atomically(_page(title, parts).encode("utf-8", "backslashreplace"), path)
     return path
 
@@ -349,7 +352,12 @@ def _score(value: float | None) -> str:
 
 
 def _case(
-    label: str, questions: Sequence[Question], volumes: VolumeLoader | None, slice_size: int, orientation: str
+    label: str,
+    questions: Sequence[Question],
+    volumes: VolumeLoader | None,
+    slice_size: int,
+    orientation: str,
+    prepared: bool,
 ) -> str:
     ids = [question.reference.id for question in questions]
     more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
@@ -361,7 +369,7 @@ def _case(
         by_image.setdefault(question.reference.image, []).append(question)
     for image, asked in by_image.items():
         if volumes is not None:
-            known = "none" if is_slice_folder(Path(image)) else orientation  # pictures do not state any
+            known = orientation if states_directions(image, prepared) else "none"
             pictures = draw_slices(volumes.load(image), slice_size, known)
             figures = "\n".join(_figure(picture, caption) for caption, picture in pictures.items())
             parts.append(f'<div class="planes">\n{figures}\n</div>')

@@ -19,6 +19,7 @@ import torch
 from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..answering import answer_samples, embed_samples
 from ..data.dataset import VolumeLoader, text_group_id
+from ..data.preparation_record import states_directions
 from ..scoring import retrieval_hits, with_volume_of_another_case
 from .predictions import build_references
 from .scores import CHANCE, TextMetric, fields_for_json, has_same_words, score_samples
@@ -175,6 +176,7 @@ def check_image_dependence(
     stable_share: float = 0.1,
     stable_cosine: float = 0.95,
     show_progress: bool = False,
+    prepared: bool = False,
 ) -> list[Dependence]:
     """
     Asks again with changed volumes, and with those of another case.
@@ -186,8 +188,8 @@ def check_image_dependence(
       not above 0 beyond its interval, while another case's score does fall.
     - "shifted": no score falls; the interval of the difference does not lie below 0. At most `stable_share` of the answers to
       questions change; whole reports may differ in a word. The mean cosine is at least `stable_cosine`.
-    - "mirrored": of the answers that name a side, more change than not. Where the image processor's orientation is `"none"`, the
-      width is flipped, and nothing is expected of it that could hold.
+    - "mirrored": of the answers that name a side, more change than not. Where the image processor's orientation is `"none"`, or
+      a volume was made of slices, which do not state theirs, the width is flipped, and nothing is expected of it that could hold.
 
     Of a score that is not above chance with the true volumes, beyond its interval, nothing can be said: there is nothing that it
     could fall from.
@@ -212,6 +214,8 @@ def check_image_dependence(
             Of the shuffling.
         stable_share, stable_cosine (`float`, *optional*, defaults to 0.1 and 0.95):
             What still counts as no change.
+        prepared (`bool`, *optional*, defaults to `False`):
+            Whether the volumes were prepared before, perhaps from slices: see [`~train.data.preparation_record.states_directions`].
 
     Returns:
         `list[Dependence]`.
@@ -225,7 +229,8 @@ def check_image_dependence(
     taken = [name for name, change in found.items() if name == OTHER_CASE or CHANGES.get(name, change) is not change]
     if taken:
         raise ValueError(f"The name {taken[0]!r} stands for another change: choose one of your own.")
-    orientation = processor.image_processor.orientation
+    is_known = all(states_directions(image, prepared) for image in dict.fromkeys(samples["image"]))
+    orientation = processor.image_processor.orientation if is_known else "none"
     loaders: dict[str, VolumeLoader] = {
         name: ChangedVolumes(volumes, change, seed, orientation) for name, change in found.items()
     }
@@ -269,7 +274,7 @@ def compare_answers(
         text_metrics, stable_share:
             As for [`check_image_dependence`].
         orientation (`str`, *optional*, defaults to `"LPS"`):
-            The image processor's. With `"none"` nothing can be said of mirroring.
+            The image processor's. With `"none"`, as of volumes made of slices, nothing can be said of mirroring.
 
     Returns:
         `list[Dependence]`, change by change: the shares of answers that change, then the scores.
@@ -318,7 +323,7 @@ def _share_row(
         remark = f"{share:.0%} of {len(differs)} change" if differs else "no answer names a side"
         if side_axis(orientation) is None:
             holds = None
-            remark += "; which axis runs between right and left is not known, the orientation is 'none'"
+            remark += "; which axis runs between right and left is not known, the orientation is 'none' or there are stacks of slices"
     if metric == ANSWERS_CHANGED and change == "shifted" and task != "report":
         expectation = f"at most {stable_share:.0%} of the answers change"
         holds, remark = share <= stable_share, f"{share:.0%} change"

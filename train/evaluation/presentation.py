@@ -87,6 +87,7 @@ def present(
             volumes=volumes,
             show_case_names=show_case_names,
             orientation="none" if volumes is None else volumes.image_processor.orientation,
+            prepared=result["settings"]["prepared"],
         )
     shown = [f"## {table.title}\n\n{table.to_markdown()}" for table in tables]
     text = format_readme(result, shown, plots, output, missing)

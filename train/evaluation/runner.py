@@ -25,7 +25,7 @@ from ...processing.processing_med3dvlm import Med3DVLMProcessor
 from ..answering import iterate_answers
 from ..checkpoints import done_by_first_process
 from ..data.dataset import text_group_id
-from ..data.m3d import VQA_FOLDER, VQA_SPLITS
+from ..data.m3d import VQA_FOLDER, VQA_SPLITS, missing_text
 from ..data.manifest import find_manifest
 from ..data.preparation_record import check_not_prepared
 from ..data.reading import find_broken
@@ -174,8 +174,7 @@ def evaluate_answers(
         find_labeller(metrics.labeller)
         if "report" not in settings.tasks:
             raise ValueError("A labeller is for reports: leave it out, or evaluate reports.")
-    samples, is_part = read_samples(settings)
-    references = build_references(samples)
+    samples, references, is_part, empty = read_asked(settings, work)
     # What is given is looked at before the folder is begun, which is then for it alone.
     answers: dict[str, list[dict[str, Any]]] = {}
     if model is not None:
@@ -187,12 +186,12 @@ def evaluate_answers(
     identity = {"model": describe(model or str(predictions), folder, state)}
     if blind_predictions is not None:
         identity["blind_predictions"] = describe(str(blind_predictions), None, state)
-    folder_settings = begin(output, settings, identity, references, state)
+    folder_settings = begin(output, settings, identity, references, state, empty if folder is None else ())
 
-    skipped_note, seconds, num_new, num_all = None, 0.0, 0, len(references)
+    skipped_note, seconds, num_new, num_all = None, 0.0, 0, len(references) + len(empty)
     if folder is not None:
         samples, references, blind, skipped_note = leave_out_broken(
-            output, settings, folder, samples, references, work
+            output, settings, folder, samples, references, work, empty
         )
         versions_of_samples = {"given": samples} if blind is None else {"given": samples, "blind": blind}
         start = time.perf_counter()
@@ -215,9 +214,10 @@ def evaluate_answers(
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
         num_skipped=num_all - len(references),
-        part_of_split=is_part or skipped_note is not None,
+        part_of_split=is_part or num_all > len(references),
         notes=[
             *notes_on(settings, is_part, references, answers),
+            *notes_on_empty(empty, num_all),
             *([] if skipped_note is None else [skipped_note]),
             *notes_on_encoder(text_metrics, metrics),
             *notes_on_language(references, text_metrics, metrics),
@@ -258,8 +258,7 @@ def evaluate_retrieval(
         raise ValueError("Expected exactly one of a model and a file of embeddings.")
     work = work or Work()
     state = start_processes(work)
-    samples, is_part = read_samples(settings)
-    references = build_references(samples)
+    samples, references, is_part, empty = read_asked(settings, work)
     folder = None if model is None else find_model(model)
     if folder is not None:
         check_kind(folder, DCFormerSiglipModel)
@@ -268,10 +267,12 @@ def evaluate_retrieval(
     if embeddings is not None:
         image_embeds, text_embeds = read_embeddings(embeddings, len(references))
     identity = {"model": describe(model or str(embeddings), folder, state)}
-    folder_settings = begin(output, settings, identity, references, state)
+    folder_settings = begin(output, settings, identity, references, state, empty if folder is None else ())
 
-    seconds, num_new, num_all = 0.0, 0, len(references)
-    samples, references, blind, skipped_note = leave_out_broken(output, settings, folder, samples, references, work)
+    seconds, num_new, num_all = 0.0, 0, len(references) + len(empty)
+    samples, references, blind, skipped_note = leave_out_broken(
+        output, settings, folder, samples, references, work, empty
+    )
     if folder is not None:
         start = time.perf_counter()
         num_new = sum(gather_object([embed_all(output, settings, folder, samples, references, work, state)]))
@@ -289,7 +290,7 @@ def evaluate_retrieval(
         blind_order = [places[image] for image in blind["image"]]
     scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
     num_reports = len(set(group_ids.tolist()))
-    notes = notes_on(settings, is_part, references, {})
+    notes = [*notes_on(settings, is_part, references, {}), *notes_on_empty(empty, num_all)]
     if skipped_note is not None:
         notes.append(skipped_note)
     missing = [size for size in GALLERY_SIZES if size > len(references)]
@@ -306,7 +307,7 @@ def evaluate_retrieval(
         num_cases=len(set(samples["case"])),
         num_samples=len(references),
         num_skipped=num_all - len(references),
-        part_of_split=is_part or skipped_note is not None,
+        part_of_split=is_part or num_all > len(references),
         notes=notes,
         samples_per_second=num_new / seconds if num_new else None,
         details={"recall_curves": curves},
@@ -324,22 +325,33 @@ def begin(
     identity: Mapping[str, Any],
     references: Sequence[Reference],
     state: PartialState,
+    left_out: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """Opens the folder, writes what is asked, and returns the settings with what identifies the model or the files."""
+    """
+    Opens the folder, writes what is asked and, if there is any, what is left out, and returns the settings with what identifies
+    the model or the files.
+    """
     folder_settings = {**asdict(settings), **identity}
     if state.is_main_process:
         open_folder(output, folder_settings)
         keep_references(output, [asdict(reference) for reference in references])
+        if left_out:
+            write_json_lines(left_out, output / SKIPPED)
     state.wait_for_everyone()
     return folder_settings
 
 
 def find_unreadable(
-    output: Path, settings: EvaluationSettings, model: str, samples: datasets.Dataset, work: Work
+    output: Path,
+    settings: EvaluationSettings,
+    model: str,
+    samples: datasets.Dataset,
+    work: Work,
+    empty: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
     """
     The images that cannot be read, the same ones in all processes: those in the folder's listing, which the first process makes
-    by reading all of them, unless there is one. None without `work.skip_broken`.
+    by reading all of them, unless there is one. What was left out as `empty` stands in it too. None without `work.skip_broken`.
     """
     if not work.skip_broken:
         return []
@@ -354,6 +366,7 @@ def find_unreadable(
             base=folder_of(settings.data),
             is_resumed=True,
             progress=work.progress,
+            left_out=empty,
         )
 
     return done_by_first_process(find)
@@ -366,9 +379,11 @@ def leave_out_broken(
     samples: datasets.Dataset,
     references: Sequence[Reference],
     work: Work,
+    empty: Sequence[Mapping[str, str]] = (),
 ) -> tuple[datasets.Dataset, list[Reference], datasets.Dataset | None, str | None]:
     """
-    What is asked about volumes that can be read, if those that cannot are to be left out; without a model, about all.
+    What is asked about volumes that can be read, if those that cannot are to be left out; without a model, about all. Samples
+    that were left out as `empty` are listed beside the volumes.
 
     Returns:
         The samples, their references, the samples with the volume of another case each (`None` without the blind control), and a
@@ -377,7 +392,7 @@ def leave_out_broken(
     Raises:
         ValueError: nothing is left of a task, or there is no sound volume of another case.
     """
-    broken = [] if folder is None else find_unreadable(output, settings, folder, samples, work)
+    broken = [] if folder is None else find_unreadable(output, settings, folder, samples, work, empty)
     blind = with_volume_of_another_case(samples, broken) if settings.blind else None
     note, kept = leave_out(output, samples, broken)
     blind = None if blind is None else blind.select(kept)
@@ -433,9 +448,45 @@ def finish(output: Path, scores: Sequence[Score], **facts: Any) -> dict[str, Any
     return result
 
 
-def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
+def read_asked(
+    settings: EvaluationSettings, work: Work
+) -> tuple[datasets.Dataset, list[Reference], bool, list[dict[str, str]]]:
     """
-    What is asked, one task after the other, and whether that is only a part of the split.
+    What can be asked. With `work.skip_broken`, samples that lack a text are left out, the others have the ids that they have
+    among all, and a volume may be missing: see [`leave_out_broken`].
+
+    Returns:
+        The samples, their references, whether they are of a part of the split only, and a row
+        `{"id": ..., "case": ..., "column": ..., "reason": ...}` for each sample that is left out.
+
+    Raises:
+        FileNotFoundError: data are not there.
+        ValueError: there is no task, or a task has no sample, or none with all its texts.
+    """
+    samples, is_part = read_samples(settings, work.skip_broken)
+    references = build_references(samples)
+    empty: dict[int, dict[str, str]] = {}
+    for row, (sample, reference) in enumerate(zip(samples, references) if work.skip_broken else ()):
+        column = missing_text(sample)
+        if column is not None:
+            reason = "empty text, or there is no such file" if column == "report" else "empty text"
+            empty[row] = {"id": reference.id, "case": reference.case, "column": column, "reason": reason}
+    if empty:
+        kept = [row for row in range(len(references)) if row not in empty]
+        lost = sorted({entry.task for entry in references} - {references[row].task for row in kept})
+        if lost:
+            raise ValueError(
+                f"{settings.data}: every sample of the task {lost[0]!r} lacks a text in the split {settings.split!r}. Fill them "
+                "in, or choose other tasks."
+            )
+        samples, references = samples.select(kept), [references[row] for row in kept]
+    return samples, references, is_part, list(empty.values())
+
+
+def read_samples(settings: EvaluationSettings, keep_broken: bool = False) -> tuple[datasets.Dataset, bool]:
+    """
+    What is asked, one task after the other, and whether that is only a part of the split; with `keep_broken`, samples that lack
+    a text or whose volume is missing are among them, see [`~train.data.study.read_task`].
 
     Raises:
         FileNotFoundError: data are not there.
@@ -447,7 +498,7 @@ def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
         )
     parts, is_part = [], False
     for task in settings.tasks:
-        whole = read_task(settings.data, settings.split, task)
+        whole = read_task(settings.data, settings.split, task, keep_broken)
         part = first_cases(whole, settings.num_cases)
         is_part = is_part or len(part) < len(whole)
         if len(part) == 0:
@@ -458,9 +509,10 @@ def read_samples(settings: EvaluationSettings) -> tuple[datasets.Dataset, bool]:
     return datasets.concatenate_datasets(parts), is_part
 
 
-def questions_of(data: str, split: str) -> tuple[Task, ...]:
+def questions_of(data: str, split: str, keep_broken: bool = False) -> tuple[Task, ...]:
     """
-    The tasks of questions that a study has: in the layout of M3D, those that there is a file of for the split.
+    The tasks of questions that a study has: in the layout of M3D, those that there is a file of for the split. With
+    `keep_broken`, volumes may be missing and texts empty.
 
     Raises:
         FileNotFoundError: there is no such study.
@@ -471,7 +523,7 @@ def questions_of(data: str, split: str) -> tuple[Task, ...]:
     root = Path(data).expanduser()
     if find_manifest(root) is not None:
         tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
-        return tuple(task for task in tasks if len(read_task(root, split, task)))
+        return tuple(task for task in tasks if len(read_task(root, split, task, keep_broken)))
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root}: there is no such study. Expected a folder in the layout of M3D, or a manifest."
@@ -701,6 +753,13 @@ def notes_on(
             shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
             notes.append(f"{len(empty)} of {len(references)} answers ({mode}) are empty and score 0: {shown}.")
     return notes
+
+
+def notes_on_empty(empty: Sequence[Mapping[str, str]], num_all: int) -> list[str]:
+    """What a reader of the scores must know where samples that lack a text were left out."""
+    if not empty:
+        return []
+    return [f"{len(empty):,} of {num_all:,} samples lack a text and were left out; {SKIPPED} lists them."]
 
 
 def notes_on_encoder(text_metrics: Collection[str], options: MetricOptions) -> list[str]:

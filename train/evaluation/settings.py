@@ -66,8 +66,8 @@ class Work:
         device (`str`, *optional*): Where the model runs; CUDA if there is one.
         cache (`str`, *optional*): Folder of a cache of processed volumes.
         progress (`bool`, *optional*): Whether to show progress bars.
-        skip_broken (`bool`, *optional*): Whether samples whose scan cannot be read are left out, listed and counted; otherwise
-            such a scan ends the evaluation. For it, all scans are read before the first is asked about.
+        skip_broken (`bool`, *optional*): Whether samples whose scan is missing or cannot be read, or that lack a text, are left
+            out, listed and counted; otherwise they end the evaluation. For it, all scans are read before the first is asked about.
     """
 
     batch_size: int = 16

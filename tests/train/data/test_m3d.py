@@ -367,6 +367,18 @@ def test_raw_cases_whose_report_cannot_be_read_are_left_out_and_named(tmp_path, 
     assert re.search(message, caplog.text)
 
 
+def test_a_raw_scan_below_two_texts_is_refused_or_left_out_and_named(tmp_path, caplog):
+    write_raw_case(tmp_path / "1", series=("Axial",))
+    layout.write_volume(tmp_path / "P1/nifti/scan.nii.gz")
+    for name in ("report.txt", "nifti/log.txt"):
+        (tmp_path / "P1" / name).write_text("A stone.")
+    message = r"1 of the 2 cases .*: P1/nifti \(2 texts .*: keep one of P1/report.txt, P1/nifti/log.txt\)\."
+    with pytest.raises(ValueError, match=message):
+        read_m3d_cap_raw(tmp_path)
+    assert read_m3d_cap_raw(tmp_path, skip_empty=True)["case"][:] == ["1"]
+    assert re.search(message, caplog.text)
+
+
 def test_raw_cases_with_nothing_but_jpg_are_refused_with_a_remedy(tmp_path):
     write_raw_case(tmp_path / "1", series=("Axial",))
     for path in (tmp_path / "1/Axial").iterdir():

@@ -288,6 +288,21 @@ def test_incomplete_rows_are_left_out_only_when_allowed(folder, cells, caplog):
     assert "row 3" in caplog.text and "liver" not in caplog.text and SECRET not in caplog.text
 
 
+@pytest.mark.parametrize("answer", [{}, {"answer": "kidney"}, {"answer": "", "answer_choice": "B"}])
+def test_rows_that_lack_a_choice_are_left_out_only_when_allowed(answer, folder):
+    path = write_csv(
+        folder, {**QUESTION, "choices": "liver|spleen|a|b"}, {**QUESTION, "choices": "liver||a|b", **answer}
+    )
+    message = "expected four choices, A to D, got 3"
+    with pytest.raises(ValueError, match=f"row 3: {message}.*data.skip_broken=true"):
+        read_manifest(path)
+    left_out = []
+    assert len(read_manifest(path, skip_empty=True, left_out=left_out)) == 1
+    assert [(row["row"], row["column"]) for row in left_out] == [("row 3", "choices")]
+    (problem,) = check_study(path).problems
+    assert problem.severity == "error" and message in problem.reason
+
+
 def test_the_example_is_five_sound_cases(tmp_path):
     manifest = write_example_manifest(tmp_path / "example")
     dataset = read_manifest(manifest)

@@ -27,7 +27,7 @@ import make_slices
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train.cli import app
-from med3dvlm.train.data import prepare
+from med3dvlm.train.data import prepare, slices
 from med3dvlm.train.data.cache import VolumeCache
 from med3dvlm.train.data.check import check_study
 from med3dvlm.train.data.dataset import ProcessedVolumes
@@ -434,6 +434,20 @@ def test_a_later_call_keeps_the_splits_of_the_first(tmp_path):
     assert prepare_here(source, tmp_path / "drawn").num_made == 0
 
 
+def test_splits_that_an_earlier_version_drew_are_not_drawn_anew(tmp_path):
+    source, destination = write_cases(tmp_path / "source", 3), tmp_path / "M3D_Cap_npy"
+    report = prepare_here(source, destination)
+    written, content = Path(report.index), Path(report.index).read_bytes()
+    earlier = {name: value for name, value in report.to_dict().items() if name != "splits"}
+    (destination / "preparation_report.json").write_text(json.dumps(earlier))
+    with pytest.raises(FileExistsError, match="earlier version, which drew them otherwise: .* from there as `splits`"):
+        prepare_here(source, destination)
+    assert written.read_bytes() == content
+    written.rename(tmp_path / "index.json")
+    prepare_here(source, destination, splits=tmp_path / "index.json")
+    assert json.loads(written.read_bytes()) == json.loads(content)
+
+
 def test_splits_of_an_index_are_taken(tmp_path):
     write_cases(tmp_path / "source", 4)
     index = {
@@ -537,6 +551,20 @@ def test_options_that_make_no_difference_to_a_series_leave_it_as_it_is(tmp_path)
     assert prepare_here(source, tmp_path / "out", hu_range="lung").num_made == 1
 
 
+def test_volumes_of_earlier_versions_are_kept_where_jpg_makes_no_difference(tmp_path, monkeypatch):
+    source, describe = write_cases(tmp_path / "source", 2), prepare.fingerprint_of
+    (source / "000002/Axial/0.png").rename(source / "000002/Axial/0.jpg")
+
+    def describe_as_earlier(processor, dtype, options):
+        return describe(processor, dtype, {**options, "accept_jpg": True})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "fingerprint_of", describe_as_earlier)
+        prepare_here(source, tmp_path / "out", accept_jpg=True)
+    assert prepare_here(source, tmp_path / "out", accept_jpg=True).num_made == 0
+    assert prepare_here(source, tmp_path / "out").num_made == 1  # 000002, whose volume has the .jpg slice
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:100])
 
@@ -560,6 +588,16 @@ def test_damaged_slices_are_a_failure(tmp_path):
     assert prepare_here(source, tmp_path / "out").is_ok
 
 
+def test_damaged_slices_stand_apart_from_cases_that_were_left_out(tmp_path, capsys):
+    source = write_cases(tmp_path / "source", 3)
+    truncate(source / "000002/Axial/0.png")
+    (source / "000003/text.txt").unlink()
+    text = format_preparation_report(prepare_here(source, tmp_path / "out", progress=True))
+    assert "Cases and series that were left out (1):\n  000003: there is no report" in text
+    assert "damaged slices: copy these again, or delete them (1):\n  000002/Axial/0.png: the picture" in text
+    assert "with_failures=2" in capsys.readouterr().err
+
+
 def test_two_slices_of_one_number_are_a_warning(tmp_path):
     source = write_cases(tmp_path / "source", 1)
     shutil.copy(source / "000001/Axial/1.png", source / "000001/Axial/01.jpeg")
@@ -573,6 +611,21 @@ def test_two_slices_of_one_number_are_a_warning(tmp_path):
     assert report.warnings[0] in format_preparation_report(report)
 
 
+def test_what_was_told_of_the_numbers_is_told_again_without_a_look_at_the_slices(tmp_path, monkeypatch):
+    source = write_cases(tmp_path / "source", 2)
+    shutil.copy(source / "000001/Axial/1.png", source / "000001/Axial/01.jpeg")
+    Image.new("L", (7, 5)).save(source / "000002/Axial/01.jpeg")  # of another shape, so not in the stack
+    first = prepare_here(source, tmp_path / "out")
+    assert [warning[:13] for warning in first.warnings] == ["000001/Axial:"]
+
+    def fail(*arguments):
+        raise AssertionError("the slices were sorted once more")
+
+    monkeypatch.setattr(slices, "_sort_by_number", fail)
+    again = prepare_here(source, tmp_path / "out")
+    assert again.num_made == 0 and again.warnings == first.warnings
+
+
 def test_a_text_above_the_cases_is_listed(tmp_path):
     source = tmp_path / "source"
     write_cases(source / "ct_case", 2)
@@ -580,6 +633,21 @@ def test_a_text_above_the_cases_is_listed(tmp_path):
     report = prepare_here(source, tmp_path / "out")
     assert report.num_cases == 2 and report.is_ok
     assert reasons(report) == {"ct_case/readme.txt": "a text above cases, so the report of none: move it away"}
+
+
+def test_a_scan_whose_report_may_be_either_of_two_texts_is_not_prepared(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    write_report(source / "P1")
+    write_scan(source / "P1/nifti/scan.nii.gz")
+    (source / "P1/nifti/log.txt").write_text("Converted.")
+    report = prepare_here(source, tmp_path / "out")
+    assert not report.is_ok and report.num_volumes == 1 and not (tmp_path / "out/P1").exists()
+    assert reasons(report) == {
+        "P1/nifti": "2 texts could be the report of these scans: keep one of P1/text.txt, P1/nifti/log.txt"
+    }
+    (source / "P1/nifti/log.txt").unlink()
+    assert prepare_here(source, tmp_path / "out").is_ok
+    assert (tmp_path / "out/P1/nifti_scan.nii.gz").is_file()
 
 
 def test_a_fault_in_one_series_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -775,6 +843,30 @@ def test_a_folder_that_cannot_be_made_ends_the_call(name, tmp_path, monkeypatch)
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(prepare.CannotWriteError, match=f"{name}: it cannot be written .No space left"):
         prepare_here(source, tmp_path / "out")
+
+
+def test_a_folder_that_the_disk_cannot_hold_is_of_its_case_alone(tmp_path, monkeypatch):
+    source, make = write_cases(tmp_path / "raw", 2), Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path.name == "000001":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    report = prepare_here(source, tmp_path / "out")
+    assert report.num_volumes == 1 and "Invalid argument" in reasons(report, "case")["000001"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_may_not_be_written_to_asks_for_no_space(number, tmp_path, monkeypatch):
+    def refuse(content, path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(prepare, "write_atomically", refuse)
+    with pytest.raises(prepare.CannotWriteError, match="Choose a folder that may be written to.*goes on") as error:
+        prepare_here(write_cases(tmp_path / "raw", 1), tmp_path / "out")
+    assert "space" not in str(error.value)
 
 
 def test_a_link_back_invents_no_cases(tmp_path):

@@ -18,6 +18,7 @@ from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train.data import slices
 from med3dvlm.train.data.slices import (
     damaged_slices,
+    describe_rival_texts,
     extract_report,
     find_cases,
     find_series,
@@ -196,6 +197,14 @@ def test_two_slices_of_one_number_are_told_of(tmp_path, caplog):
     assert "2 slices share their number with another one (1.jpeg, 1.png), and all are in the stack" in caplog.text
 
 
+def test_a_twin_that_is_not_in_the_stack_shares_no_number(tmp_path, caplog):
+    for name in ("1.png", "2.png"):
+        write_slice(tmp_path / name)
+    write_slice(tmp_path / "1.jpeg", (7, 5))
+    assert open_scan(str(tmp_path))[0].shape == (2, 5, 7)
+    assert "share their number" not in caplog.text and "1.jpeg: 7 x 5 pixels" in caplog.text
+
+
 def write_text(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("A cyst.")
@@ -208,6 +217,23 @@ def test_a_text_above_cases_swallows_none(tmp_path):
     (tmp_path / "flat/3/scan.nii.gz").touch()
     (tmp_path / "flat/4").mkdir()
     assert find_cases(tmp_path) == ["flat/3", "flat/4", "set/1", "set/2"]
+
+
+def test_two_texts_that_could_be_the_report_of_a_scan_are_told_of(tmp_path):
+    for name in ("P1/report.txt", "P1/nifti/log.txt", "set/stray.txt", "set/1/text.txt", "set/2/text.txt"):
+        write_text(tmp_path / name)
+    for name in ("P1/nifti", "set/1"):
+        (tmp_path / name / "scan.nii.gz").touch()
+    for name in ("set/1", "set/2"):
+        write_slice(tmp_path / name / "Axial/1.png")
+    cases = find_cases(tmp_path)
+    assert cases == ["P1/nifti", "set/1", "set/2"]
+    assert [describe_rival_texts(tmp_path, case) for case in cases] == [
+        "2 texts could be the report of these scans: keep one of P1/report.txt, P1/nifti/log.txt", "", ""
+    ]  # fmt: skip
+    assert describe_rival_texts(tmp_path / "P1", "nifti") == ""  # what lies beside the cases is no part of one
+    (tmp_path / "P1/nifti/log.txt").unlink()
+    assert find_cases(tmp_path) == ["P1", "set/1", "set/2"] and describe_rival_texts(tmp_path, "P1") == ""
 
 
 def test_a_case_with_its_text_stays_one(tmp_path):

@@ -9,8 +9,10 @@ from html import unescape
 import numpy as np
 import pytest
 import torch
+from m3d_layout import write_volume
 from PIL import Image
 
+from med3dvlm.train.data.prepare import prepare_m3d_cap
 from med3dvlm.train.evaluation.html_report import (
     AnsweredTask,
     case_score,
@@ -209,14 +211,30 @@ def test_slices_are_turned_so_that_superior_is_above():
     assert coronal("none")[2, 2] == 255  # as stored
 
 
-def test_no_direction_is_named_of_a_folder_of_slices(tmp_path):
-    folder = tmp_path / "slices"
-    folder.mkdir()
-    Image.new("L", (3, 2)).save(folder / "0.png")
+@pytest.mark.parametrize("kind", ["slices", "prepared slices", "prepared by the original", "prepared scan"])
+def test_no_direction_is_named_of_slices_prepared_or_not(tmp_path, kind):
+    raw = tmp_path / "raw/000001"
+    if kind == "prepared scan":
+        write_volume(raw / "Axial.nii.gz")
+    else:
+        (raw / "Axial").mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (3, 2), 40 * number + 40).save(raw / f"Axial/{number}.png")
+    (raw / "text.txt").write_text("study_findings: A cyst.")
+    image = raw / "Axial"
+    if kind in ("prepared slices", "prepared scan"):
+        prepare_m3d_cap(tmp_path / "raw", tmp_path / "M3D_Cap_npy", image_size=(32, 32, 32), num_workers=0)
+        (image,) = (tmp_path / "M3D_Cap_npy").rglob("*.nii.gz")
+    elif kind == "prepared by the original":  # with an affine, and nothing said of its making
+        image = write_volume(tmp_path / "Axial.nii.gz")
     task = closed_task(1)
-    task = replace(task, references=[replace(reference, image=str(folder)) for reference in task.references])
-    page = unescape(write(tmp_path, task, volumes=Volumes(), orientation="LPS"))
-    assert "patient's" not in page and page.count("directions are not known") == 3 * 2  # `alt` and caption
+    task = replace(task, references=[replace(reference, image=str(image)) for reference in task.references])
+    options = {"volumes": Volumes(), "orientation": "LPS", "prepared": kind != "slices"}
+    page = unescape(write(tmp_path, task, **options))
+    if kind == "prepared scan":
+        assert page.count("the patient's right is on the left") == 2 * 2  # `alt` and caption of two planes
+    else:
+        assert "patient's" not in page and page.count("directions are not known") == 3 * 2
 
 
 @pytest.mark.parametrize("volume", [np.zeros((4, 4)), np.full((2, 2, 2), np.nan)])

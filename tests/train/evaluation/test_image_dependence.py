@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -107,6 +108,23 @@ def test_the_image_processor_says_what_is_mirrored():
     processor.image_processor.orientation = "none"
     rows = check_image_dependence(model, processor, samples, volumes, ["mirrored"], max_new_tokens=8)
     assert "the orientation is 'none'" in find(rows, "mirrored", SIDES_CHANGED).remark
+
+
+@pytest.mark.parametrize("kind", ["slices", "prepared by the original"])
+def test_of_slices_it_is_not_known_what_is_mirrored(tmp_path, kind):
+    class Named:
+        def load(self, path):
+            return Blocks().load(Path(path).name[0])
+
+    images = [tmp_path / "0", tmp_path / "1.nii.gz"]
+    if kind == "slices":
+        images[0].mkdir()
+    model, processor = build_tiny_model((32, 64, 96))
+    samples = make_samples(2).map(lambda row, place: {"image": str(images[place])}, with_indices=True)
+    options = {"max_new_tokens": 2, "prepared": kind != "slices"}
+    rows = check_image_dependence(model, processor, samples, Named(), ["mirrored"], **options)
+    row = find(rows, "mirrored", SIDES_CHANGED)
+    assert row.holds is None and row.remark.endswith("the orientation is 'none' or there are stacks of slices")
 
 
 def test_shuffling_depends_on_seed_and_path_alone():

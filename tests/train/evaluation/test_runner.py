@@ -2,15 +2,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import nibabel
 import pytest
 import torch
+from m3d_layout import vqa_row, write_cap, write_vqa
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from med3dvlm.hub_cards.publish import load_model
 from med3dvlm.processing.processing_med3dvlm import Med3DVLMProcessor
 from med3dvlm.train.answering import answer_samples
+from med3dvlm.train.cli import app
 from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
@@ -289,6 +293,58 @@ def test_retrieval_leaves_scans_out_that_cannot_be_read(with_broken_scans, dual_
     assert result["scores"][0]["blind"] == pytest.approx(float(hits))
 
 
+def test_missing_volumes_and_samples_without_a_text_are_left_out_and_the_others_keep_their_ids(vlm, tmp_path):
+    root, out = tmp_path / "m3d", tmp_path / "out"
+    write_cap(root, {"test": ["1", "2", "3", "4"]})
+    images = [f"M3D_Cap_npy/ct_case/{case}/Axial.nii.gz" for case in range(1, 5)]
+    rows = [vqa_row(Image_Path=image, **({"Choice_C": ""} if image == images[1] else {})) for image in images]
+    write_vqa(root, "M3D_VQA_test.csv", rows)
+    (root / images[2]).unlink()
+    wanted = EvaluationSettings(str(root), ("closed_vqa", "open_vqa"), prepared=True, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"1 empty texts.* in an evaluation --skip-broken"):
+        evaluate_answers(out, wanted, vlm, metrics=METRICS)
+    with pytest.raises(FileNotFoundError, match=r"missing.*to evaluate without them, give --skip-broken"):
+        evaluate_answers(out, replace(wanted, tasks=("open_vqa",)), vlm, metrics=METRICS)
+
+    result = evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(skip_broken=True))
+    kept = ["closed_vqa/000000", "closed_vqa/000003", "open_vqa/000000", "open_vqa/000001", "open_vqa/000003"]
+    assert [line["id"] for line in lines_of(out)] == kept
+    empty, missing = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
+    assert empty == {"id": "closed_vqa/000001", "case": "ct_case/2", "column": "choices", "reason": "empty text"}
+    assert missing["image"] == images[2]
+    assert (result["num_samples"], result["num_skipped"], result["part_of_split"]) == (5, 3, True)
+    assert "1 of 8 samples lack a text and were left out; skipped.jsonl lists them." in result["notes"]
+
+    # Answers of another system are scored for what can be asked.
+    answers, command = tmp_path / "answers.jsonl", ["evaluate", "references", str(tmp_path / "asked.jsonl")]
+    command += ["-d", str(root), "--tasks", ",".join(wanted.tasks)]
+    assert CliRunner().invoke(app, command).exit_code == 2
+    assert CliRunner().invoke(app, [*command, "--skip-broken"]).exit_code == 0
+    ids = [row["id"] for _, row in read_json_lines(tmp_path / "asked.jsonl")]
+    assert len(ids) == 7 and "closed_vqa/000001" not in ids
+    answers.write_text("".join(json.dumps({"id": name, "prediction": "x"}) + "\n" for name in ids))
+    options = {"predictions": answers, "metrics": METRICS, "work": Work(skip_broken=True)}
+    result = evaluate_answers(tmp_path / "file", wanted, **options)
+    assert (result["num_samples"], result["num_skipped"]) == (7, 1)
+    assert json.loads((tmp_path / "file/skipped.jsonl").read_text()) == empty
+
+    (root / "M3D_Cap_npy/ct_case/1/text.txt").unlink()
+    samples, references, _, left_out = runner.read_asked(replace(wanted, tasks=("report",)), Work(skip_broken=True))
+    assert [reference.id for reference in references] == [f"report/{row:06d}" for row in range(2, 8)]
+    assert len(samples) == 6 and left_out[1]["id"] == "report/000001" and left_out[1]["column"] == "report"
+    for path in root.rglob("text.txt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="every sample of the task 'report' lacks a text"):
+        runner.read_asked(replace(wanted, tasks=("report",)), Work(skip_broken=True))
+
+
+def test_questions_of_a_manifest_are_known_though_scans_are_missing(with_broken_scans):
+    (with_broken_scans.parent / "scan_2.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError):
+        questions_of(str(with_broken_scans), "test")
+    assert "open_vqa" in questions_of(str(with_broken_scans), "test", keep_broken=True)
+
+
 def test_a_first_call_that_was_wrong_does_not_stand_in_the_way(study, vlm, evaluated, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("out of memory")
@@ -321,6 +377,16 @@ def test_prepared_volumes_are_known_before_the_folder_is_begun(kind, request, tm
     with pytest.raises(ValueError, match="--prepared in an evaluation"):
         evaluate(tmp_path / "out", wanted, model, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_side_is_named_of_volumes_that_the_original_prepared(vlm, tmp_path):
+    write_cap(tmp_path, {"test": ["1", "2"]})
+    answers, wanted = tmp_path / "answers.jsonl", EvaluationSettings(str(tmp_path), ("report",), prepared=True)
+    answers.write_text("".join(json.dumps({"id": f"report/{row:06d}", "prediction": "x"}) + "\n" for row in range(4)))
+    evaluate_answers(tmp_path / "out", wanted, predictions=answers, metrics=METRICS)
+    present(tmp_path / "out", model=vlm)
+    page = (tmp_path / "out/report.html").read_text()
+    assert "directions are not known" in page and "patient" not in page
 
 
 def test_what_answers_depend_on_beside_the_settings_is_kept(study, vlm, evaluated, tmp_path, monkeypatch):
@@ -388,7 +454,7 @@ def test_the_encoder_of_bertscore_is_loaded_once_on_the_device_and_named(study, 
 def test_identical_reports_get_one_vector_whatever_batch_they_were_in(study, tmp_path, monkeypatch):
     texts, given = ["a", "b", "a", "c", "b", "d"], {}
     samples = read_task(study, "test", "report").remove_columns("answer").add_column("answer", texts)
-    monkeypatch.setattr(runner, "read_samples", lambda settings: (samples, False))
+    monkeypatch.setattr(runner, "read_samples", lambda *_: (samples, False))
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)
     save_file({"image_embeds": vectors, "text_embeds": vectors.roll(1, 0)}, tmp_path / "embeddings.safetensors")
