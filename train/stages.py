@@ -511,9 +511,9 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
             f" {recipe.description}" if recipe.description else ""
         )
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
-        samples = trainer.train_dataset.samples  # type: ignore[union-attr]
+        dataset: Any = trainer.train_dataset
         has_prepared = recipe.data.volumes == "prepared" and recipe.stage != "language"
-        if has_prepared and are_of_pictures(recipe.data.root, samples["image"]):
+        if has_prepared and are_of_pictures(recipe.data.root, dataset.samples["image"]):
             training_data = f"{training_data} {OF_PICTURES}"
         with made_whole(trainer.args):  # this process is alone here, and loads what was saved to check it
             if recipe.stage == "language":  # a plain model of transformers, for the next stage

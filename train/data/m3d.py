@@ -214,7 +214,7 @@ def read_m3d_cap_raw(
         ValueError: it holds no case, a case has no report or no series, a report is empty or cannot be read, or two texts
             could be the report.
     """
-    from .slices import describe_rival_texts, find_cases, find_series, folders_without_series, read_report
+    from .slices import find_cases, find_rival_texts, find_series, folders_without_series, read_report
 
     source = Path(source)
     if not source.is_dir():
@@ -223,10 +223,10 @@ def read_m3d_cap_raw(
     cases = find_cases(source)
     broken: dict[str, str] = {}
     unused: list[str] = []
+    rivals = find_rival_texts(source, cases)
     for case in cases:
-        rivals = describe_rival_texts(source, case)
-        if rivals:
-            broken[case] = rivals
+        if case in rivals:
+            broken[case] = rivals[case]
             continue
         try:
             report = read_report(source / case)

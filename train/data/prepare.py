@@ -28,7 +28,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
@@ -50,16 +50,16 @@ from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
 from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
-    DAMAGED,
     JPG_REMEDY,
     SLICE_ENDINGS,
     DroppedSlice,
     describe_repeated,
-    describe_rival_texts,
     find_cases,
     find_report,
+    find_rival_texts,
     find_series,
     folders_without_series,
+    is_damage,
     is_nifti_file,
     read_report,
     read_slices,
@@ -121,7 +121,7 @@ class Dropped:
     @property
     def is_failure(self) -> bool:
         """Whether it was to be prepared and could not be: a case, a series, a damaged slice."""
-        return self.level in ("case", "series") or (self.level == "slice" and self.reason.startswith(DAMAGED))
+        return self.level in ("case", "series") or (self.level == "slice" and is_damage(self.reason))
 
 
 class CannotWriteError(OSError):
@@ -339,10 +339,12 @@ def prepare_m3d_cap(
     with _only_one_at(destination):
         for folder in (destination, index_folder):
             _remove_leftovers(folder)
-        results = _prepare_cases(cases, settings, num_workers, progress)
+        rivals = find_rival_texts(source, cases, accept_jpg)
+        results = _prepare_cases([case for case in cases if case not in rivals], settings, num_workers, progress)
         report = PreparationReport(str(source), str(destination), str(root), str(root / CAP_INDEX), len(cases))
         report.splits = chosen
-        report.dropped += _list_stray_texts(source, cases, accept_jpg)
+        report.dropped += [Dropped("case", case, "", "", reason) for case, reason in rivals.items()]
+        report.dropped += _list_stray_texts(source, cases, rivals)
         for result in results:
             report.num_volumes += len(result.volumes)
             report.num_made += result.num_made
@@ -562,10 +564,6 @@ def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
     result = _CaseResult(case)
     folder, output = settings.source / case, settings.destination / case
     try:
-        rivals = describe_rival_texts(settings.source, case, settings.accept_jpg)
-        if rivals:
-            result.drop("case", rivals)
-            return result
         make_folder_or_stop(output)
         _remove_leftovers(output)
         _prepare_report(folder, output, result)
@@ -596,22 +594,15 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def _list_stray_texts(source: Path, cases: Sequence[str], accept_jpg: bool) -> list[Dropped]:
+def _list_stray_texts(source: Path, cases: Sequence[str], rivals: Collection[str]) -> list[Dropped]:
     """The texts in folders above the cases, but for those that could be the report of one, which its failure names."""
     folders = {folder.as_posix() for case in cases for folder in PurePosixPath(case).parents if folder.name}
-    strays = {
-        folder: names
-        for folder in sorted(folders)
-        if (names := [path.name for path in visible_entries(source / folder) if path.name.endswith(".txt")])
-    }
-    for case in cases:
-        above = PurePosixPath(case).parent.as_posix()
-        if above in strays and describe_rival_texts(source, case, accept_jpg):
-            del strays[above]
+    folders -= {PurePosixPath(case).parent.as_posix() for case in rivals}
     return [
-        Dropped("file", folder, "", name, "a text above cases, so the report of none: move it away")
-        for folder, names in strays.items()
-        for name in names
+        Dropped("file", folder, "", path.name, "a text above cases, so the report of none: move it away")
+        for folder in sorted(folders)
+        for path in visible_entries(source / folder)
+        if path.name.endswith(".txt")
     ]
 
 

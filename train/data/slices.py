@@ -6,7 +6,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -62,11 +62,25 @@ def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
         folders = [path for path in entries if path.is_dir()]
         is_case = any(is_nifti_file(path) for path in entries) or not folders
         is_case = is_case or any(is_slice_folder(path, accept_jpg) for path in folders)
-        if is_case or (_has_text(folder) and not _is_above_cases(folder, accept_jpg)):
+        if is_case or (_texts(folder) and not _is_above_cases(folder, accept_jpg)):
             cases.append(folder.relative_to(source).as_posix())
         else:
             waiting += reversed(folders)
     return cases
+
+
+def find_rival_texts(source: Path, cases: Sequence[str], accept_jpg: bool = False) -> dict[str, str]:
+    """
+    For each case whose report is in doubt, what [`describe_rival_texts`] says of it. A folder above cases is listed once for all
+    of them: M3D has some 30,000 in one.
+    """
+    above = {folder for folder in {PurePosixPath(case).parent.as_posix() for case in cases} if _texts(source / folder)}
+    found = {
+        case: describe_rival_texts(source, case, accept_jpg)
+        for case in cases
+        if PurePosixPath(case).parent.as_posix() in above
+    }
+    return {case: reason for case, reason in found.items() if reason}
 
 
 def describe_rival_texts(source: Path, case: str, accept_jpg: bool = False) -> str:
@@ -101,15 +115,11 @@ def _texts(folder: Path) -> list[Path]:
     return [path for path in visible_entries(folder) if path.name.endswith(".txt") and path.is_file()]
 
 
-def _has_text(folder: Path) -> bool:
-    return bool(_texts(folder))
-
-
 def _is_above_cases(folder: Path, accept_jpg: bool) -> bool:
     """Whether a folder has no series of its own, and a whole case, with text and series, lies below it."""
     waiting = [path for path in visible_entries(folder) if path.is_dir()]
     # Its own scans may lie one folder deeper; with a text beside them, they are those of a case.
-    if any(is_nifti_file(file) for path in waiting if not _has_text(path) for file in visible_entries(path)):
+    if any(is_nifti_file(file) for path in waiting if not _texts(path) for file in visible_entries(path)):
         return False
     seen = {folder.resolve()}
     while waiting:
@@ -117,7 +127,7 @@ def _is_above_cases(folder: Path, accept_jpg: bool) -> bool:
         if path.resolve() in seen:  # a link to a folder that was looked at
             continue
         seen.add(path.resolve())
-        if _has_text(path) and find_series(path, accept_jpg):
+        if _texts(path) and find_series(path, accept_jpg):
             return True
         waiting += [entry for entry in visible_entries(path) if entry.is_dir()]
     return False
@@ -231,7 +241,12 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
 
 def damaged_slices(dropped: Sequence[DroppedSlice]) -> list[DroppedSlice]:
     """Of what [`read_slices`] left out, the files that would be slices and cannot be read: the volume has gaps there."""
-    return [(name, reason) for name, reason in dropped if reason.startswith(DAMAGED)]
+    return [(name, reason) for name, reason in dropped if is_damage(reason)]
+
+
+def is_damage(reason: str) -> bool:
+    """Whether the reason why a file is no slice is that it is damaged."""
+    return reason.startswith(DAMAGED)
 
 
 def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
@@ -463,8 +478,10 @@ __all__ = [
     "extract_report",
     "find_cases",
     "find_report",
+    "find_rival_texts",
     "find_series",
     "folders_without_series",
+    "is_damage",
     "is_nifti_file",
     "is_slice_folder",
     "open_scan",
