@@ -690,7 +690,7 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
             "source": state,
             "preprocessing_report": report,
             "dropped": dropped,
-            "repeated": repeated_numbers(path, dropped, settings.accept_jpg) if is_stack else [],
+            "repeated": repeated_numbers(path, dropped) if is_stack else [],
         }
         content = encode_prepared_volume(
             inputs["pixel_values"][0, 0], np.array(report["affine"]), not is_stack, is_orientation_known, record

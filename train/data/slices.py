@@ -274,16 +274,15 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
     return Volume(path, stack, stack.shape, stack.dtype), dropped  # so that messages name the folder
 
 
-def repeated_numbers(folder: Path, dropped: Sequence[DroppedSlice] = (), accept_jpg: bool = False) -> list[str]:
+def repeated_numbers(folder: Path, dropped: Sequence[DroppedSlice]) -> list[str]:
     """
-    Names of the slices of a series whose number another one has too, as 1.png and 1.jpeg: all are in the stack. What
-    [`read_slices`] has `dropped` is not.
+    Names of the slices of a stack whose number another one has too, as 1.png and 1.jpeg. In the stack is all that
+    [`read_slices`] has not `dropped`.
     """
-    numbered, _ = _sort_by_number(folder, accept_jpg)
     left_out = {name for name, _ in dropped}
-    stacked = [path for path in numbered if path.name not in left_out]
-    counts = Counter(int(path.stem) for path in stacked)
-    return [path.name for path in stacked if counts[int(path.stem)] > 1]
+    stacked = sorted((int(path.stem), path.name) for path in folder.iterdir() if path.name not in left_out)
+    counts = Counter(number for number, _ in stacked)
+    return [name for number, name in stacked if counts[number] > 1]
 
 
 def describe_repeated(names: Sequence[str]) -> str:

@@ -238,21 +238,20 @@ def evaluate_report_command(
             predictions=predictions,
             blind_predictions=blind_predictions,
             system=name,
-            settings={
-                "split": split,
-                "num_cases": cases,
-                "blind": blind,
-                "max_new_tokens": max_new_tokens,
-                "dtype": dtype,
-                "prepared": prepared,
-            },
-            metrics={
-                "names": tuple(metrics.split(",")),
-                "bertscore_model": bertscore_model,
-                "bertscore_layers": bertscore_layers,
-                "labeller": labeller,
-            },
-            work={"batch_size": batch_size, "device": device, "cache": cache, "skip_broken": skip_broken},
+            split=split,
+            num_cases=cases,
+            blind=blind,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            prepared=prepared,
+            metrics=metrics,
+            bertscore_model=bertscore_model,
+            bertscore_layers=bertscore_layers,
+            labeller=labeller,
+            batch_size=batch_size,
+            device=device,
+            cache=cache,
+            skip_broken=skip_broken,
             published=published,
             show_case_names=show_case_names,
             processes=processes,
@@ -307,20 +306,19 @@ def evaluate_vqa_command(
             predictions=predictions,
             blind_predictions=blind_predictions,
             system=name,
-            settings={
-                "split": split,
-                "num_cases": cases,
-                "blind": blind,
-                "max_new_tokens": max_new_tokens,
-                "dtype": dtype,
-                "prepared": prepared,
-            },
-            metrics={
-                "names": tuple(metrics.split(",")),
-                "bertscore_model": bertscore_model,
-                "bertscore_layers": bertscore_layers,
-            },
-            work={"batch_size": batch_size, "device": device, "cache": cache, "skip_broken": skip_broken},
+            split=split,
+            num_cases=cases,
+            blind=blind,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            prepared=prepared,
+            metrics=metrics,
+            bertscore_model=bertscore_model,
+            bertscore_layers=bertscore_layers,
+            batch_size=batch_size,
+            device=device,
+            cache=cache,
+            skip_broken=skip_broken,
             published=published,
             show_case_names=show_case_names,
             processes=processes,
@@ -755,29 +753,33 @@ def answer_and_score(
     predictions: Path | None,
     blind_predictions: Path | None,
     system: str | None,
-    settings: dict[str, Any],
-    metrics: dict[str, Any],
-    work: dict[str, Any],
+    metrics: str,
+    bertscore_model: str | None,
+    bertscore_layers: int | None,
+    labeller: str | None = None,
+    batch_size: int,
+    device: str,
+    cache: Path | None,
+    skip_broken: bool,
     published: Path | None,
     show_case_names: bool,
     processes: int | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
-    """
-    What `evaluate report` and `evaluate vqa` have in common. `settings` are the fields of [`EvaluationSettings`], `metrics` those of
-    [`MetricOptions`], `work` the arguments of [`make_work`]: their classes are imported only when all else is known to fit.
-    """
+    """What `evaluate report` and `evaluate vqa` have in common. `settings` are further fields of [`EvaluationSettings`]."""
     require_eval_extra()
     source = check_source(model, predictions, "--predictions")
     make_settings(data, tasks or (), **settings)  # what is wrong is said once, not by each process
-    start_processes_if_needed(processes, work["device"])
+    start_processes_if_needed(processes, device)
     with step("importing"):
         from .runner import MetricOptions, evaluate_answers, questions_of
     hush_progress_bars()
-    asked = make_settings(data, tasks or questions_of(data, settings["split"], work["skip_broken"]), **settings)
-    options, done_by = MetricOptions(**metrics), make_work(**work)
-    result = evaluate_answers(out, asked, source, predictions, blind_predictions, system, options, done_by)
-    text = show(result, out, published, done_by, show_case_names, source)
+    asked = make_settings(data, tasks or questions_of(data, settings["split"], skip_broken), **settings)
+    options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers, labeller)
+    work = make_work(batch_size, device, cache, skip_broken)
+    result = evaluate_answers(out, asked, source, predictions, blind_predictions, system, options, work)
+    text = show(result, out, published, work, show_case_names, source)
     if result:
         typer.echo(json.dumps(result) if as_json else text)
 
