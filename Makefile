@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The tested release. Installed first, so that nothing after it chooses another build.
 TORCH ?= torch==2.13.0
+# Such as `transformers==5.23.0`; another release needs another VENV.
+TRANSFORMERS ?=
 # Such as `--cases 240` for a shorter demonstration that has learnt less.
 DEMO_OPTIONS ?=
 # Such as `--device cuda` or `--variant nano --variant large`; `med3dvlm bench --help` lists them.
@@ -20,7 +22,7 @@ help:  ## Show the targets
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet -e ".[dev]" $(if $(TRANSFORMERS),"$(TRANSFORMERS)")
 	@touch $@
 
 demo: $(VENV)/.installed  ## Train the three stages on phantoms, publish, ask and score: minutes on two cores
@@ -48,7 +50,7 @@ bench: $(VENV)/.installed  ## Measure speed and memory on this machine, and the 
 	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm bench $(BENCH_OPTIONS)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_cache.py
 
-phantom-scores: $(VENV)/.installed  ## Train the recipes phantom/* in full and score them: about an hour on two cores
+phantom-scores: $(VENV)/.installed  ## Train the recipes phantom/* in full and score them: about an hour and a half on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/med3dvlm demo --full --output phantom_scores
 
 ablations: $(VENV)/.installed  ## Compare losses, encoders and projectors on phantoms, three seeds each

@@ -19,20 +19,24 @@ VISION_CONFIGS: dict[str, type[PreTrainedConfig]] = {"dcformer": DCFormerConfig,
 
 def build_vision_config(vision_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     """
-    The configuration of a volume encoder, from a dictionary with its `model_type` ("dcformer" if missing).
+    The configuration of a volume encoder: as it is, or from a dictionary with its `model_type` ("dcformer" if missing).
 
     Raises:
         ValueError: the `model_type` is not that of a volume encoder.
     """
+    fields: dict[str, Any] = {"model_type": "dcformer"}
     if isinstance(vision_config, PreTrainedConfig):
-        return vision_config
-    fields = dict(vision_config or {})
-    model_type = fields.pop("model_type", "dcformer")
+        fields["model_type"] = vision_config.model_type
+    else:
+        fields.update(vision_config or {})
+    model_type = fields.pop("model_type")
     if model_type not in VISION_CONFIGS:
         raise ValueError(
             f"`vision_config.model_type` must be one of {sorted(VISION_CONFIGS)}, the encoders of a volume, got "
             f"{model_type!r}."
         )
+    if isinstance(vision_config, PreTrainedConfig):
+        return vision_config
     return VISION_CONFIGS[model_type](**fields)
 
 

@@ -36,7 +36,7 @@ class Med3DVLMConfig(PreTrainedConfig):
         vision_config (`DCFormerConfig`, `Vit3DConfig` or `dict`, *optional*):
             The volume encoder; DCFormer-small by default.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any decoder that `AutoModel` builds and whose embeddings are as wide as its hidden states; Qwen2.5-7B by default.
+            Any decoder with attention that `AutoModel` builds and whose embeddings are as wide as its hidden states; Qwen2.5-7B by default.
             The head that scores words has no bias and no scale.
         image_size (`tuple[int, int, int]`, *optional*):
             Voxels along `(depth, height, width)`; sets, and afterwards reads, `vision_config.image_size`.

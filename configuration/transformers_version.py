@@ -16,12 +16,12 @@ try:
     from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 except ImportError as error:
     raise ImportError(
-        f"Med3DVLM needs transformers 5.23 or later, found {transformers.__version__}: pip install -U '{REQUIREMENT}'"
+        f'Med3DVLM needs transformers 5.23 or later, found {transformers.__version__}: pip install -U "{REQUIREMENT}"'
     ) from error
 
 if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) >= FIRST_UNTRIED:
     logger.warning_once(
-        f"Med3DVLM is untried with transformers {transformers.__version__}. Where it fails, pip install '{REQUIREMENT}'."
+        f'Med3DVLM is untried with transformers {transformers.__version__}. Where it fails, pip install "{REQUIREMENT}".'
     )
 
 

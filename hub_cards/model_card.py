@@ -49,6 +49,11 @@ MADE_METADATA = (*FIELDS_IN_METADATA, "library_name", "pipeline_tag", "tags")
 NO_LICENSE = "unknown"
 NOT_STATED = "Not stated."
 PROVENANCE = "Training data and provenance"
+# Ends the section on provenance where the folder has the record of a training, see `training_record.describe_training`.
+OF_TRAINING_RECORD = (
+    "`training.json` has the settings of the training, the version of `med3dvlm` that ran it, and the hashes of the weights of "
+    "local folders that it started from."
+)
 # How the training data of converted weights begin, and what a run on volumes made of slices says of its own. Either means
 # volumes as M3D publishes them.
 CONVERSION_BEGINS = "Converted from weights of the original implementation"
@@ -135,7 +140,7 @@ def read_old_card(folder: str | os.PathLike) -> OldCard | None:
     head = re.match(r"\s*# (.+)\n(?:\n((?:>.*\n)+))?", body)
     if head is None or not training_data or not set(TAGS) <= set(metadata.get("tags") or ()):
         return None
-    training_data = training_data.removeprefix(f"## {PROVENANCE}").strip()
+    training_data = training_data.removeprefix(f"## {PROVENANCE}").strip().removesuffix(OF_TRAINING_RECORD).strip()
     fields = {
         **{name: metadata.get(name) for name in FIELDS_IN_METADATA},
         "title": head[1].strip(),
@@ -170,6 +175,7 @@ def create_model_card(
     language: str | list[str] = "en",
     training_data: str | None = None,
     notes: str | None = None,
+    has_training_record: bool = False,
 ) -> ModelCard:
     """
     The card of a model: the metadata that the Hub reads, and a text whose numbers and settings are the objects' own.
@@ -181,6 +187,8 @@ def create_model_card(
             What prepares its inputs; an encoder's is an image processor.
         repo_id, title, license, base_model, datasets, language, training_data, notes (*optional*):
             See [`CardFields`].
+        has_training_record (`bool`, *optional*, defaults to `False`):
+            Whether the folder has a `training.json`.
 
     Returns:
         [`~huggingface_hub.ModelCard`], read back from its own text.
@@ -209,7 +217,11 @@ def create_model_card(
         parameters=parameter_table(model),
         input_contract=describe_inputs(model.config, image_processor, saw_pictures(training_data)),
         research_only=_fill("research_only"),
-        provenance=_fill("provenance", training_data=training_data or NOT_STATED),
+        provenance=_fill(
+            "provenance",
+            training_data=training_data or NOT_STATED,
+            training_record=f"\n{OF_TRAINING_RECORD}\n" if has_training_record else "",
+        ),
         citation=_fill("citation"),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -437,7 +449,7 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
 
 def _fill(template: str, **values: Any) -> str:
     """A template with its placeholders filled; a missing value is an error."""
-    text = resources.files(__package__).joinpath("templates", f"{template}.md").read_text(encoding="utf-8")
+    text = (resources.files(__package__) / "templates" / f"{template}.md").read_text(encoding="utf-8")
     return Template(text).substitute(values).strip()
 
 
@@ -451,6 +463,7 @@ __all__ = [
     "CARD_KINDS",
     "CONVERSION_BEGINS",
     "OF_PICTURES",
+    "OF_TRAINING_RECORD",
     "CardFields",
     "OldCard",
     "card_kind",

@@ -35,8 +35,20 @@ HUB_TASKS = {
     "retrieval": ("image-text-retrieval", "Retrieval"),
 }
 # Identifier on the Hub by the start of a metric's name; others keep their own.
-HUB_METRICS = {"bleu": "bleu", "rouge": "rouge", "meteor": "meteor", "bertscore": "bertscore", "exact": "exact_match"}
-PRETTY_NAMES = {"bleu": "BLEU", "rouge": "ROUGE", "meteor": "METEOR", "bertscore": "BERTScore", "exact": "Exact match"}
+HUB_METRICS = {"bleu": "bleu", "corpus": "bleu", "rouge": "rouge", "exact": "exact_match"}
+# Names for readers, of the metrics that have one of their own.
+METRIC_TITLES = {
+    "bleu_1": "BLEU-1",
+    "corpus_bleu_4": "BLEU-4 of the corpus",
+    "rouge_1": "ROUGE-1",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "bertscore": "BERTScore",
+    "ratescore": "RaTEScore",
+    "green": "GREEN",
+    "radgraph_f1": "RadGraph F1",
+    "exact": "Exact match",
+}
 
 
 def add_results_to_card(
@@ -226,9 +238,8 @@ def readable_metric(metric: str) -> str:
     >>> readable_metric("bleu_1"), readable_metric("deduplicated_recall_at_5"), readable_metric("original_accuracy")
     ('BLEU-1', 'Deduplicated recall@5', 'Original accuracy')
     ```"""
-    first, _, rest = metric.partition("_")
-    if first in PRETTY_NAMES:
-        return f"{PRETTY_NAMES[first]}-{rest.replace('_', '-')}" if rest else PRETTY_NAMES[first]
+    if metric in METRIC_TITLES:
+        return METRIC_TITLES[metric]
     words = metric.replace("_at_", "@").replace("_", " ")
     return words[:1].upper() + words[1:]
 

@@ -23,6 +23,7 @@ from ..modeling_med3dvlm.modeling_dcformer import DCFormerBackbone
 from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
+from .files import write_json_atomically
 from .model_card import (
     CARD_KINDS,
     CONVERSION_BEGINS,
@@ -35,6 +36,7 @@ from .model_card import (
 )
 from .model_index import CARD_NAME, MODEL_INDEX, carry_over
 from .places import has_form_of_owned_repository, is_repository
+from .training_record import TRAINING_NAME, read_training_record
 
 
 logger = logging.get_logger(__name__)
@@ -49,6 +51,8 @@ PENALTY_OPTIONS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 END_OF_TURN = "<|im_end|>"
 # Where a converted model's weights come from, written by `convert`.
 CONVERSION_NAME = "conversion.json"
+# Where weights come from; no answer depends on it.
+RECORDS = (CONVERSION_NAME, TRAINING_NAME)
 # Files that an earlier version of a repository may hold and this one may not.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py"]
 # Settings too: beside another kind of model, an old `processor_config.json` or `adapter_config.json` would be read first.
@@ -61,7 +65,7 @@ REPLACED_ON_HUB = [
     "vocab.*",
     "merges.txt",
     "chat_template.*",
-    CONVERSION_NAME,
+    *RECORDS,
 ]
 
 
@@ -75,6 +79,7 @@ def publish(
     private: bool | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    training_record: Mapping[str, Any] | None = None,
     **card_fields: Unpack[CardFields],
 ) -> str:
     """
@@ -85,8 +90,9 @@ def publish(
     A folder that was published before is published with what its card says, see [`read_current_card`]: all of `card_fields`
     that is not given anew, further metadata, and the results of evaluations. Results are left out where a processor or
     tokenizer is given anew, since it may prepare other inputs than those that were scored. The record of a conversion,
-    `conversion.json`, goes along, and so does what the card says of it, below training data that are given anew. The card of
-    a model in memory, or of a folder whose files have changed since, starts empty: what the weights went through is not known.
+    `conversion.json`, goes along, and so does what the card says of it, below training data that are given anew; so does that of
+    a training, `training.json`. The card of a model in memory, or of a folder whose files have changed since, starts empty:
+    what the weights went through is not known.
 
     Args:
         model (`PreTrainedModel`, `str` or `os.PathLike`):
@@ -106,6 +112,9 @@ def publish(
             Whether to replace a model that `destination` holds, once the new one is complete.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
             Largest file of weights.
+        training_record (`Mapping`, *optional*):
+            What the weights were trained with, for `training.json`, see [`~hub_cards.training_record.describe_training`]; by
+            default the record beside `model`.
         card_fields (*optional*):
             What the card says beyond the model itself, see [`CardFields`]. An empty text takes away what an older card says.
 
@@ -131,6 +140,8 @@ def publish(
     source = Path(model) if isinstance(model, (str, os.PathLike)) else None
     old_card = None if source is None else read_current_card(source)
     fields = merge_fields(old_card, stated_fields(card_fields), source)
+    if training_record is None and old_card is not None and source is not None:
+        training_record = read_training_record(source)
     if push_to_hub and not fields.get("license"):
         raise ValueError(
             "A model on the Hub needs a licence: pass `license`, the identifier that the Hub uses, and mind the licences of "
@@ -152,7 +163,7 @@ def publish(
     check_fit(model.config, processor)
     if push_to_hub:
         fields.setdefault("repo_id", str(destination))
-    card = create_model_card(model, processor, **fields)
+    card = create_model_card(model, processor, has_training_record=training_record is not None, **fields)
 
     def write(folder: Path) -> None:
         # The installed classes write their code themselves, beside what they save: see `remote_code.carry_code`.
@@ -163,6 +174,8 @@ def publish(
             carry_over(folder / CARD_NAME, metadata, old_card.results if is_as_scored else "")
         if old_card is not None and source is not None and (source / CONVERSION_NAME).is_file():
             shutil.copyfile(source / CONVERSION_NAME, folder / CONVERSION_NAME)
+        if training_record is not None:
+            write_json_atomically(training_record, folder / TRAINING_NAME)
 
     if not push_to_hub:
         with replaced_when_complete(Path(destination)) as folder:
@@ -208,16 +221,15 @@ def read_current_card(folder: Path) -> OldCard | None:
 
 
 def hashes_of_files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a model's weights and settings, by name, in order."""
+    """The SHA-256 of each file of a model's weights and settings, by name, in order; not of records of where they come from."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
-    return {file.name: sha256_of(file) for file in files}
+    return {file.name: sha256_of(file) for file in files if file.name not in RECORDS}
 
 
 def digest_of_files(folder: Path) -> str:
-    """The SHA-256 of the names and contents of a model's weights and settings; where weights come from changes no answer."""
-    hashes = hashes_of_files(folder)
-    hashes.pop(CONVERSION_NAME, None)
-    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes.items()).encode()).hexdigest()
+    """The SHA-256 of the names and contents of a model's weights and settings."""
+    lines = (f"{name} {value}\n" for name, value in hashes_of_files(folder).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def merge_fields(old_card: OldCard | None, given: dict[str, Any], source: Path | None) -> dict[str, Any]:
@@ -401,6 +413,12 @@ def check_fit(config: Any, processor: Any) -> None:
         )
 
 
+def end_token_ids(tokenizer: Any) -> list[int]:
+    """Ids that end an answer: that of the end of a text, and that of the end of a turn, which training teaches."""
+    ids = (tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TURN))
+    return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
+
+
 def greedy_generation_config(model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
     """
     A copy of the model's generation config that decodes greedily, without penalties, and ends where the tokenizer says.
@@ -414,8 +432,7 @@ def greedy_generation_config(model: PreTrainedModel, tokenizer: Any) -> Generati
     Raises:
         ValueError: the tokenizer knows no end, and generation would never stop.
     """
-    turn_id = tokenizer.get_vocab().get(END_OF_TURN)
-    end_ids = [end_id for end_id in dict.fromkeys((tokenizer.eos_token_id, turn_id)) if end_id is not None]
+    end_ids = end_token_ids(tokenizer)
     if not end_ids:
         raise ValueError("The tokenizer has no `eos_token`: set it, or generation never stops.")
     config: GenerationConfig = copy.deepcopy(model.generation_config)
@@ -512,6 +529,7 @@ __all__ = [
     "check_source",
     "check_whole",
     "digest_of_files",
+    "end_token_ids",
     "greedy_generation_config",
     "hashes_of_files",
     "load_model",

@@ -33,6 +33,8 @@ LINE_LIKE_RELATIVE_IMPORT = re.compile(r"^\s*(?:import\s+\.\S+\s*$|from\s+\.\S+\
 # Written by loading a tokenizer, not by its author; the second and the third name the machine.
 LEAKED_TOKENIZER_KEYS = ("is_local", "name_or_path", "cache_dir", "local_files_only", "trust_remote_code", "token")
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+# Begins every module that is written: beside weights of another licence, ours stays with the code.
+LICENSE_HEADER = "# SPDX-License-Identifier: Apache-2.0\n# SPDX-FileCopyrightText: The Med3DVLM contributors\n"
 
 
 class RemoteCodeError(ValueError):
@@ -201,7 +203,7 @@ def entry_modules(saved: Any) -> list[str]:
 
 def write_code(folder: str | os.PathLike, entries: Iterable[str]) -> list[Path]:
     """
-    Writes flattened modules and all they import; each file appears whole or not at all.
+    Writes flattened modules and all they import, each below the licence of the code; each file appears whole or not at all.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -215,7 +217,7 @@ def write_code(folder: str | os.PathLike, entries: Iterable[str]) -> list[Path]:
     paths = []
     for file_name, source in _flatten_once(tuple(entries)).items():
         paths.append(Path(folder) / file_name)
-        write_atomically(source.encode(), paths[-1])
+        write_atomically((LICENSE_HEADER + source).encode(), paths[-1])
     return paths
 
 
@@ -316,6 +318,7 @@ def _parts(saved: Any) -> list[PreTrainedConfig]:
 
 __all__ = [
     "HUB_FOLDERS",
+    "LICENSE_HEADER",
     "HubModule",
     "RemoteCodeError",
     "carry_code",

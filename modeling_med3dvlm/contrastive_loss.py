@@ -14,6 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+LOSS_TYPES = ("sigmoid", "softmax")
+EXCHANGES = ("gather", "ring")
+
+
 def contrastive_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -70,8 +74,12 @@ def contrastive_loss(
         `torch.Tensor` of shape `()`, in float32.
 
     Raises:
-        ValueError: the numbers of volumes, texts, unpaired texts and group ids do not fit together.
+        ValueError: the numbers of volumes, texts, unpaired texts and group ids do not fit together, or there is no loss or
+            exchange of that name.
     """
+    for name, value, known in (("loss_type", loss_type, LOSS_TYPES), ("exchange", exchange, EXCHANGES)):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
     if num_unpaired_texts < 0 or len(image_embeds) + num_unpaired_texts != len(text_embeds):
         unpaired = f", {num_unpaired_texts} of them unpaired" if num_unpaired_texts else ""
         raise ValueError(

@@ -330,7 +330,7 @@ def write_companion_files(folder: Path, plan: Plan, record: Mapping[str, Any], c
         (folder / "README.md").write_text(card, encoding="utf-8")
         return
     model = plan.model
-    model.config.dtype = common_dtype(plan, folder)
+    model.config.dtype = common_dtype(folder)
     model.config.architectures = [type(model).__name__]
     nn.Module.to(model, model.config.dtype)  # the card names the precision
     check_fit(model.config, plan.processor)
@@ -341,7 +341,7 @@ def write_companion_files(folder: Path, plan: Plan, record: Mapping[str, Any], c
     write_companions(folder, model, plan.processor, card)
 
 
-def common_dtype(plan: Plan, folder: Path) -> torch.dtype:
+def common_dtype(folder: Path) -> torch.dtype:
     """The precision of most weights; a model is loaded in one."""
     counts: Counter[torch.dtype] = Counter()
     for shard in sorted(folder.glob("*.safetensors")):

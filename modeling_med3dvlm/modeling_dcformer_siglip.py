@@ -148,6 +148,7 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.visual_projection(outputs.pooler_output),
             hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),  # a DCFormer has none
         )
 
     @can_return_tuple
@@ -219,20 +220,23 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
         """
         vision_outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        # The two encoders may lie on different devices.
+        image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1).to(text_embeds.device)
+        logit_scale = self.logit_scale.to(text_embeds.device)
+        logit_bias = None if self.logit_bias is None else self.logit_bias.to(text_embeds.device)
 
-        logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.T
-        if self.logit_bias is not None:
-            logits_per_image = logits_per_image + self.logit_bias
+        logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
+        if logit_bias is not None:
+            logits_per_image = logits_per_image + logit_bias
 
         loss = None
         if return_loss:
             loss = contrastive_loss(
                 image_embeds,
                 text_embeds,
-                self.logit_scale,
-                self.logit_bias,
+                logit_scale,
+                logit_bias,
                 loss_type=self.config.loss_type,
                 exchange=self.config.loss_exchange,
                 chunk_size=self.config.loss_chunk_size,

@@ -1,6 +1,7 @@
 """Med3DVLM: a vision-language model that reads a whole 3D volume and answers in words (Xin et al. 2025)."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +111,13 @@ class Med3DVLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Both put two streams side by side, which must lie on one device.
-    _no_split_modules = ["Med3DVLMMixerProjector", "Med3DVLMLowHighMLPProjector"]
+    # Two put two streams side by side, the third attends with what three of its layers give: all must lie on one device.
+    _no_split_modules = ["Med3DVLMMixerProjector", "Med3DVLMLowHighMLPProjector", "Med3DVLMSelfAttentionProjector"]
+
+
+def length_of(cache: Any) -> Any:
+    """Tokens whose keys and values are kept; 0 also for the pages of continuous batching, which are no `Cache`."""
+    return cache.get_seq_length() if isinstance(cache, Cache) else 0
 
 
 def stage_to_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
@@ -124,7 +130,7 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
     The vision-language model without a head: volume encoder, projector, language model.
 
     Raises:
-        ValueError: the language model's embeddings and hidden states are of different widths.
+        ValueError: the language model's embeddings and hidden states are of different widths, or it has no attention.
 
     Example:
 
@@ -141,7 +147,14 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         self.vision_tower = VISION_MODELS[config.vision_config.model_type]._from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         self.language_model = AutoModel.from_config(config.text_config)
-        hidden_size = config.text_config.get_text_config(decoder=True).hidden_size
+        text_config = config.text_config.get_text_config(decoder=True)
+        takes_cache = CACHE_NAME in inspect.signature(self.language_model.forward).parameters
+        if not takes_cache or set(getattr(text_config, "layer_types", None) or ()) == {"linear_attention"}:
+            raise ValueError(
+                "Expected a decoder with attention, whose keys and values are kept while it answers, got "
+                f"{type(self.language_model).__name__}. Choose another `text_config`."
+            )
+        hidden_size = text_config.hidden_size
         embedding_size = getattr(self.get_input_embeddings(), "embedding_dim", hidden_size)
         if embedding_size != hidden_size:
             raise ValueError(
@@ -161,10 +174,7 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> Med3DVLMImageFeatures:
         r"""
         Encodes volumes and projects them to tokens of the language model.
@@ -172,8 +182,8 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_volumes, num_channels, depth, height, width)`):
                 Volumes of `config.image_size`, scaled to [0, 1], all texts' volumes one after the other.
-            output_hidden_states (`bool`, *optional*):
-                Whether to return all stages of the encoder.
+            kwargs:
+                `output_hidden_states` (`bool`), whether to return all stages of the encoder; all others go to the encoder.
 
         Returns:
             [`Med3DVLMImageFeatures`], whose `pooler_output` holds the image tokens.
@@ -181,12 +191,15 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         Raises:
             ValueError: `pixel_values` has another shape than the model was built for.
         """
-        expected = (self.config.vision_config.num_channels, *self.config.image_size)
+        # No argument of its own: `generate` takes those that this method names away from the language model.
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
+        num_channels = self.config.vision_config.num_channels
+        expected = (num_channels, *self.config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"Expected `pixel_values` of shape (num_volumes, {', '.join(map(str, expected))}), that is one channel "
-                f"and `image_size` (depth, height, width), got {tuple(pixel_values.shape)}. Prepare volumes with the "
-                "model's own processor."
+                f"Expected `pixel_values` of shape (num_volumes, {', '.join(map(str, expected))}), that is `num_channels` "
+                f"{num_channels} and `image_size` (depth, height, width), got {tuple(pixel_values.shape)}. Prepare volumes "
+                "with the model's own processor."
             )
         outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
         low_level_states, high_level_states = (
@@ -212,30 +225,49 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         Finds the places of the image tokens by the placeholder's id, or by its embedding where there are no ids.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`, on the device of `inputs_embeds`.
 
         Raises:
-            ValueError: the numbers of placeholders and image tokens differ.
+            ValueError: the numbers of placeholders and image tokens differ, or the widths of embeddings and image tokens.
         """
-        if input_ids is None:
-            image_token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        self.check_placeholders(mask, image_tokens)
+        if image_tokens.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"Expected image tokens as wide as the embeddings of the text, {inputs_embeds.shape[-1]}, got "
+                f"{image_tokens.shape[-1]}: these are the features of another model. Encode the volumes with this one's "
+                "`get_image_features`."
+            )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def find_placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The places of the placeholders, `(batch_size, sequence_length)`, by their id or, without ids, their embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None  # one of the two is always given
+        image_token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+
+    def check_placeholders(self, mask: torch.Tensor, image_tokens: torch.Tensor, is_continued: bool = False) -> None:
+        """
+        Raises where placeholders, the True places of `mask`, and image tokens differ in number; in a text that is continued,
+        where image tokens are more: the other placeholders are those of volumes that were read before.
+        """
         num_placeholders, num_image_tokens = mask.sum(), image_tokens.shape[0] * image_tokens.shape[1]
         torch_compilable_check(
-            num_placeholders == num_image_tokens,
+            num_placeholders >= num_image_tokens if is_continued else num_placeholders == num_image_tokens,
             lambda: (
                 f"The text has {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), the "
                 f"{image_tokens.shape[0]} volumes have {num_image_tokens} image tokens ({image_tokens.shape[1]} each). "
                 "Build both with the model's own processor, and do not truncate the placeholders."
             ),
         )
-        return mask.unsqueeze(-1)
 
     def check_no_placeholder(self, input_ids: torch.LongTensor, cache: Cache | None) -> None:
         """Raises where a text that starts here has placeholders but came without volumes: it would be read blind."""
-        past_length = 0 if cache is None else cache.get_seq_length()
+        past_length = length_of(cache)
         num_placeholders = (input_ids == self.config.image_token_id).sum()
         torch_compilable_check(
             (num_placeholders == 0) | (past_length > 0),
@@ -275,14 +307,16 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": features}` with what `get_image_features` returned, in place of `pixel_values`.
             cache (`Cache`, *optional*):
-                The name that transformers 5.24 gave to `past_key_values`.
+                The name that transformers 5.24 gave to `past_key_values`; of continuous batching in all versions, whose
+                pages of keys and values are no [`~transformers.Cache`].
 
         Returns:
             [`Med3DVLMModelOutputWithPast`]
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, both of `pixel_values` and
-                `mm_encoder_outputs`, both of `past_key_values` and `cache`, or another number of placeholders than image tokens.
+                `mm_encoder_outputs`, both of `past_key_values` and `cache`, another number of placeholders than image tokens,
+                or image tokens of another width than embeddings.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
@@ -309,7 +343,7 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME if cache is None or isinstance(cache, Cache) else "cache": cache},
             **kwargs,
         )
         return Med3DVLMModelOutputWithPast(
@@ -374,6 +408,25 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
     ) -> Med3DVLMImageFeatures:
         """Encodes volumes once, for `generate(mm_encoder_outputs={"image": features})`: see [`Med3DVLMModel`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """
+        Repeats the inputs for several answers to one text. Before that, volumes and placeholders are compared: transformers
+        leaves out volumes that are too many, here and where it reads a prompt in chunks.
+        """
+        image_features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if image_features is not None:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            is_continued = length_of(model_kwargs.get(CACHE_NAME)) > 0
+            mask = self.model.find_placeholders(input_ids if inputs_embeds is None else None, inputs_embeds)
+            self.model.check_placeholders(mask, image_features.pooler_output, is_continued)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _expand_multimodal_outputs(
         self, input_ids: torch.LongTensor, mm_encoder_output: dict[str, Any], *args: Any, **kwargs: Any

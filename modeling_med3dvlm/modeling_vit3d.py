@@ -1,6 +1,7 @@
 """Vit3D: a plain vision transformer over the patches of a 3D volume, the baseline encoder of Med3DVLM's Table 5."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,8 +80,13 @@ class Vit3DAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
         self.out_proj = nn.Linear(inner_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        """(B, N, hidden_size) -> (B, N, hidden_size)."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        all_attentions: list[torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """(B, N, hidden_size) -> (B, N, hidden_size); the weights, (B, heads, N, N), are added to `all_attentions`."""
         batch_size, num_tokens, _ = hidden_states.shape
         query, key, value = (
             projection(hidden_states).view(batch_size, num_tokens, -1, self.head_dim).transpose(1, 2)
@@ -89,7 +95,9 @@ class Vit3DAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, **kwargs)
+        attended, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, **kwargs)
+        if all_attentions is not None:
+            all_attentions.append(weights)
         return self.out_proj(attended.reshape(batch_size, num_tokens, -1))  # (B, N, heads, d) -> (B, N, hidden_size)
 
 
@@ -105,8 +113,8 @@ class Vit3DLayer(GradientCheckpointingLayer):
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        """(B, N, hidden_size) -> (B, N, hidden_size)."""
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, N, hidden_size) -> (B, N, hidden_size); `kwargs` go to the attention."""
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **kwargs)
         return hidden_states + self.fc2(self.act(self.fc1(self.mlp_norm(hidden_states))))
 
@@ -167,6 +175,7 @@ class Vit3DModel(Vit3DPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -175,6 +184,8 @@ class Vit3DModel(Vit3DPreTrainedModel):
                 Volumes of `config.image_size`, scaled to [0, 1].
             output_hidden_states (`bool`, *optional*):
                 Whether to return the tokens before the first and after every layer.
+            output_attentions (`bool`, *optional*):
+                Whether to return the attention weights of every layer, which only `attn_implementation="eager"` has.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]:
@@ -184,18 +195,28 @@ class Vit3DModel(Vit3DPreTrainedModel):
             - **hidden_states** (`tuple` of `torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): the
               patches at every depth, the last normalised where there is a final normalisation; only with
               `output_hidden_states`.
+            - **attentions** (`tuple` of `torch.Tensor` of shape `(batch_size, heads, 1 + num_tokens, 1 + num_tokens)`): the
+              weights of every layer, the class token first; only with `output_attentions`.
 
         Raises:
-            ValueError: `pixel_values` has another size or another number of channels.
+            ValueError: `pixel_values` has another size or another number of channels, or `output_attentions` is asked of an
+                implementation that computes no weights.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        kwargs.pop("output_attentions", None)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_attentions` asks for weights that the attention {self.config._attn_implementation!r} does not "
+                'compute: load the model with `attn_implementation="eager"`.'
+            )
+        all_attentions: list[torch.Tensor] | None = [] if output_attentions else None
 
         hidden_states = self.embeddings(pixel_values)
         all_hidden_states = [hidden_states[:, 1:]]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, all_attentions=all_attentions, **kwargs)
             all_hidden_states.append(hidden_states[:, 1:])  # without the class token
         patches = self.norm(hidden_states)[:, 1:]
         all_hidden_states[-1] = patches
@@ -204,6 +225,7 @@ class Vit3DModel(Vit3DPreTrainedModel):
             last_hidden_state=patches,
             pooler_output=patches.mean(dim=1),  # (B, N, C) -> (B, C)
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=None if all_attentions is None else tuple(all_attentions),
         )
 
 

@@ -325,22 +325,6 @@ class Layout:
                     return pattern.write(values), tuple(other.write(values) for other in names), change
         return None
 
-    def state_to_ours(self, state: dict[str, torch.Tensor], config: Any = None) -> dict[str, torch.Tensor]:
-        """
-        A whole state dict in our names.
-
-        Raises:
-            KeyError: the table has no row for a name.
-        """
-        converted: dict[str, torch.Tensor] = {}
-        for original, value in state.items():
-            found = self.find(original)
-            if found is None:
-                raise KeyError(original)
-            names, change = found
-            converted.update(zip(names, change.to_ours(value, config)))
-        return converted
-
 
 def encoder_layout(vision_type: str = "dcformer", prefix: str = "") -> Layout:
     """The layout of a volume encoder alone, `pretrained_ViT.bin`; `"m3d"` is the one of M3D-CLIP."""
@@ -352,11 +336,6 @@ def dual_encoder_layout(loss_type: str, vision_type: str = "dcformer") -> Layout
     """The layout of the dual encoder, `DCFormer_SigLIP`, by our loss."""
     vision = prefixed(VISION_ENCODERS[vision_type], "vision_encoder.", "vision_model.")
     return Layout([*vision, *PROJECTIONS, *SCALARS[loss_type]])
-
-
-def projector_layout(projector_type: str, original: str = "model.mm_projector.", ours: str = "") -> Layout:
-    """The layout of a projector alone, by default as `mm_projector.bin` names it."""
-    return Layout(prefixed(PROJECTOR_ROWS[projector_type], original, ours))
 
 
 def vision_language_layout(projector_type: str) -> Layout:
@@ -390,6 +369,5 @@ __all__ = [
     "encoder_layout",
     "find_projector_type",
     "prefixed",
-    "projector_layout",
     "vision_language_layout",
 ]

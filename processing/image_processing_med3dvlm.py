@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -551,6 +551,11 @@ class Scan:
         return num_below, num_above
 
 
+def is_ct_in_hu(lowest: float, highest: float, mean: Callable[[], float]) -> bool:
+    """Whether `intensity_mode` "auto" takes values for CT in HU, by their ends and, only where these do not tell, their mean."""
+    return lowest <= HU_OF_AIR and (highest <= HU_OF_DENSE_BONE or mean() <= HU_OF_DENSE_BONE)
+
+
 def find_intensity(
     scan: Scan, mode: str, hu_range: tuple[float, float], percentiles: list[float] | tuple[float, ...]
 ) -> Intensity:
@@ -571,8 +576,7 @@ def find_intensity(
     """
     name, lowest, highest = scan.name, scan.lowest, scan.highest
     if mode == "auto":
-        is_ct = lowest <= HU_OF_AIR and (highest <= HU_OF_DENSE_BONE or scan.mean() <= HU_OF_DENSE_BONE)
-        mode = "window" if is_ct else "minmax"
+        mode = "window" if is_ct_in_hu(lowest, highest, scan.mean) else "minmax"
     if mode == "none":
         if lowest < 0 or highest > 1:
             raise InvalidVolumeError(

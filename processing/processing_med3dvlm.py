@@ -147,7 +147,8 @@ class Med3DVLMProcessor(ProcessorMixin):
             stays, and the last placeholder takes the place of the first token.
 
     Raises:
-        ValueError: the tokenizer does not know `image_token`, `prompt_format` is neither of the two, or an argument is not known.
+        ValueError: there is no tokenizer, or it does not know `image_token`, with `image_seq_length`; `prompt_format` is
+            neither of the two; or an argument is not known.
 
     Example:
 
@@ -180,6 +181,11 @@ class Med3DVLMProcessor(ProcessorMixin):
         self.image_token: Any = None  # None tells the base class that texts have no placeholders
         self.image_token_id: int | None = None
         if image_seq_length is not None:
+            if tokenizer is None:
+                raise ValueError(
+                    f"Expected a `tokenizer` with `image_seq_length` {image_seq_length}, which counts placeholders in texts, "
+                    "got none: pass both or neither."
+                )
             self.image_token = image_token
             self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
             if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -202,14 +208,26 @@ class Med3DVLMProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": "processing_med3dvlm.Med3DVLMProcessor"}
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Model inputs of volumes and texts, see `ProcessorMixin.__call__`; in the original's format if that is set."""
+        """
+        Model inputs of volumes and texts, see `ProcessorMixin.__call__`; in the original's format if that is set.
+
+        Raises:
+            ValueError: in the original's format, a text was cut off right behind its placeholders.
+        """
         inputs = super().__call__(images=images, text=text, **kwargs)
         if self.prompt_format == "original" and self.image_token is not None and "input_ids" in inputs:
-            for ids in inputs["input_ids"]:  # rows of a tensor or lists: written in place
+            for row, ids in enumerate(inputs["input_ids"]):  # rows of a tensor or lists: written in place
                 numbers = ids if isinstance(ids, list) else ids.tolist()
                 if self.image_token_id in numbers:
                     last = len(numbers) - 1 - numbers[::-1].index(self.image_token_id)
+                    if last + 1 == len(numbers):
+                        raise ValueError(
+                            f"Expected words behind the {self.image_seq_length} placeholders of a volume, got a text of "
+                            f"{len(numbers)} tokens that was cut off there: raise `max_length`."
+                        )
                     ids[last + 1] = self.image_token_id
+                    if "mm_token_type_ids" in inputs:
+                        inputs["mm_token_type_ids"][row][last + 1] = 1  # an image
         return inputs
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:

@@ -12,6 +12,6 @@ sys.modules["torchvision"] = None  # type: ignore[assignment]
 # the cores, because threads beyond the cores hold each other up.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
-    # Not with `train/cores.py`: the package is not to be imported here. macOS and Windows do not tell the usable cores.
+    # Not with `train/processes.py`: the package is not to be imported here. macOS and Windows do not tell the usable cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))

@@ -31,10 +31,10 @@ from med3dvlm import (
 )
 from med3dvlm.modeling_med3dvlm.modeling_projector import PROJECTORS
 from med3dvlm.modeling_med3dvlm.original_layout import (
+    PROJECTOR_ROWS,
     Layout,
     dual_encoder_layout,
     encoder_layout,
-    projector_layout,
     vision_language_layout,
 )
 
@@ -91,9 +91,13 @@ def golden_input(shape: list[int], salt: int = 0) -> torch.Tensor:
     return torch.from_numpy(golden_weights.golden_input(shape, salt))
 
 
-def converted_state(state: dict[str, np.ndarray], layout: Layout, config: Any = None) -> dict[str, torch.Tensor]:
-    """The recorded tensors of the original in our names."""
-    return layout.state_to_ours({key: torch.from_numpy(value) for key, value in state.items()}, config)
+def converted_state(state: dict[str, Any], layout: Layout, config: Any = None) -> dict[str, torch.Tensor]:
+    """The recorded arrays, or tensors, of the original in our names."""
+    converted: dict[str, torch.Tensor] = {}
+    for original, value in state.items():
+        names, change = layout.find(original)
+        converted.update(zip(names, change.to_ours(torch.as_tensor(value), config)))
+    return converted
 
 
 def renaming(layout: Layout) -> Callable[[str], str]:
@@ -183,7 +187,7 @@ def measure_projector(name: str) -> Iterator[Comparison]:
     )
     projector = PROJECTORS[projector_type](config)
     assert sum(parameter.numel() for parameter in projector.parameters()) == golden.meta["parameters"]
-    load_exactly(projector, converted_state(golden_state(golden), projector_layout(projector_type, original="")))
+    load_exactly(projector, converted_state(golden_state(golden), Layout(PROJECTOR_ROWS[projector_type])))
     high = golden_input([2, 32, 768])
     low = golden_input([2, 256, 384])
     with torch.no_grad():

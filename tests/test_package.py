@@ -3,10 +3,12 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import med3dvlm
 
@@ -52,15 +54,37 @@ print("ok")
     assert run(code) == "ok"
 
 
-def test_wheel_holds_every_module_and_nothing_else(tmp_path):
-    pytest.importorskip("build", reason="building the wheel needs `build`")
-    source = tmp_path / "source"  # a copy: building leaves files that the next build would pick up
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The names in the source distribution, and in the wheel that is built from it."""
+    pytest.importorskip("build", reason="building the distributions needs `build`")
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"  # a copy: building leaves files that the next build would pick up
+    made = ("build", "dist", "*.egg-info", "__pycache__", "runs", "demo_output", "phantom_scores")
+    ignored = (".git", ".venv*", ".*_cache", "goldens", *made)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    return packed, set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_source_distribution_holds_what_the_targets_of_make_and_the_readme_need(distributions):
+    packed, _ = distributions
+    for folder in ("tests", "docs", "hub_cards", "train"):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+        files = {name for name in files if "__pycache__" not in name and "/goldens/" not in name}
+        assert files <= packed, folder
+    expected = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"}
+    assert packed >= expected | {"pyproject.toml", ".pre-commit-config.yaml"}
+    assert not [name for name in packed if name.endswith(".pyc")]
+
+
+def test_wheel_holds_every_module_and_nothing_else(distributions):
+    _, names = distributions
     packaged = {name for name in names if name.endswith(".py")}
     folders = ("configuration", "modeling_med3dvlm", "processing", "hub_cards", "train")
     expected = {
@@ -72,3 +96,31 @@ def test_wheel_holds_every_module_and_nothing_else(tmp_path):
     assert templates <= names
     recipes = {path for path in (ROOT / "train" / "recipes").rglob("*") if path.is_file()}
     assert {f"med3dvlm/{path.relative_to(ROOT).as_posix()}" for path in recipes} <= names and len(recipes) > 15
+    evaluation = {
+        "published_results.json",
+        *(f"prompts/{path.name}" for path in ROOT.glob("train/evaluation/prompts/*")),
+    }
+    data = {f"med3dvlm/train/evaluation/{name}" for name in evaluation}
+    assert data <= names and len(evaluation) > 1
+    others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
+    recipe_files = {f"med3dvlm/{path.relative_to(ROOT).as_posix()}" for path in recipes}
+    assert others == templates | recipe_files | data | {"med3dvlm/py.typed"}
+
+
+def test_the_hooks_of_pre_commit_are_the_tools_of_the_environment():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert not [repo["repo"] for repo in hooks if "ruff" in repo["repo"]]
+    (local,) = (repo for repo in hooks if repo["repo"] == "local")
+    assert {hook["entry"].split()[0] for hook in local["hooks"]} == {"ruff", "mypy"}
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    "options, end", [([], '-e ".[dev]"'), (["TRANSFORMERS=transformers==5.23.0"], '"transformers==5.23.0"')]
+)
+def test_make_installs_another_transformers_where_one_is_named(options, end):
+    command = ["make", "-n", "test", "VENV=/nowhere/at/all", *options]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in printed.splitlines() if ".[dev]" in line)
+    assert line.rstrip().endswith(end)

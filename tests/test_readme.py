@@ -1,4 +1,5 @@
-"""The README's snippets run, in order, beside a published model and a scan with the names they use."""
+"""The README's snippets run, in order, beside a published model and a scan with the names they use; its commands, and those of
+docs/, are understood, and its links lead to files."""
 
 import re
 import shlex
@@ -9,6 +10,7 @@ import pytest
 import torch
 import typer
 from nibabel.testing import data_path
+from tiny import build_tiny_model
 from transformers import AutoModelForImageTextToText
 from typer.core import TyperGroup
 
@@ -16,13 +18,13 @@ from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMProcesso
 from med3dvlm.hub_cards.publish import publish
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.augmentation import augment_laterality_safe
-from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.recipe import load_recipe
 
 
 UsageError = typer.BadParameter.__mro__[1]  # of click, which newer releases of typer have inside
 README = Path(__file__).parents[1] / "README.md"
+PHANTOMS = README.parent / "docs" / "phantoms.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -49,20 +51,32 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 4
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+OWN_SCANS = next(number for number, snippet in enumerate(SNIPPETS) if "write_example_manifest" in snippet)
+
+
+# That of own scans runs below.
+@pytest.mark.parametrize("number", [number for number in range(len(SNIPPETS)) if number != OWN_SCANS])
 def test_snippet_runs(number, surroundings, monkeypatch, capsys):
     monkeypatch.chdir(surroundings)
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
+def test_own_scans_train_in_float32_on_a_model_in_float32(surroundings, tmp_path, monkeypatch, capsys):
+    shutil.copytree(surroundings / "org", tmp_path / "org")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(SNIPPETS[OWN_SCANS], "README snippet of own scans", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}
+
+
 def test_own_scans_train_in_float32_on_a_model_in_bfloat16_and_anew_in_each_epoch(surroundings, tmp_path, monkeypatch):
     model = AutoModelForImageTextToText.from_pretrained(surroundings / "org" / "med3dvlm", dtype=torch.bfloat16)
     publish(model, tmp_path / "org/med3dvlm", processor=surroundings / "org" / "med3dvlm")
     monkeypatch.chdir(tmp_path)
-    (snippet,) = [snippet for snippet in SNIPPETS if "write_example_manifest" in snippet]
     names: dict = {}
-    exec(compile(snippet.replace("bf16=", "use_cpu=True, bf16="), "README snippet of own scans", "exec"), names)
+    exec(compile(SNIPPETS[OWN_SCANS], "README snippet of own scans", "exec"), names)
     trained = [parameter for parameter in names["model"].parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32, torch.bfloat16}
@@ -76,15 +90,29 @@ def test_own_scans_train_in_float32_on_a_model_in_bfloat16_and_anew_in_each_epoc
 
 def test_targets_of_the_readme_exist():
     makefile = (README.parent / "Makefile").read_text()
-    targets = re.findall(r"(?:`|^)make ([a-z-]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (README, PHANTOMS))
+    targets = re.findall(r"(?:`|^)make ([a-z-]+)", pages, flags=re.MULTILINE)
     assert len(targets) > 5
     for target in targets:
         assert f"\n{target}:" in makefile
 
 
-def commands_of_the_readme():
+@pytest.mark.parametrize("page", [README, README.parent / "CONTRIBUTING.md", PHANTOMS], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert links or page.name == "CONTRIBUTING.md"
+    for name, heading in links:
+        target = page.parent / name
+        assert target.is_file(), name
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert not heading or heading[1:] in [
+            re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in titles
+        ]
+
+
+def commands_of(page):
     """The arguments of each call of `med3dvlm`, in console blocks and in the text; of a part of a call, too."""
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```console\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines += [line.replace("\n", " ") for line in re.findall(r"`(med3dvlm [^`]+)`", text)]
@@ -108,11 +136,12 @@ def resolve(words):
 
 
 # Without what is only the name of a command, as `med3dvlm merge` in a sentence.
-COMMANDS = [words for words in commands_of_the_readme() if resolve(words)[1]]
+COMMANDS = [words for page in (README, PHANTOMS) for words in commands_of(page) if resolve(words)[1]]
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 24 and any(words[:2] == ["evaluate", "dependence"] for words in COMMANDS)
+    assert len(list(commands_of(PHANTOMS))) > 10
+    assert len(COMMANDS) >= 36 and any(words[:2] == ["evaluate", "dependence"] for words in COMMANDS)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

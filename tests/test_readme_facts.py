@@ -1,6 +1,7 @@
 """What the README says beside its snippets: settings and defaults, names of files, messages, and forms of files."""
 
 import re
+import runpy
 from pathlib import Path
 
 from m3d_layout import vqa_row, write_cap, write_vqa
@@ -8,12 +9,14 @@ from transformers.processing_utils import ImagesKwargs
 
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.processing.image_processing_med3dvlm import CT_WINDOWS, INTENSITY_MODES, Med3DVLMImageProcessorKwargs
-from med3dvlm.train.data.m3d import CAP_INDEX, VQA_SPLITS, VQA_TASKS, read_m3d_vqa
+from med3dvlm.train.data.layout import CAP_INDEX, VQA_SPLITS
+from med3dvlm.train.data.m3d import VQA_TASKS, read_m3d_vqa
 from med3dvlm.train.evaluation.zero_shot import read_labels, read_prompts
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = " ".join((ROOT / "hub_cards" / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
 
 
 def as_written(value):
@@ -73,4 +76,32 @@ def test_prompts_and_labels_have_the_form_that_is_read(tmp_path):
 def test_a_troubled_reader_finds_the_versions_of_transformers():
     from med3dvlm.configuration.transformers_version import REQUIREMENT
 
-    assert f"pip install -U '{REQUIREMENT}'" in README and "transformers 5.23 or 5.24" in README
+    # cmd.exe takes no single quotes.
+    assert f'`pip install -U "{REQUIREMENT}"`' in README and "transformers 5.23 or 5.24" in README
+    assert "pip install '" not in README and "pip install -U '" not in README
+
+
+def test_the_message_about_transformers_has_the_quotes_of_all_shells(monkeypatch, caplog):
+    import transformers
+
+    from med3dvlm.configuration.transformers_version import REQUIREMENT
+
+    monkeypatch.setattr(transformers, "__version__", "9.9.9")
+    runpy.run_path(str(ROOT / "configuration" / "transformers_version.py"))
+    assert f'pip install "{REQUIREMENT}"' in caplog.text
+
+
+def test_the_cache_of_volumes_is_as_the_readme_says():
+    from med3dvlm.train.data.cache import CACHE_DTYPES
+    from med3dvlm.train.recipe import DataRecipe
+
+    (paragraph,) = re.findall(r"^\*\*A cache of volumes\*\*.*?\n\n", README, flags=re.MULTILINE | re.DOTALL)
+    assert DataRecipe().cache_dtype == "float16" and CACHE_DTYPES["float16"][1] == 2.0**-12
+    assert "float16, with an error of a value in [0, 1] of at most 2**-12" in paragraph
+    assert set(CACHE_DTYPES) == {"float16", *re.findall(r"`(float32|uint8)`", paragraph)}
+    measured = re.findall(r"at (\d\.\d) a second from scans|at (\d\.\d) from the cache", BENCHMARKS)
+    assert {number for pair in measured for number in pair if number} == {"2.7", "7.9"}
+    assert "7.9 volumes of 128 x 256 x 256 per second instead of 2.7" in paragraph
+    assert re.search(
+        r"^med3dvlm train paper/finetune data\.root=manifest\.csv .*data\.cache=", README, flags=re.MULTILINE
+    )

@@ -53,7 +53,7 @@ PROJECTORS: dict[str, list[str]] = {
 }
 # Steps of each stage, no more than the recipes say: what is compared is how far each variant gets with the same work.
 STEPS = {"language": 1600, "contrastive": 600, "projector": 500}
-RETRIEVAL_SCORES = ("R@1 of 100, volume to report, identical", "R@1 of 100, report to volume, identical")
+RETRIEVAL_SCORES = ("deduplicated R@1 of 100, volume to report", "deduplicated R@1 of 100, report to volume")
 BLIND = ", blind"
 ANSWER_SCORES = ("open VQA, mean", "closed VQA, mean", "report, ROUGE-1")
 
@@ -123,17 +123,18 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
     from .data.cache import VolumeCache
 
     path = published.parent / "held_out_scores.json"
-    if not path.exists():
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not {*RETRIEVAL_SCORES} <= set(known) and not {*ANSWER_SCORES} <= set(known):  # none, or by the names of before
         model, processor = load_model(str(published)), Med3DVLMProcessor.from_pretrained(published)
         volumes = VolumeCache(cache, processor.image_processor)
         if isinstance(model, DCFormerSiglipModel):
             rows = score_retrieval(model, processor, study, volumes)
         else:
             rows, _ = score_answers(model, processor, study, volumes, num_asked)
-        values = {row["score"]: row["value"] for row in rows}
-        blind = {f"{row['score']}{BLIND}": row["blind"] for row in rows}
-        write_json_atomically({**values, **blind}, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+        known = {row["score"]: row["value"] for row in rows}
+        known |= {f"{row['score']}{BLIND}": row["blind"] for row in rows}
+        write_json_atomically(known, path)
+    return known
 
 
 def format_ablations(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:

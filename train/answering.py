@@ -1,6 +1,7 @@
 """Answers and embeddings of a model for many samples, in batches."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..hub_cards.publish import end_token_ids
 from ..modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME
 from .data.collate import PROCESSED, PairCollator, stack_volumes
 from .data.dataset import STAND_IN, PairBuilder, VolumeLoader
@@ -28,11 +30,12 @@ class Answer:
 
     Args:
         text (`str`): The answer, without special tokens and white space at its ends.
-        confidence (`float`): Geometric mean of the probabilities of its tokens, the end included; in [0, 1].
+        probability (`float`): That the model gives to the whole answer: the product over its tokens, the end included; in [0, 1],
+            or NaN, if the model's logits are.
     """
 
     text: str
-    confidence: float
+    probability: float
 
 
 def answer_samples(
@@ -49,6 +52,21 @@ def answer_samples(
     """
     batches = iterate_answers(model, processor, samples, volumes, max_new_tokens, batch_size, show_progress)
     return [answer.text for _, answers in batches for answer in answers]
+
+
+def check_finite_answers(probabilities: Mapping[str, float]) -> None:
+    """
+    Checks the probabilities of answers, by the ids of what was asked: greedy decoding takes some token of logits that are NaN too.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    lost = [name for name, probability in probabilities.items() if not math.isfinite(probability)]
+    if lost:
+        raise ValueError(
+            f"{lost[0]}: the model's logits are NaN, so that its answer means nothing. Look for NaN in the model's weights and in "
+            "the volume; float16 may have overflowed: take --dtype bfloat16 or float32, in another folder."
+        )
 
 
 def iterate_answers(
@@ -196,7 +214,7 @@ def answer_batch(
     question_ids, question_mask = pad_left(
         [ids[length:] for ids, length in zip(input_ids, lengths)], pad_token_id, device
     )
-    recorder = ConfidenceRecorder()
+    recorder = ProbabilityRecorder()
     end_ids = end_token_ids(tokenizer)
     generated = model.generate(
         input_ids=torch.cat([prefix_ids[owners], question_ids], dim=1),
@@ -213,10 +231,10 @@ def answer_batch(
     )
     new_tokens = generated[:, prefix_ids.shape[1] + question_ids.shape[1] :]
     texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return [Answer(text.strip(), value) for text, value in zip(texts, recorder.confidences(new_tokens, end_ids))]
+    return [Answer(text.strip(), value) for text, value in zip(texts, recorder.probabilities(new_tokens, end_ids))]
 
 
-class ConfidenceRecorder(LogitsProcessor):
+class ProbabilityRecorder(LogitsProcessor):
     """Notes the probability of the most probable token at each step, and changes nothing. The last of the processors."""
 
     def __init__(self) -> None:
@@ -227,9 +245,9 @@ class ConfidenceRecorder(LogitsProcessor):
         self.log_probabilities.append(scores.float().log_softmax(-1).amax(-1))
         return scores
 
-    def confidences(self, new_tokens: torch.Tensor, end_ids: Sequence[int]) -> list[float]:
+    def probabilities(self, new_tokens: torch.Tensor, end_ids: Sequence[int]) -> list[float]:
         """
-        Geometric means of the probabilities up to the first end.
+        Products of the probabilities up to the first end.
 
         Args:
             new_tokens (`torch.Tensor` of shape `(batch_size, num_steps)`):
@@ -242,8 +260,8 @@ class ConfidenceRecorder(LogitsProcessor):
         """
         values = torch.stack(self.log_probabilities, dim=1)
         is_end = torch.isin(new_tokens, torch.tensor(end_ids, device=new_tokens.device)).long()
-        counts = is_end.cumsum(1) - is_end == 0  # all tokens with no end before them
-        return ((values * counts).sum(1) / counts.sum(1)).exp().tolist()
+        is_after_end = is_end.cumsum(1) - is_end > 0
+        return values.masked_fill(is_after_end, 0).sum(1).exp().tolist()
 
 
 def prefix_length(input_ids: Sequence[int], image_token_id: int) -> int:
@@ -257,12 +275,6 @@ def pad_left(sequences: list[list[int]], pad_token_id: int, device: Any) -> tupl
     ids = [[pad_token_id] * (longest - len(sequence)) + sequence for sequence in sequences]
     mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def end_token_ids(tokenizer: Any) -> list[int]:
-    """Ids that end an answer: that of the end of a turn, which training teaches, and that of the end of a text."""
-    ids = [tokenizer.get_vocab().get("<|im_end|>"), tokenizer.eos_token_id]
-    return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
 
 @torch.inference_mode()
@@ -377,6 +389,7 @@ __all__ = [
     "Answer",
     "answer_batch",
     "answer_samples",
+    "check_finite_answers",
     "embed_samples",
     "embed_texts",
     "end_token_ids",

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from .files import only_one_at, write_json_atomically
@@ -88,6 +88,8 @@ class CheckpointGuard(TrainerCallback):
         if state.is_world_process_zero:
             write_json_atomically({"marker": MARKER_NAME}, Path(str(args.output_dir)) / GUARDED_NAME)
         self.seconds_before, self._began_at = 0.0, time.monotonic()
+        if state.global_step > 0:  # how often to save and to log is what this start says, not the checkpoint
+            state.compute_steps(args, state.max_steps)
         if self.trainer is not None and state.global_step > 0:
             marker = read_marker(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}") or {}
             if "progress" in marker:  # not in those of earlier versions
@@ -129,10 +131,19 @@ def check_checkpoint_arguments(args: TrainingArguments) -> None:
     Raises:
         ValueError: with these arguments there are moments at which a kill leaves no checkpoint to resume from.
     """
-    if args.save_total_limit is not None and 0 < args.save_total_limit < 2:
+    fewest = fewest_checkpoints(args)
+    if args.save_total_limit is not None and 0 < args.save_total_limit < fewest:
+        best = " The best one counts too, which is looked for here." if fewest > 2 else ""
         raise ValueError(
-            "Expected `save_total_limit` of at least 2 (or None to keep all), got 1: Trainer deletes the previous "
-            "checkpoint before the new one is known to be complete, so a kill in between would leave none. Set it to 2."
+            f"Expected `save_total_limit` of at least {fewest} (or None to keep all), got {args.save_total_limit}: Trainer deletes "
+            "the previous checkpoint before the new one is known to be complete, so a kill in between would leave none, or an "
+            f"old one.{best} Set it to {fewest}."
+        )
+    if args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            'Expected `save_strategy` "steps" or "epoch", got "best": nothing would be saved between two best scores, and at a '
+            'signal only if the score is the best. Choose "steps", which keeps the best checkpoint as well, with '
+            "`load_best_model_at_end` to end with it."
         )
     if args.save_only_model:
         raise ValueError(
@@ -148,6 +159,11 @@ def check_checkpoint_arguments(args: TrainingArguments) -> None:
             "Expected `enable_jit_checkpoint=False`, got True: it saves without a marker, and each process by itself. "
             "StopOnSignal saves at a signal instead."
         )
+
+
+def fewest_checkpoints(args: TrainingArguments) -> int:
+    """How many checkpoints are to be kept: the newest, the one before, and, where Trainer looks for it, the best."""
+    return 2 if args.metric_for_best_model is None else 3
 
 
 @contextmanager
@@ -377,8 +393,14 @@ def mark_complete(checkpoint: Path, description: Mapping[str, Any]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """
+    Waits until a file's content, or a folder's entries, would survive a loss of power. Windows opens no folder for that, and a
+    file only to write.
+    """
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

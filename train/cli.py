@@ -58,7 +58,10 @@ def ask(
     ] = None,
     intensity_mode: Annotated[
         str | None,
-        typer.Option(help="auto, window (CT in HU), percentile (MR), minmax or none.", show_default="model's"),
+        typer.Option(
+            help="How values are scaled: auto, window (CT in HU), percentile (MR), minmax or none.",
+            show_default="model's",
+        ),
     ] = None,
     hu_range: Annotated[
         str | None,
@@ -185,7 +188,9 @@ def publish(
         str, typer.Argument(help="New folder or, with --push, Hub repository `org/name`.", show_default=False)
     ],
     push: Annotated[bool, typer.Option("--push", help="Publish to the Hub instead of a folder.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="With --push: only to a private repository.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: publish to a private repository only.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     license: Annotated[
         str | None,
@@ -219,7 +224,7 @@ def publish(
 
     Example: med3dvlm publish published/med3dvlm org/med3dvlm --push --license apache-2.0
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(overwrite="--overwrite", license="--license"):
         model = check_model_name(model)
         if private and not push:
             raise ValueError("--private concerns a repository on the Hub: add --push, or leave it out.")
@@ -272,10 +277,12 @@ def train(
     Example: med3dvlm train paper/contrastive data.root=/data/m3d training.output_dir=runs/contrastive
     """
     with bad_input_is_an_answer():
-        require_extra("train", "accelerate", "datasets", "omegaconf", "peft")
-        from .recipe import check_deepspeed, check_places, load_recipe
+        require_extra("train", "accelerate", "datasets", "matplotlib", "omegaconf", "peft")
+        from .recipe import check_deepspeed, check_places, load_recipe, trackers_of
 
         loaded = load_recipe(recipe, overrides)
+        if "tensorboard" in trackers_of(loaded.training):
+            require_extra("train", "tensorboard")
         check_places(loaded)  # before processes are started, whose errors come with much else
         check_deepspeed(loaded)
         use_cpu = bool(loaded.training.get("use_cpu"))
@@ -308,11 +315,11 @@ def merge(
     """
     Merge an adapter into its base model, and publish the whole.
 
-    Its card says what the cards of both say of training data; scores of either are not the merged model's, and are left out.
+    The card of the merged model says what the cards of both say of training data; scores of either are left out.
 
     Example: med3dvlm merge runs/finetune/published published/med3dvlm
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(overwrite="--overwrite", license="--license"):
         require_extra("train", "peft")
         with step("importing"):
             from .merge import merge_adapter
@@ -332,7 +339,10 @@ def convert(
     ],
     destination: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
     to_original: Annotated[
-        bool, typer.Option("--to-original", help="The other way: an encoder or dual encoder of ours for the original.")
+        bool,
+        typer.Option(
+            "--to-original", help="Convert the other way: an encoder or dual encoder of ours for the original."
+        ),
     ] = False,
     config: Annotated[
         Path | None,
@@ -362,7 +372,10 @@ def convert(
 
     Example: med3dvlm convert downloads/Med3DVLM-Qwen-2.5-7B published/med3dvlm-original
     """
-    with bad_input_is_an_answer():
+    options_here = {
+        name: f"--{name.replace('_', '-')}" for name in ("config", "tokenizer", "lora_alpha", "overwrite", "license")
+    }
+    with bad_input_is_an_answer(**options_here):
         if to_original and (
             config is not None or tokenizer is not None or lora_alpha is not None or license is not None
         ):
@@ -419,12 +432,15 @@ def prepare_m3d_cap_command(
             show_default="drawn by --seed",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the splits; later calls take the same.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the splits; later calls take the same.")] = 0,
     accept_jpg: Annotated[
         bool, typer.Option("--accept-jpg", help="Take .jpg slices too, which the original leaves out.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes; 0 for none.", show_default="one for each core")
+        int | None,
+        typer.Option(
+            min=0, help="Processes to work in; 0 for none beside this one.", show_default="one for each core"
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -435,9 +451,9 @@ def prepare_m3d_cap_command(
     Whatever is left out, a slice, a series or a case, stands with its reason in preparation_report.csv and .json. Exit code
     0 only if nothing failed.
 
-    Example: med3dvlm prepare m3d-cap M3D_Cap_raw data/M3D_Cap_npy --splits M3D_Cap.json
+    Example: med3dvlm prepare m3d-cap M3D_Cap_raw data/M3D_Cap_npy --splits M3D_Cap_raw/M3D_Cap.json
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(image_size="--image-size", num_workers="--workers"):
         require_extra("train", "datasets")
         from .data.prepare import format_preparation_report, prepare_m3d_cap
 
@@ -465,11 +481,14 @@ def prepare_check_command(
         ),
     ],
     volumes: Annotated[
-        str, typer.Option(help="prepared: of one size and in [0, 1]; scans: not; auto: found out from the files.")
+        str,
+        typer.Option(
+            help="What the volumes are: prepared (of one size and in [0, 1]), scans (not), or auto (found out from the files)."
+        ),
     ] = "auto",
     image_size: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(help="Depth, height, width of prepared volumes.", show_default="the most frequent"),
+        typer.Option(help="Voxels of prepared volumes: depth, height, width.", show_default="the most frequent"),
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Read headers only: damage, NaN and values are not found.")
@@ -489,7 +508,7 @@ def prepare_check_command(
 
     Example: med3dvlm prepare check data --report check.json
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(volumes="--volumes", image_size="--image-size", num_workers="--workers"):
         require_extra("train", "datasets")
         from .data.check import check_study, format_check_report
 
@@ -511,14 +530,16 @@ def prepare_check_command(
 def phantom(
     destination: Annotated[Path, typer.Argument(help="Folder for the study.", show_default=False)],
     cases: Annotated[int, typer.Option(min=1, help="Cases of all splits together.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn.")] = 0,
     validation: Annotated[
         int | None, typer.Option(min=0, help="Cases for validation.", show_default="a twentieth, at most 100")
     ] = None,
     test: Annotated[
         int | None, typer.Option(min=0, help="Cases for the test.", show_default="a tenth, at most 200")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes to work in.", show_default="one for each core")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -526,12 +547,13 @@ def phantom(
 
     Each case is a chest and abdomen in HU with one lesion (4 kinds, 6 organs, upper or lower part, small or large), in one
     of 4 planes and 4 contrast phases, with its own voxel size and storage order. Its report and ten questions follow from
-    what was drawn; answers are balanced, so that a question alone tells nothing. The same seed gives the same files; a call
-    that was interrupted is continued by the same call.
+    what was drawn; answers are balanced, so that a question alone tells nothing. labels.csv says which organ of each test
+    case holds the lesion, for med3dvlm evaluate zero-shot. The same seed gives the same files; a call that was interrupted
+    is continued by the same call.
 
     Example: med3dvlm phantom phantoms --cases 1600 --seed 0
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(num_workers="--workers"):
         from .phantoms.study import write_study
 
         summary = write_study(
@@ -561,17 +583,21 @@ def bench(
     section: Annotated[
         list[str] | None,
         typer.Option(
-            help="machine, encoder, training, preparation, generation, questions or profile; may be repeated.",
+            help="What to measure: machine, encoder, training, preparation, generation, questions or profile; may be repeated.",
             show_default="all",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="As torch names it, such as cpu or cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to run, as torch names it, such as cpu or cuda:0.")] = "cpu",
     runs: Annotated[int, typer.Option(min=1, help="Calls of each function, in turns.")] = 7,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="DCFormer from nano to large; may be repeated.", show_default="small"),
+        typer.Option(help="Size of the DCFormer, from nano to large; may be repeated.", show_default="small"),
     ] = None,
-    image_size: Annotated[tuple[int, int, int], typer.Option(help="Depth, height, width.")] = (128, 256, 256),
+    image_size: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a volume: depth, height, width.")] = (
+        128,
+        256,
+        256,
+    ),
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Volumes at once; may be repeated.", show_default="1")
     ] = None,
@@ -582,17 +608,21 @@ def bench(
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            help="float32 or bfloat16 (autocast); may be repeated.",
+            help="Precision: float32 or bfloat16 (autocast); may be repeated.",
             show_default="both; float32 on a CPU that does not multiply bfloat16",
         ),
     ] = None,
-    training_size: Annotated[tuple[int, int, int], typer.Option(help="Size of volumes in the training step.")] = (
+    training_size: Annotated[
+        tuple[int, int, int], typer.Option(help="Voxels of volumes in the training step: depth, height, width.")
+    ] = (
         64,
         128,
         128,
     ),
     scan_shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels of the scan to prepare.")] = (512, 512, 300),
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.", show_default="torch's choice")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that torch uses.", show_default="torch's choice")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -649,14 +679,16 @@ def bench(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for what the demonstration makes.")] = Path("demo_output"),
-    cases: Annotated[int | None, typer.Option(min=60, help="Phantoms.", show_default="900; with --full 4600")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of phantoms and training.")] = 0,
+    cases: Annotated[
+        int | None, typer.Option(min=60, help="Number of phantoms.", show_default="900; with --full 4600")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of phantoms and training.")] = 0,
     full: Annotated[
         bool,
         typer.Option(
             "--full",
-            help="Train as long as the recipes phantom/* say, on as many phantoms as they are made for: about an hour on two "
-            "cores.",
+            help="Train as long as the recipes phantom/* say, on as many phantoms as they are made for: about an hour and a "
+            "half on two cores.",
         ),
     ] = False,
 ) -> None:

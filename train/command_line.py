@@ -34,17 +34,6 @@ PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 OF_A_WORKER = re.compile(
     r"Caught (\w+) in \S+ worker process \d+\.\nOriginal Traceback .*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL
 )
-# How the options of Python functions, which messages name, are called here.
-OPTIONS_HERE = {
-    "`overwrite=True`": "--overwrite",
-    "pass `license`": "pass --license",
-    "`image_size`": "--image-size",
-    "`num_workers`": "--workers",
-    "`volumes`": "--volumes",
-    "`config`": "--config",
-    "`tokenizer`": "--tokenizer",
-    "`lora_alpha`": "--lora-alpha",
-}
 
 
 @contextmanager
@@ -53,18 +42,24 @@ def bad_input_is_an_answer(**options_here: str) -> Iterator[None]:
     Turns the errors that tell a user what to do into a line on stderr and exit code 2. Others are faults of ours.
 
     Args:
-        options_here (`str`): Options of this command alone, by their names in Python.
+        options_here (`str`): Options of the command that messages may name, by their names in Python.
     """
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
-        message = str(error)
+    except answered_errors() as error:
+        is_of_field = not isinstance(error, (ImportError, OSError, ValueError))  # what is wrong with it is the cause
+        message = str(error.__cause__ or error) if is_of_field else str(error)
         if match := OF_A_WORKER.fullmatch(message):
             message = match[2].strip()
-        for there, here in OPTIONS_HERE.items():
-            message = message.replace(there, here)
         typer.echo(f"med3dvlm: {in_options_of_the_command(message, **options_here)}", err=True)
         raise typer.Exit(code=2) from error
+
+
+def answered_errors() -> tuple[type[Exception], ...]:
+    """The errors that tell a user what to do. Those of a value that a configuration refuses derive from none of Python's."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (ImportError, OSError, ValueError, StrictDataclassError)
 
 
 def in_options_of_the_command(message: str, **options_here: str) -> str:
@@ -73,7 +68,8 @@ def in_options_of_the_command(message: str, **options_here: str) -> str:
 
     Args:
         message (`str`):
-            With options in backticks, alone or with a value, or a mode of intensity that it advises to ask for.
+            With options in backticks, alone or with a value (`True` of one that takes none here), or a mode of intensity that it
+            advises to ask for.
         options_here (`str`):
             The command's options, by their names in Python.
 
@@ -84,7 +80,8 @@ def in_options_of_the_command(message: str, **options_here: str) -> str:
     'pass --intensity-mode window with it'
     ```"""
     for name, option in options_here.items():
-        message = re.sub(rf"`{name}=[\"']?([^`\"']+)[\"']?`", rf"{option} \1", message).replace(f"`{name}`", option)
+        message = re.sub(rf"`{name}(?:=True)?`", option, message)
+        message = re.sub(rf"`{name}=[\"']?([^`\"']+)[\"']?`", rf"{option} \1", message)
     if mode := options_here.get("intensity_mode"):
         message = re.sub(r"ask for '(\w+)'(?: or '(\w+)')?", lambda match: _with_modes(mode, match.groups()), message)
     return message
@@ -245,9 +242,9 @@ def end_with_torchrun() -> None:
 
 
 __all__ = [
-    "OPTIONS_HERE",
     "JsonOption",
     "ModelOption",
+    "answered_errors",
     "bad_input_is_an_answer",
     "check_answers_questions",
     "check_device",

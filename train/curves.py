@@ -32,7 +32,8 @@ def save_curves(log_history: Sequence[dict[str, Any]], destination: str | Path, 
 
     Args:
         log_history (`Sequence[dict[str, Any]]`):
-            `trainer.state.log_history`. Where a step is in it twice, as after a resumed run, the later entry counts.
+            `trainer.state.log_history`. Where a step is in it twice, as after a resumed run, the later entry counts; of two
+            validations the first, since the one after training may be of the best checkpoint's weights.
         destination (`str` or `Path`):
             Folder, made if need be.
         title (`str`):
@@ -59,7 +60,9 @@ def read_series(log_history: Sequence[dict[str, Any]]) -> dict[str, dict[int, fl
             continue
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                series.setdefault(name, {})[int(entry["step"])] = float(value)
+                values, step = series.setdefault(name, {}), int(entry["step"])
+                if not (name.startswith("eval_") and step in values):
+                    values[step] = float(value)
     if set(series) <= {"epoch"}:
         return {}
     return {name: dict(sorted(values.items())) for name, values in series.items()}
@@ -111,7 +114,11 @@ def find_chance(name: str, series: dict[str, dict[int, float]]) -> float | None:
     """The last logged chance level of a metric, from 0 to 1."""
     prefix = f"eval_{CHANCE}_"
     names = [f"{name}_{CHANCE}"]
-    names += [other for other in series if other.startswith(prefix) and name.endswith(other.removeprefix(prefix))]
+    names += sorted(
+        (other for other in series if other.startswith(prefix) and name.endswith(other.removeprefix(prefix))),
+        key=len,
+        reverse=True,  # `deduplicated_recall_at_1` ends with `recall_at_1` too
+    )
     if "accuracy" in name:
         names += [f"eval_{CHANCE}", CHANCE]
     for candidate in names:

@@ -1,5 +1,6 @@
-"""What runs on a fresh machine: a tiny untrained model made on the spot, and the whole way on phantoms, in minutes."""
+"""The demonstration `med3dvlm demo`: the whole way from scans to scores on phantoms, in minutes and without a download."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,22 +11,15 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from ..configuration.configuration_med3dvlm import Med3DVLMConfig
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
 
 
 RESEARCH_NOTE = "For research only: not a medical device."
-UNTRAINED_NOTE = (
-    "This model is untrained: its weights are random and its answers mean nothing. It exists to try the software."
-)
-
-
 # A real MRI of a head that comes with nibabel. Found by its path: `nibabel.testing` knows it, but needs pytest.
 SCAN = Path(nibabel.__file__).parent / "tests" / "data" / "anatomical.nii"
 
@@ -41,61 +35,6 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
     )
     tokenizer.add_tokens(special_tokens, special_tokens=True)
     return tokenizer
-
-
-def build_tiny_model(
-    image_size: tuple[int, int, int] = (32, 64, 96), seed: int = 0
-) -> tuple[Med3DVLMForConditionalGeneration, Med3DVLMProcessor]:
-    """
-    An untrained vision-language model of the paper's design with few weights, and its processor.
-
-    Args:
-        image_size (`tuple[int, int, int]`, *optional*, defaults to `(32, 64, 96)`):
-            Voxels along `(depth, height, width)`.
-        seed (`int`, *optional*, defaults to 0):
-            Of the random weights.
-
-    Returns:
-        The model, in evaluation mode, and the processor.
-    """
-    tokenizer = build_tiny_tokenizer()
-    config = Med3DVLMConfig(
-        vision_config={"image_size": image_size, "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 2, 1)},
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        low_level_tokens=(6, 5),
-        high_level_tokens=(2, 3),
-    )
-    state = torch.random.get_rng_state()
-    set_seed(seed)
-    model = Med3DVLMForConditionalGeneration(config).eval()
-    torch.random.set_rng_state(state)
-    with torch.no_grad():  # at the usual scale, what random weights answer hardly depends on what they read
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    # The weights are random, and without this the answers would be broken characters.
-    printable = set(map(chr, range(ord("!"), ord("~") + 1))) | {"Ġ", "<|im_end|>"}
-    suppressed = [index for token, index in tokenizer.get_vocab().items() if token not in printable]
-    model.generation_config.suppress_tokens = sorted(suppressed)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.max_new_tokens = 32
-    processor = Med3DVLMProcessor(
-        Med3DVLMImageProcessor(image_size=list(image_size)), tokenizer, image_seq_length=config.image_seq_length
-    )
-    return model, processor
 
 
 # Runs in a process of its own, where importing our package fails as it would where it was never installed.
@@ -150,7 +89,7 @@ def run_demo(output: Path, num_cases: int | None = None, seed: int = 0, full: bo
         num_cases (`int`, *optional*):
             Phantoms; 900 by default, and with `full` the 4,600 that the recipes are made for.
         seed (`int`, *optional*, defaults to 0):
-            Of phantoms and training.
+            Seed of phantoms and training.
         full (`bool`, *optional*, defaults to `False`):
             Whether to train as long as the recipes say, instead of a few minutes.
 
@@ -261,7 +200,7 @@ def score_models(
         study (`Path`):
             Folder of the phantoms.
         cache (`Path`):
-            Of processed volumes.
+            Folder of the cache of processed volumes.
         num_cases (`int`, *optional*):
             Only so many cases are asked about; retrieval always takes all.
 
@@ -291,6 +230,7 @@ def draw_answers(
     import matplotlib.pyplot as plt
 
     from .data.samples import QUESTION_TYPES
+    from .files import write_atomically
 
     processor = Med3DVLMImageProcessor.from_pretrained(model_folder)
     truth = [json.loads(line) for line in (study / "phantoms.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -316,15 +256,15 @@ def draw_answers(
         axes[row][3].text(0, 1, "\n".join(lines), va="top", fontsize=8)
         axes[row][3].set_axis_off()
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=90)
     plt.close(figure)
+    write_atomically(content.getvalue(), path)
     return path
 
 
 __all__ = [
-    "UNTRAINED_NOTE",
     "WITHOUT_SIMILAR_REPORTS",
-    "build_tiny_model",
     "build_tiny_tokenizer",
     "run_demo",
     "score_models",

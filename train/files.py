@@ -25,8 +25,14 @@ _held: set[IO[str]] = set()
 
 
 def write_json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """[`write_atomically`] for rows, one JSON object on each line, in UTF-8."""
-    write_atomically("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), path)
+    """
+    [`write_atomically`] for rows, one JSON object on each line, in UTF-8.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have: `None` stands for what is not known.
+    """
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_atomically("".join(lines).encode(), path)
 
 
 @contextmanager

@@ -2,18 +2,21 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..hub_cards.model_card import BASE_BEGINS, NOT_STATED, stated_fields
+from ..hub_cards.model_card import BASE_BEGINS, NOT_STATED, OF_TRAINING_RECORD, stated_fields
 from ..hub_cards.model_index import CARD_NAME, read_card
 from ..hub_cards.places import is_owned_repository, is_repository
 from ..hub_cards.publish import check_destination, publish, read_current_card, replaced_when_complete
+from ..hub_cards.training_record import TRAINING_NAME, read_training_record
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
+from .files import write_json_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +48,9 @@ processor = AutoProcessor.from_pretrained("{here}", trust_remote_code=True)
 Training data: {training_data}
 
 For research only: not a medical device, not for clinical decisions.
-"""
+
+The code in this repository is licensed under Apache-2.0, whatever the licence of the weights.
+{training_record}"""
 # What `publish_adapter` was told, in the text that it made of `ADAPTER_CARD`.
 ADAPTER_TEXT = re.compile(
     r"^Low-rank adapters .*?\n\n(?P<notes>.*?)\n\n```python\n"
@@ -55,7 +60,12 @@ ADAPTER_TEXT = re.compile(
 
 
 def publish_adapter(
-    source: Path, destination: Path, processor: Med3DVLMProcessor, notes: str, training_data: str
+    source: Path,
+    destination: Path,
+    processor: Med3DVLMProcessor,
+    notes: str,
+    training_data: str,
+    training_record: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Makes the published folder of an adapter: its weights and configuration, the processor, and a card. It appears whole or
@@ -70,6 +80,8 @@ def publish_adapter(
             The model's processor.
         notes (`str`), training_data (`str`):
             For the card.
+        training_record (`Mapping`, *optional*):
+            For `training.json`, see [`~hub_cards.training_record.describe_training`].
 
     Raises:
         FileNotFoundError: `source` holds no adapter.
@@ -84,8 +96,13 @@ def publish_adapter(
         for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
             (folder / name).write_bytes((source / name).read_bytes())
         processor.save_pretrained(folder)
-        card = ADAPTER_CARD.format(base=base, here=destination, notes=notes, training_data=training_data)
+        of_record = "" if training_record is None else f"\n{OF_TRAINING_RECORD}\n"
+        card = ADAPTER_CARD.format(
+            base=base, here=destination, notes=notes, training_data=training_data, training_record=of_record
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if training_record is not None:
+            write_json_atomically(training_record, folder / TRAINING_NAME)
 
 
 def merge_adapter(
@@ -95,7 +112,8 @@ def merge_adapter(
     Merges an adapter into its base model, and publishes the whole.
 
     The card takes from those of adapter and base, where these are folders, what is true of the whole, see
-    [`describe_merged`]. Scores that stand there are not taken, nor is the record of a conversion: both are of other weights.
+    [`describe_merged`]. Scores that stand there are not taken, nor is the record of a conversion: both are of other weights. The
+    record of the adapter's training, which has that of the base, goes along.
 
     Args:
         adapter (`str` or `os.PathLike`):
@@ -132,7 +150,7 @@ def merge_adapter(
     if not Path(base).is_dir() and not is_owned_repository(base):
         raise FileNotFoundError(missing_base)
     fields = {**describe_merged(adapter, base), **stated_fields(card_fields)}
-    weights = read_adapter_weights(adapter)
+    weights, record = read_adapter_weights(adapter), read_training_record(adapter)
     try:
         model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
     except OSError as error:
@@ -144,7 +162,7 @@ def merge_adapter(
     peft_model = PeftModel.from_pretrained(model, adapter)
     check_adapter_fits(peft_model, weights, adapter)
     merged = peft_model.merge_and_unload(safe_merge=True)
-    return publish(merged, destination, processor=processor, overwrite=overwrite, **fields)
+    return publish(merged, destination, processor=processor, overwrite=overwrite, training_record=record, **fields)
 
 
 def describe_merged(adapter: str, base: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The models a recipe asks for, put together from published folders, pretrained text models and fresh parts."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -338,10 +339,13 @@ def add_lora(model: Med3DVLMForConditionalGeneration, lora: dict[str, Any], trai
         `peft.PeftModel`.
 
     Raises:
-        ValueError: a field is not known to peft.
+        ValueError: a field is not known to peft, or linear layers of the language model have other names, so that they would
+            get no adapter.
     """
     from peft import LoraConfig, get_peft_model
 
+    if "target_modules" not in lora:
+        check_lora_targets(model.model.language_model)
     fields = {
         "target_modules": LORA_TARGETS,
         "task_type": "CAUSAL_LM",
@@ -358,6 +362,22 @@ def add_lora(model: Med3DVLMForConditionalGeneration, lora: dict[str, Any], trai
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return peft_model
+
+
+def check_lora_targets(language_model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: linear layers of the language model have other names than `LORA_TARGETS`.
+    """
+    linear = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    left_out = [name for name in names if not re.fullmatch(LORA_TARGETS, f"language_model.{name}")]
+    if left_out:
+        raise ValueError(
+            f"`lora`: expected linear layers with the names that Qwen2 and Llama give them, got {', '.join(left_out)} in "
+            f"{type(language_model).__name__}, which would have no adapter. Name those that are to have one, all of them with "
+            f"lora.target_modules='.*language_model.*\\.({'|'.join(names)})'."
+        )
 
 
 def build_text_config(fields: dict[str, Any]) -> PreTrainedConfig:

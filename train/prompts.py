@@ -42,6 +42,11 @@ REPORT_PROMPTS: tuple[str, ...] = (
 )
 
 
+# The letter of a choice at the beginning of an answer, perhaps in brackets or in bold, and what tells it from a word.
+DASH = r"[-\u2013\u2014]"
+CHOICE = re.compile(rf"\s*[*(\[]*([A-Da-d])(?:[):,\]*]|\.(?!\w\.)|\s+{DASH}|{DASH}(?:\s|$)|\s*$|(?<![Aa])\s)")
+
+
 def format_question(sample: Mapping[str, Any], generator: torch.Generator | None = None) -> str:
     """
     What the user asks about the volume of a sample.
@@ -163,12 +168,14 @@ def words_of(text: str) -> list[str]:
 
 def parse_choice(text: str) -> str | None:
     """
-    The letter that an answer to a closed question begins with, such as `"B"` in `"B. spleen"`, `"(b) spleen"` or `"B"`.
+    The letter that an answer to a closed question begins with, such as `"B"` in `"B. spleen"`, `"(b) spleen"`, `"**B** spleen"`,
+    `"B spleen"`, `"B - spleen"` or `"B"`. An A with nothing but a blank after it is a word, as in `"A large cyst"`; what begins as
+    `"C.T."` does is an abbreviation, and a dash without a blank beside it makes a word, as in `"B-cell lymphoma"`.
 
     Returns:
         `str` or `None`, when the answer begins with no letter of a choice.
     """
-    match = re.match(r"\s*\(?([A-Da-d])(?:[.):,]|\s*$)", text)
+    match = CHOICE.match(text)
     return match.group(1).upper() if match else None
 
 

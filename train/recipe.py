@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..hub_cards.places import is_repository
+from ..hub_cards.training_record import without_absolute_paths
 from .files import write_atomically
 
 
@@ -21,10 +23,43 @@ STAGES = ("language", "contrastive", "projector", "finetune")
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 # Of those that transformers has: the order depends on seed, epoch and sample alone, not on lengths.
 SAMPLING_STRATEGIES = ("random", "sequential")
-
+# Of the weights that `model.dtype` says how to load.
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Fields of `model` that may be a folder or a repository on the Hub.
 PLACES = ("start_from", "vision", "text_encoder", "language_model")
+# What may differ between a run and its continuation, because no weight depends on it.
+FREE_SETTINGS = (
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
+    "disable_tqdm",
+    "eval_accumulation_steps",
+    "log_level",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "torch_empty_cache_steps",
+)
+# What a run may have of its own and still have the numbers of a recipe's description: places, and what is written down.
+NOT_OF_DESCRIPTION = (
+    "description",
+    "begun_from",
+    "changed",
+    "num_answers",
+    "data.root",
+    "data.cache",
+    "data.volumes",
+    "model.start_from",
+    "training.output_dir",
+    *(f"training.{name}" for name in FREE_SETTINGS),
+)
 
 
 @dataclass
@@ -57,7 +92,7 @@ class ModelRecipe:
         image_processor (`dict`):
             Options of `Med3DVLMImageProcessor`; beside a published model, those that shall differ from its own.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision in which a pretrained language model is loaded.
+            Precision in which a pretrained language model is loaded: `"float32"`, `"bfloat16"` or `"float16"`.
     """
 
     start_from: str | None = None
@@ -143,7 +178,13 @@ class Recipe:
             `"contrastive"`, `"projector"` or `"finetune"`; or `"language"`, which trains a language model on the texts of
             a study alone, for `model.language_model` of the stage `projector`.
         description (`str`):
-            What it is, and where its numbers come from.
+            What it is, and where its numbers come from. A model card has it where `changed` is empty.
+        begun_from (`str`):
+            Name of the recipe that `description` is of; set by [`load_recipe`].
+        changed (`dict[str, str]`):
+            What has another value there, places aside, by its key with dots between levels; set by [`load_recipe`].
+        num_devices (`int`, *optional*):
+            Devices that the numbers of `training` are for, together with the batch size of each.
         model ([`ModelRecipe`]), data ([`DataRecipe`]):
             What is trained on what.
         trained (`list[str]`):
@@ -164,6 +205,9 @@ class Recipe:
 
     stage: str = ""
     description: str = ""
+    begun_from: str = ""
+    changed: dict[str, str] = field(default_factory=dict)
+    num_devices: int | None = None
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     trained: list[str] = field(default_factory=list)
@@ -191,7 +235,9 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         FileNotFoundError: there is no such recipe.
         ValueError: a key is not known, a value is not of its type or cannot be; the message says what to write.
     """
-    merged: Any = _read_with_base(find_recipe(source), ())
+    described: Any
+    merged: Any
+    merged, described, origin = _read_with_base(find_recipe(source), ())
     try:
         for override in overrides or []:
             key, equals, _ = override.partition("=")
@@ -210,6 +256,9 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]} (at `{error.full_key}`)") from error
     assert isinstance(recipe, Recipe)
+    recipe.begun_from = recipe.begun_from or origin
+    is_of_this_run = merged.get("description") != described.get("description")  # given with its other values
+    recipe.changed = {} if is_of_this_run else {**recipe.changed, **_changes(described, merged)}
     for name in PLACES:
         place = getattr(recipe.model, name)
         if isinstance(place, str) and place.startswith("~"):  # which no shell expands behind `model.start_from=`
@@ -264,6 +313,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_model(recipe)
     _check_stage(recipe)
     _check_training(recipe.training)
+    _check_configurations(recipe)
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -297,6 +347,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe) -> None:
+    _check_choice("model.dtype", recipe.model.dtype, PRECISIONS)
     if not isinstance(recipe.model.vision, (str, dict)) or recipe.model.vision == "":
         raise ValueError(
             f"`model.vision` must be the name of a published volume encoder or the fields of a configuration, got "
@@ -360,8 +411,40 @@ def _check_training(training: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(str(name), training_fields, n=1)
             hint = f" Did you mean `training.{near[0]}`?" if near else ""
             raise ValueError(f"`training.{name}` is no field of transformers.TrainingArguments.{hint}")
+    if uploads := [name for name in training if name.startswith(("push_to_hub", "hub_")) and training[name]]:
+        raise ValueError(
+            f"{', '.join(f'`training.{name}`' for name in uploads)}: a run is not uploaded while it trains, expected none of these "
+            "fields. Trainer would upload the whole output folder, with reports of patients in `answers/`, and to a public "
+            "repository unless told otherwise. Leave them out, and publish the result: med3dvlm publish FOLDER org/name --push "
+            "--license LICENCE."
+        )
     strategy = training.get("train_sampling_strategy", SAMPLING_STRATEGIES[0])
     _check_choice("training.train_sampling_strategy", strategy, SAMPLING_STRATEGIES)
+
+
+def _check_configurations(recipe: Recipe) -> None:
+    """Builds what the recipe says of a configuration, before a pretrained model is loaded, beside the defaults of all else."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig, build_vision_config
+    from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+    from .models import vision_config_fields
+
+    model = recipe.model
+    builders: dict[str, Any] = {}
+    if recipe.stage == "contrastive":
+        if isinstance(model.vision, dict):
+            builders["vision"] = lambda: build_vision_config(vision_config_fields(model.vision))
+        builders["dual_encoder"] = lambda: DCFormerSiglipConfig(**model.dual_encoder)
+    elif recipe.stage != "language":
+        # Which layers there are, the volume encoder says, which is not known yet.
+        fields = {name: value for name, value in model.projector.items() if name != "vision_feature_layers"}
+        builders["projector"] = lambda: Med3DVLMConfig(**fields)
+    for name, build in builders.items():
+        try:
+            build()
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise ValueError(f"`model.{name}`: {error.__cause__ or error}") from error
 
 
 def check_places(recipe: Recipe) -> None:
@@ -396,14 +479,23 @@ def check_deepspeed(recipe: Recipe) -> None:
         )
 
 
+def trackers_of(training: Mapping[str, Any]) -> list[str]:
+    """What a run reports to, by the names of transformers: TensorBoard, unless `training.report_to` says otherwise."""
+    names = training.get("report_to", "tensorboard") or "none"
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _training_fields() -> list[str]:
     from transformers import TrainingArguments
 
     return [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
 
 
-def _read_with_base(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    """The file merged over its `base`."""
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, DictConfig, str]:
+    """
+    The file merged over its `base`; and of the recipe that its `description` is of, itself or one that it is based on, the values
+    and the name.
+    """
     path = path.resolve()
     if path in seen:
         raise ValueError(f"{path}: the recipe is its own `base`, by way of {[str(step) for step in seen]}.")
@@ -414,13 +506,39 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path}: expected a mapping of keys to values.")
     base = content.pop("base", None)
+    name = next((name for name, place in packaged_recipes().items() if place.resolve() == path), path.name)
     if base is None:
-        return content
+        return content, content, name
     beside = path.parent / base
     base_path = beside if beside.is_file() else find_recipe(base)
-    merged = OmegaConf.merge(_read_with_base(base_path, (*seen, path)), content)
+    values, described, origin = _read_with_base(base_path, (*seen, path))
+    if "description" in content:  # its own: what the base was begun from is no part of it
+        values.pop("begun_from", None)
+        values.pop("changed", None)
+    merged = OmegaConf.merge(values, content)
     assert isinstance(merged, DictConfig)
-    return merged
+    return (merged, merged, name) if "description" in content else (merged, described, origin)
+
+
+def _changes(described: DictConfig, merged: DictConfig) -> dict[str, str]:
+    """What `merged` has of its own beside the recipe whose description it has, places aside; as a card writes it."""
+    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Recipe())))
+    before = dict(_leaves(OmegaConf.to_container(OmegaConf.merge(defaults, described))))
+    changes = {
+        key: without_absolute_paths(value)
+        for key, value in _leaves(OmegaConf.to_container(merged))
+        if key not in NOT_OF_DESCRIPTION and (key not in before or before[key] != value)
+    }
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values at all levels that are no mapping, by their keys with dots between levels."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _check_keys(values: Any, structure: Any, prefix: str) -> None:
@@ -444,6 +562,7 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 
 __all__ = [
+    "FREE_SETTINGS",
     "PARTS",
     "PLACES",
     "SAMPLING_STRATEGIES",
@@ -458,4 +577,5 @@ __all__ = [
     "load_recipe",
     "packaged_recipes",
     "save_recipe",
+    "trackers_of",
 ]

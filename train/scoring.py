@@ -40,8 +40,8 @@ def retrieval_recall(
             Values of `k`.
 
     Returns:
-        `dict` with `recall_at_k`, where an identical report counts as a match, and `plain_recall_at_k`, where only the pair's
-        own does, both in [0, 1].
+        `dict` with `recall_at_k`, where only the pair's own report or volume is a match, as in the paper, and
+        `deduplicated_recall_at_k`, where any with the identical report is, both in [0, 1].
 
     Raises:
         ValueError: there are fewer pairs than one gallery needs, or a vector is not finite.
@@ -73,7 +73,7 @@ def retrieval_hits(
             As for [`retrieval_recall`].
 
     Returns:
-        `dict` from `recall_at_k` and `plain_recall_at_k` to a `torch.Tensor` of shape `(num_pairs,)`, in [0, 1].
+        `dict` from `recall_at_k` and `deduplicated_recall_at_k` to a `torch.Tensor` of shape `(num_pairs,)`, in [0, 1].
 
     Raises:
         ValueError: a vector is not finite; no comparison with it would be true, and it would count as the nearest.
@@ -93,8 +93,8 @@ def retrieval_hits(
     others_at_best = (~same & (similarities == best)).sum(dim=1)
     hits = {}
     for rank in ranks:
-        hits[f"plain_recall_at_{rank}"] = ((rank - nearer) / ties).clamp(0, 1)
-        hits[f"recall_at_{rank}"] = _chance_of_a_match(rank - before, matches_at_best, others_at_best)
+        hits[f"recall_at_{rank}"] = ((rank - nearer) / ties).clamp(0, 1)
+        hits[f"deduplicated_recall_at_{rank}"] = _chance_of_a_match(rank - before, matches_at_best, others_at_best)
     return hits
 
 

@@ -1,5 +1,6 @@
 """The stages: from a recipe to a published folder. Each starts from the result of the one before."""
 
+import copy
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from ..hub_cards.model_card import OF_PICTURES
 from ..hub_cards.publish import publish, replaced_when_complete
+from ..hub_cards.training_record import TRAINING_NAME, describe_training
 from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
 from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
@@ -29,6 +31,7 @@ from .checkpoints import (
     StopOnSignal,
     differences,
     done_by_first_process,
+    fewest_checkpoints,
     only_run_in,
     prepare_resume,
     train_or_finish,
@@ -36,19 +39,19 @@ from .checkpoints import (
 )
 from .curves import save_curves
 from .data.augmentation import AUGMENTATIONS
-from .data.cache import VolumeCache
+from .data.cache import volume_loader
 from .data.collate import ConversationCollator, PairCollator
 from .data.dataset import (
     ConversationBuilder,
     PairBuilder,
-    ProcessedVolumes,
     StudyDataset,
     TextDataset,
     VolumeLoader,
 )
+from .data.layout import vqa_file
 from .data.m3d import read_m3d_cap, read_m3d_vqa
 from .data.manifest import SPLIT_HINTS, find_manifest, read_manifest
-from .data.preparation_record import PREPARED, is_of_slices, read_preparation_record
+from .data.preparation_record import is_of_slices, read_preparation_record
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
@@ -64,8 +67,17 @@ from .models import (
     made_whole,
 )
 from .prompts import REPORT_PROMPTS, format_answer, format_question
-from .recipe import PLACES, DataRecipe, Recipe, check_deepspeed, check_places, save_recipe
-from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
+from .recipe import (
+    FREE_SETTINGS,
+    PLACES,
+    DataRecipe,
+    Recipe,
+    check_deepspeed,
+    check_places,
+    save_recipe,
+    trackers_of,
+)
+from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer, uses_deepspeed_autocast
 
 
 try:
@@ -79,22 +91,8 @@ logger = logging.get_logger(__name__)
 NUM_LOOKED_AT = 5
 
 PUBLISHED, SUMMARY, RECIPE, SKIPPED = "published", "summary.json", "recipe.yaml", "skipped.jsonl"
-# What may differ between a run and its continuation, because no weight depends on it.
-FREE_SETTINGS = (
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
-    "disable_tqdm",
-    "log_level",
-    "logging_steps",
-    "logging_strategy",
-    "report_to",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-)
+# Rates of learning that depend on the scores of validations.
+RATES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 
 def run_recipe(recipe: Recipe) -> Path:
@@ -173,9 +171,11 @@ def train_and_publish(
         )
 
     summary = {"stage": recipe.stage, "train": output.metrics, **describe_resources(trainer, output.metrics)}
-    if trainer.eval_dataset is not None:
+    if trainer.state.best_global_step:  # where `metric_for_best_model` was best
+        summary["best_step"] = trainer.state.best_global_step
+    published = publish_result(recipe, trainer, settings)
+    if trainer.eval_dataset is not None:  # afterwards: with `bf16_full_eval` it rounds the model's weights
         summary["validation"] = trainer.evaluate()
-    published = publish_result(recipe, trainer)
     if trainer.is_world_process_zero():
         save_curves(trainer.state.log_history, output_dir, title=f"{recipe.stage}: {output_dir.name}")
         # Last, because it says that the run is finished.
@@ -187,14 +187,18 @@ def train_and_publish(
 def choose_precision(recipe: Recipe) -> Recipe:
     """
     The recipe with `training.bf16: auto` replaced by what it means here: bfloat16 autocast where the hardware multiplies it,
-    float32 on CPUs that do not, where bfloat16 would take a hundred times as long.
+    float32 on CPUs that do not, where bfloat16 would take a hundred times as long. A machine without an accelerator trains on
+    its CPU then, which transformers wants to be told: `use_cpu`.
     """
     if recipe.training.get("bf16") != "auto":
         return recipe
     on_cpu = recipe.training.get("use_cpu") or not torch.cuda.is_available()
     chosen = multiplies_bfloat16("cpu" if on_cpu else "cuda")
     logger.warning_once(f"`training.bf16: auto` is {str(chosen).lower()} on this machine.")
-    return replace(recipe, training={**recipe.training, "bf16": chosen})
+    training = {**recipe.training, "bf16": chosen}
+    if chosen and not torch.accelerator.is_available():
+        training["use_cpu"] = True
+    return replace(recipe, training=training)
 
 
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -202,56 +206,80 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     The recipe's arguments, with what every stage needs.
 
     Raises:
-        ValueError: transformers refuses a value.
+        FileNotFoundError: see [`read_deepspeed_config`].
+        ValueError: transformers refuses a value, or the precision is none that DeepSpeed trains in here.
     """
     fields = {
         "remove_unused_columns": False,  # the collators need columns that no model takes
         "ddp_find_unused_parameters": False,
-        "report_to": "tensorboard",
-        "save_total_limit": 2,
         "logging_steps": 10,
         "disable_tqdm": not sys.stderr.isatty(),  # in files and pipes a progress bar is noise
         **recipe.training,
+        "report_to": trackers_of(recipe.training),
     }
-    fields["report_to"] = fields["report_to"] or "none"
     # YAML reads `no`, the name of a strategy, as False.
     fields = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in fields.items()}
-    if isinstance(fields.get("deepspeed"), str):
+    if fields.get("deepspeed"):
+        if refused := [name for name in ("fp16", "fp16_full_eval", "bf16_full_eval") if fields.get(name)]:
+            raise ValueError(
+                f"`training.deepspeed`: expected `bf16: true` or float32, got `training.{refused[0]}`. DeepSpeed's autocast to "
+                "float16 clips gradients before it takes their scale away, and its own modes of 16 bits turn the trained weights "
+                f"to them. Set training.{refused[0]}=false and training.bf16=true, or do without DeepSpeed, "
+                "training.deepspeed=null."
+            )
         fields["deepspeed"] = read_deepspeed_config(fields["deepspeed"], bool(fields.get("bf16")))
         fields["bf16"] = False  # said in the configuration, see there
     try:
-        return TrainingArguments(**fields)
+        arguments = TrainingArguments(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training` of the recipe: {error}") from error
+    if "save_total_limit" not in fields:
+        arguments.save_total_limit = fewest_checkpoints(arguments)
+    return arguments
 
 
-def read_deepspeed_config(name: str, bf16: bool) -> dict[str, Any]:
+def read_deepspeed_config(source: str | Mapping[str, Any], bf16: bool) -> dict[str, Any]:
     """
     A DeepSpeed configuration. With `bf16` its autocast is switched on: trained weights, batch statistics and what is saved
     stay float32, as without DeepSpeed, whereas its `bf16` mode would turn them all to bfloat16.
 
+    Args:
+        source (`str` or `Mapping`):
+            A JSON file, the name of a configuration of this package, or the configuration itself.
+        bf16 (`bool`):
+            Whether to multiply in bfloat16.
+
     Raises:
-        FileNotFoundError: `name` is neither a file nor a configuration of this package.
-        ValueError: with it the trained weights could not be published.
+        FileNotFoundError: `source` is neither a file nor a configuration of this package.
+        ValueError: with it the trained weights could not be published, or its autocast is not to bfloat16.
     """
-    packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{name}.json"
-    path = packaged if packaged.is_file() else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`training.deepspeed` {name!r}: expected a JSON file, or one of this package: "
-            f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
-        )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(source, Mapping):
+        name, config = "`training.deepspeed`", copy.deepcopy(dict(source))
+    else:
+        packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{source}.json"
+        path = packaged if packaged.is_file() else Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`training.deepspeed` {source!r}: expected a JSON file, or one of this package: "
+                f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
+            )
+        name, config = str(path), json.loads(path.read_text(encoding="utf-8"))
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
-            f"{path}: expected `stage3_gather_16bit_weights_on_model_save: true` in `zero_optimization`, got "
+            f"{name}: expected `stage3_gather_16bit_weights_on_model_save: true` in `zero_optimization`, got "
             f"{zero.get('stage3_gather_16bit_weights_on_model_save')!r}: at the end the weights of all processes are to be "
             "put together, and published."
         )
     if bf16:
         config["bf16"] = {"enabled": False}
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif uses_deepspeed_autocast(config) and config["torch_autocast"].get("dtype") != "bfloat16":
+        raise ValueError(
+            f'{name}: expected the `dtype` "bfloat16" in `torch_autocast`, got {config["torch_autocast"].get("dtype")!r}: to '
+            "float16 gradients are clipped before their scale is taken away. Leave `torch_autocast` out, and set "
+            "training.bf16=true."
+        )
     return config
 
 
@@ -412,7 +440,7 @@ def read_samples(data: DataRecipe, split: Split, left_out: list[dict[str, str]] 
     else:
         parts = []
         for task in wanted:
-            if task == "yes_no_vqa" and split == "validation" and not (root / "M3D-VQA/M3D_VQA_yn_val.csv").exists():
+            if task == "yes_no_vqa" and split == "validation" and not (root / vqa_file(split, task)).exists():
                 continue  # M3D publishes yes/no questions for training only
             is_report = task == "report"
             parts.append(
@@ -446,10 +474,7 @@ def iterate_texts(samples: datasets.Dataset) -> Iterable[str]:
 
 def build_volume_loader(data: DataRecipe, image_processor: Any) -> VolumeLoader:
     """What brings volumes through the image processor, with the cache of the recipe if it has one."""
-    options = PREPARED if data.volumes == "prepared" else {}
-    if data.cache is None:
-        return ProcessedVolumes(image_processor, options)
-    return VolumeCache(Path(data.cache).expanduser(), image_processor, dtype=data.cache_dtype, options=options)
+    return volume_loader(image_processor, data.volumes == "prepared", data.cache, data.cache_dtype)
 
 
 def read_ahead(
@@ -497,41 +522,74 @@ def read_ahead(
     return kept
 
 
-def publish_result(recipe: Recipe, trainer: StudyTrainer) -> Path:
+def publish_result(recipe: Recipe, trainer: StudyTrainer, settings: Mapping[str, Any]) -> Path:
     """
     Publishes the trained model beside its checkpoints: the whole model, or the adapter. Sharded weights are put together by
-    Trainer first, so this works whatever the run was distributed with.
+    Trainer first, so this works whatever the run was distributed with. `settings`, those of [`run_recipe`], go into the record
+    of the training.
     """
     output_dir = Path(str(trainer.args.output_dir))
     whole, published = output_dir / "_result", output_dir / PUBLISHED
     processor: Any = trainer.processing_class
     trainer.save_model(str(whole))
     if trainer.is_world_process_zero():
-        notes = f"Result of the training stage `{recipe.stage}`." + (
-            f" {recipe.description}" if recipe.description else ""
-        )
-        training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}. The run's `recipe.yaml` has all settings."
+        notes = f"Result of the training stage `{recipe.stage}`. {describe_recipe(recipe, trainer.args)}".strip()
+        training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}."
+        starts = {name: place for name in PLACES if isinstance(place := getattr(recipe.model, name), str)}
+        numbers = {"recipe": recipe.begun_from, "batch_size": global_batch_size(trainer.args), **settings}
+        record = describe_training(numbers, starts)
         dataset: Any = trainer.train_dataset
         has_prepared = recipe.data.volumes == "prepared" and recipe.stage != "language"
         if has_prepared and are_of_pictures(recipe.data.root, dataset.samples["image"]):
             training_data = f"{training_data} {OF_PICTURES}"
         with made_whole(trainer.args):  # this process is alone here, and loads what was saved to check it
             if recipe.stage == "language":  # a plain model of transformers, for the next stage
-                publish_language_model(whole, published, processor.tokenizer)
+                publish_language_model(whole, published, processor.tokenizer, record)
             elif recipe.lora:
-                publish_adapter(whole, published, processor, notes=notes, training_data=training_data)
+                publish_adapter(
+                    whole,
+                    published,
+                    processor,
+                    notes=notes,
+                    training_data=training_data,
+                    training_record=record,
+                )
             else:
                 publish(
                     str(whole),
                     published,
                     processor=processor,
                     overwrite=True,
+                    training_record=record,
                     notes=notes,
                     training_data=training_data,
                 )
         shutil.rmtree(whole)
     trainer.accelerator.wait_for_everyone()
     return published
+
+
+def describe_recipe(recipe: Recipe, arguments: TrainingArguments) -> str:
+    """
+    What a card says of the numbers of a run: the description of its recipe if they are those, else the recipe that it was begun
+    from, what was changed, and the samples or volumes in a step of all devices.
+    """
+    batch_size = stated = global_batch_size(arguments)
+    if recipe.num_devices is not None:
+        per_device = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        stated = per_device * recipe.num_devices
+    if not recipe.changed and batch_size == stated:
+        return recipe.description
+    parts = [f"Begun from the recipe `{recipe.begun_from}`"]
+    if recipe.changed:
+        parts.append(f"changed: {', '.join(f'`{key}={value}`' for key, value in recipe.changed.items())}")
+    parts.append(f"global batch {batch_size}" + (f" instead of {stated}" if batch_size != stated else ""))
+    return f"{'; '.join(parts)}."
+
+
+def global_batch_size(arguments: TrainingArguments) -> int:
+    """Samples, or volumes where several questions share one, in a step of all processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def are_of_pictures(root: str, images: Iterable[str]) -> bool:
@@ -544,14 +602,18 @@ def are_of_pictures(root: str, images: Iterable[str]) -> bool:
     return all(is_m3d if record is None else is_of_slices(record) for record in records)
 
 
-def publish_language_model(whole: Path, published: Path, tokenizer: Any) -> None:
-    """Publishes a language model as `AutoModelForCausalLM` and `AutoTokenizer` load it: no code or processor of ours."""
+def publish_language_model(whole: Path, published: Path, tokenizer: Any, record: Mapping[str, Any]) -> None:
+    """
+    Publishes a language model as `AutoModelForCausalLM` and `AutoTokenizer` load it: no code or processor of ours. `record`, of
+    its training, lies beside it.
+    """
     forget_last_call(tokenizer)
     with replaced_when_complete(published) as folder:
         for file in whole.iterdir():
             if file.name in (CONFIG_NAME, GENERATION_CONFIG_NAME) or file.name.startswith("model"):
                 shutil.copy2(file, folder)
         tokenizer.save_pretrained(folder)
+        write_json_atomically(record, folder / TRAINING_NAME)
 
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:
@@ -560,12 +622,25 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
 
     settings = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(settings, dict)
-    settings.pop("description")
+    for name in ("description", "begun_from", "changed", "num_devices", "num_answers"):
+        settings.pop(name)
     # Where a cache lies is free; whether there is one that rounds decides about the last bits of the volumes.
     has_cache = settings["data"].pop("cache") is not None and recipe.stage != "language"
     settings["data"]["is_cached"] = has_cache and recipe.data.cache_dtype != "float32"
-    settings["training"] = {name: value for name, value in settings["training"].items() if name not in FREE_SETTINGS}
+    settings["training"] = without_free_settings(settings["training"])
     return json.loads(json.dumps(settings))
+
+
+def without_free_settings(training: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    `training` of a recipe without what may differ between a run and its continuation. The batch size of validations may, since
+    no weight depends on their scores, unless the best checkpoint or the learning rate does.
+    """
+    free = set(FREE_SETTINGS)
+    looks_for_best = training.get("metric_for_best_model") or training.get("load_best_model_at_end")
+    if not looks_for_best and training.get("lr_scheduler_type") not in RATES_BY_SCORE:
+        free.add("per_device_eval_batch_size")
+    return {name: value for name, value in training.items() if name not in free}
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -588,7 +663,8 @@ def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     defaults = fixed_settings(Recipe())
     defaults["data"]["is_cached"] = settings["data"]["is_cached"]
     before = without_places(with_defaults(before, defaults))
-    before["training"] = {name: value for name, value in before["training"].items() if name not in FREE_SETTINGS}
+    before.pop("num_answers", None)
+    before["training"] = without_free_settings(before["training"])
     return before
 
 
@@ -663,7 +739,7 @@ def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict
         # Questions and reports. Trainer's own figure, and the batch, count volumes where several questions share one.
         "samples_per_second": metrics.get("train_samples_per_second", math.nan) * num_samples / len(dataset),
         "num_processes": arguments.world_size,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "batch_size": global_batch_size(arguments),
         "num_train_samples": num_samples,
         "trained_parameters": sum(map(count_weights, (entry for entry in parameters if entry.requires_grad))),
         "all_parameters": sum(map(count_weights, parameters)),

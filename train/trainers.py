@@ -20,7 +20,7 @@ from .data.dataset import EpochSampler, StudyDataset
 from .files import write_json_lines
 from .prompts import format_answer, format_question
 from .recipe import SAMPLING_STRATEGIES
-from .scoring import chance_recall, retrieval_recall
+from .scoring import chance_recall, one_vector_per_text, retrieval_recall
 
 
 logger = logging.get_logger(__name__)
@@ -115,12 +115,56 @@ class StudyTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """The loader of all validation samples: `dataloader_drop_last` is for training, whose batches must be equal."""
+        """
+        The loader of all validation samples: `dataloader_drop_last` is for training, whose batches must be equal. It warns where
+        several processes would count samples repeatedly.
+        """
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            loader = super().get_eval_dataloader(*args, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+        if self.args.world_size > 1 and self.is_world_process_zero():
+            warn_of_copies(len(loader.dataset), self.args.eval_batch_size, self.args.world_size)  # type: ignore[arg-type]
+        return loader
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves as Trainer does. Under DeepSpeed below ZeRO-3 every process holds all weights, and only the one that writes copies
+        them into the machine's memory, where Trainer has all of them do so.
+        """
+        plugin = self.args.deepspeed_plugin
+        if plugin is not None and not self.args.should_save:
+            config = plugin.hf_ds_config
+            is_split = config.is_zero3() or (config.get_value("tensor_parallel.autotp_size") or 0) > 1
+            if not is_split:  # else all take part in putting the weights together
+                return
+        super().save_model(output_dir, _internal_call)
+
+
+def warn_of_copies(num_samples: int, batch_size: int, num_processes: int) -> None:
+    """
+    Says so where accelerate repeats samples of a validation, so that all processes get whole batches: the loss then counts them,
+    whereas scores are made without them.
+    """
+    copies = -num_samples % (batch_size * num_processes)
+    if not copies:
+        return
+    size = largest_batch_without_copies(num_samples, batch_size, num_processes)
+    remedy = f"training.per_device_eval_batch_size={size}"
+    if size is None:
+        remedy = f"a number of samples, data.num_validation, that is a multiple of {num_processes}"
+    logger.warning_once(
+        f"`eval_loss` counts {copies} samples repeatedly: {num_samples} are no multiple of batch size {batch_size} times "
+        f"{num_processes} processes, and the last batches are filled up with the first samples, in a contrastive loss as false "
+        f"negatives. Recalls are right. Without copies: {remedy}."
+    )
+
+
+def largest_batch_without_copies(num_samples: int, batch_size: int, num_processes: int) -> int | None:
+    """The largest batch size up to `batch_size` with which all processes get whole batches; None if there is none."""
+    sizes = range(batch_size, 0, -1)
+    return next((size for size in sizes if num_samples % (size * num_processes) == 0), None)
 
 
 def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
@@ -200,6 +244,7 @@ class ContrastiveTrainer(StudyTrainer):
     def _retrieval(self, prediction: EvalPrediction) -> dict[str, float]:
         text_embeds, image_embeds = (torch.from_numpy(vectors) for vectors in prediction.predictions)
         group_ids = torch.from_numpy(prediction.label_ids)
+        text_embeds = one_vector_per_text(text_embeds, group_ids)
         scores: dict[str, float] = {}
         sizes = [size for size in self.gallery_sizes if size < len(group_ids)] + [len(group_ids)]
         for size in sizes:
@@ -208,9 +253,11 @@ class ContrastiveTrainer(StudyTrainer):
                 "text_to_image": (text_embeds, image_embeds),
             }.items():
                 recalls = retrieval_recall(*pair, group_ids, gallery_size=size)
+                # By the names of `med3dvlm evaluate`: in the paper's recall only the pair's own report is a match.
                 scores[f"{name}_recall_at_1_of_{size}"] = recalls["recall_at_1"]
-                scores[f"{name}_plain_recall_at_1_of_{size}"] = recalls["plain_recall_at_1"]
-            scores[f"chance_recall_at_1_of_{size}"] = chance_recall(group_ids, size)
+                scores[f"{name}_deduplicated_recall_at_1_of_{size}"] = recalls["deduplicated_recall_at_1"]
+            scores[f"chance_recall_at_1_of_{size}"] = chance_recall(torch.arange(size), size)
+            scores[f"chance_deduplicated_recall_at_1_of_{size}"] = chance_recall(group_ids, size)
         return scores
 
 
@@ -262,7 +309,10 @@ class GenerationTrainer(StudyTrainer):
         return metrics
 
     def write_answers(self, dataset: StudyDataset) -> Path:
-        """Answers a few samples; every process takes part, as sharded weights need it, and the first one writes."""
+        """
+        Answers a few samples, in batches no larger than those of the validation; every process takes part, as sharded weights
+        need it, and the first one writes.
+        """
         count = min(self.num_answers, len(dataset))
         samples = dataset.samples.select([place * len(dataset) // count for place in range(count)])
         with self.autocast_smart_context_manager():
@@ -271,7 +321,7 @@ class GenerationTrainer(StudyTrainer):
                 self.processing_class,
                 samples,
                 dataset.volumes,
-                batch_size=count,
+                batch_size=min(count, self.args.per_device_eval_batch_size),
             )
         path = Path(str(self.args.output_dir)) / "answers" / f"step-{self.state.global_step:08d}.jsonl"
         if self.is_world_process_zero():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import PreTrainedConfig, ResNetConfig
 
 from med3dvlm import DCFormerConfig, DCFormerSiglipConfig, Med3DVLMConfig, Vit3DConfig
 from med3dvlm.configuration import transformers_version
@@ -52,7 +53,7 @@ MODULES = ["dcformer", "dcformer_siglip", "med3dvlm", "vit3d"]
 def test_too_old_a_transformers_is_named(name, module, monkeypatch):
     monkeypatch.delattr(transformers.configuration_utils, name)
     version = re.escape(transformers.__version__)
-    install = r"pip install -U 'transformers>=5\.23,<5\.25'"
+    install = r'pip install -U "transformers>=5\.23,<5\.25"'
     for loaded in ("transformers_version", *(f"configuration_{entry}" for entry in MODULES)):
         monkeypatch.delitem(sys.modules, f"med3dvlm.configuration.{loaded}", raising=False)
     with pytest.raises(ImportError, match=rf"needs transformers 5\.23 or later, found {version}: {install}"):
@@ -171,6 +172,9 @@ def test_variants_have_one_entry_a_stage(variant):
         (lambda: DCFormerSiglipConfig(projection_dim=0), "`projection_dim` must be positive"),
         (lambda: tiny_config(image_token_id=99), "99 lies outside the vocabulary of 99 tokens"),
         (lambda: tiny_config(vision_config={"model_type": "resnet"}), r"\['dcformer', 'vit3d'\].*got 'resnet'"),
+        (lambda: tiny_config(vision_config=ResNetConfig()), r"\['dcformer', 'vit3d'\].*got 'resnet'"),
+        (lambda: tiny_config(vision_config=PreTrainedConfig()), r"\['dcformer', 'vit3d'\].*got ''"),
+        (lambda: DCFormerSiglipConfig(vision_config=ResNetConfig()), r"\['dcformer', 'vit3d'\].*got 'resnet'"),
         (lambda: tiny_config(projector_type="qformer"), "'mixer'.*got qformer"),
         (lambda: tiny_config(projector_depth=0), "at least 1, got 0"),
         (lambda: tiny_config(low_level_tokens=()), "one positive number for each Mixer layer"),

@@ -65,6 +65,7 @@ def test_card_has_every_section_and_no_placeholder(published, kind):
     assert text.index("> Random weights.") < text.index("## How to use")
     assert "2503.20047" in text and "2502.05091" in text
     assert "trust_remote_code=True" in text
+    assert "The code in this repository is licensed under Apache-2.0, whatever the licence of the weights." in text
 
 
 def test_card_takes_its_fields(vlm):
@@ -112,6 +113,14 @@ def test_a_card_is_read_back_as_it_was_told(request, tmp_path, kind, fields):
     stated = {"language": "en", **{name: value for name, value in fields.items() if value is not None}}
     assert (old.fields, old.metadata, old.results) == (stated, {}, "")
     assert str(create_model_card(model, processor, **old.fields)) == str(card)
+
+
+@pytest.mark.parametrize("training_data", [None, "Phantoms."])
+def test_a_card_names_the_record_of_a_training_and_is_read_back_without_it(encoder, tmp_path, training_data):
+    card = create_model_card(encoder.model, encoder.processor, training_data=training_data, has_training_record=True)
+    card.save(tmp_path / "README.md")
+    assert card.text.count("`training.json` has the settings of the training") == 1
+    assert read_old_card(tmp_path).fields.get("training_data") == training_data
 
 
 def test_cards_of_another_make_are_none_of_ours(encoder, tmp_path):

@@ -204,7 +204,9 @@ def test_published_folder_and_adapter(published, tmp_path):
 
     adapter = tmp_path / "adapter" / "README.md"
     adapter.parent.mkdir()
-    adapter.write_text(ADAPTER_CARD.format(base="org/base", here="here", notes="Notes.", training_data="None."))
+    adapter.write_text(
+        ADAPTER_CARD.format(base="org/base", here="here", notes="Notes.", training_data="None.", training_record="")
+    )
     add(adapter.parent, scores)
     assert len(results_of(adapter)) == 4 and adapter.read_text().endswith(": end -->\n")
 
@@ -228,6 +230,11 @@ def test_nothing_is_written_when_writing_fails(card, monkeypatch):
         ("meteor", "meteor", "METEOR"),
         ("bertscore", "bertscore", "BERTScore"),
         ("exact", "exact_match", "Exact match"),
+        ("rouge_l", "rouge", "ROUGE-L"),
+        ("corpus_bleu_4", "bleu", "BLEU-4 of the corpus"),
+        ("ratescore", "ratescore", "RaTEScore"),
+        ("green", "green", "GREEN"),
+        ("radgraph_f1", "radgraph_f1", "RadGraph F1"),
         ("recall_at_10", "recall@10", "Recall@10"),
         ("deduplicated_recall_at_1", "recall@1", "Deduplicated recall@1"),
         ("of_my_own", "of_my_own", "Of my own"),

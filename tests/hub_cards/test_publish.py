@@ -26,7 +26,13 @@ from med3dvlm import (
     Vit3DModel,
 )
 from med3dvlm.hub_cards.model_index import add_results_to_card
-from med3dvlm.hub_cards.publish import greedy_generation_config, load_model, publish, replaced_when_complete
+from med3dvlm.hub_cards.publish import (
+    greedy_generation_config,
+    hashes_of_files,
+    load_model,
+    publish,
+    replaced_when_complete,
+)
 from med3dvlm.modeling_med3dvlm.convert_original import describe_provenance
 
 
@@ -119,11 +125,11 @@ def test_results_stay_behind_where_other_inputs_or_weights_are_published(scored,
     assert "Not stated." in text and "model-index" not in text and "org/data" not in text
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "chat_template.jinja"])
 def test_a_card_of_other_files_is_not_believed(scored, tmp_path, name, caplog):
     """As after a training that saved into the folder."""
     place = scored / name
-    if place.suffix == ".json":
+    if place.suffix != ".safetensors":
         place.write_text(place.read_text() + "\n")
     else:
         weights = load_file(place)
@@ -173,6 +179,23 @@ def test_the_record_of_a_conversion_goes_along(published, tmp_path):
     (place / "conversion.json").unlink()
     publish(place, tmp_path / "other", training_data="M3D-Cap.")
     assert digest not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_the_record_of_a_training_goes_along(published, encoder, tmp_path):
+    record = {"tool": "med3dvlm 0", "commit": None, "settings": {"stage": "contrastive"}, "before": {}}
+    publish(published["encoder"], tmp_path / "trained", training_data="Phantoms.", training_record=record)
+    assert json.loads((tmp_path / "trained" / "training.json").read_text()) == record
+    assert "`training.json` has the settings" in (tmp_path / "trained" / "README.md").read_text()
+    publish(tmp_path / "trained", tmp_path / "again")
+    assert_same_files(tmp_path / "trained", tmp_path / "again")
+    assert hashes_of_files(tmp_path / "again") == hashes_of_files(published["encoder"])  # no answer depends on it
+    # Of other weights it is not true.
+    publish(encoder.model, tmp_path / "other", processor=encoder.processor)
+    (tmp_path / "again" / "config.json").write_text((tmp_path / "again" / "config.json").read_text() + "\n")
+    publish(tmp_path / "again", tmp_path / "changed")
+    for name in ("other", "changed"):
+        assert not (tmp_path / name / "training.json").exists()
+        assert "training.json" not in (tmp_path / name / "README.md").read_text()
 
 
 def test_a_published_folder_is_complete_and_readable(published):
@@ -452,7 +475,13 @@ def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monke
     assert hub.created == [("org/name", {"private": True, "exist_ok": True})]
     assert set(hub.files) == {path.name for path in published["vlm"].iterdir()}
     assert 'model="org/name"' in hub.files["README.md"].decode()
-    stale = ["processor_config.json", "adapter_config.json", "old.py", "model-00001-of-00002.safetensors"]
+    stale = [
+        "processor_config.json",
+        "adapter_config.json",
+        "training.json",
+        "old.py",
+        "model-00001-of-00002.safetensors",
+    ]
     kept = ["LICENSE", "README.md", ".gitattributes", "evaluation/scores.json"]
     assert list(filter_repo_objects([*stale, *kept], allow_patterns=hub.options["delete_patterns"])) == stale
 

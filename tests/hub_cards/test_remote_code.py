@@ -9,6 +9,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 from med3dvlm import DCFormerConfig, Med3DVLMConfig, Med3DVLMImageProcessor
 from med3dvlm.hub_cards.remote_code import (
+    LICENSE_HEADER,
     RemoteCodeError,
     carry_code,
     entry_modules,
@@ -135,6 +136,20 @@ def test_a_processor_and_a_model_carry_the_pipeline(vlm, tmp_path):
     }
     vlm.model.save_pretrained(tmp_path / "model")
     assert {"modeling_med3dvlm.py", "pipeline_med3dvlm.py"} <= {path.name for path in (tmp_path / "model").iterdir()}
+
+
+def test_all_code_stands_below_its_licence_once(published, tmp_path):
+    for folder in published.values():
+        for path in folder.glob("*.py"):
+            source = path.read_text()
+            assert (
+                source.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+                and source.count("SPDX-License-Identifier") == 1
+            )
+            assert source.removeprefix(LICENSE_HEADER)[:3] == '"""'  # the docstring follows
+    names = {path.name: path.read_bytes() for path in published["vlm"].glob("*.py")}
+    write_code(published["vlm"], ["modeling_med3dvlm"])
+    assert names == {path.name: path.read_bytes() for path in published["vlm"].glob("*.py")}
 
 
 def test_other_json_files_carry_nothing(tmp_path):

@@ -121,6 +121,14 @@ def test_groups_keep_no_matrix_of_who_matches_whom_for_the_backward_pass():
     assert sum({tensor.data_ptr(): tensor.numel() for tensor in kept}.values()) < 64 * 64
 
 
+@pytest.mark.parametrize("options", [{"loss_type": "triplet"}, {"exchange": "broadcast"}])
+def test_unknown_losses_and_exchanges_are_refused(options):
+    ((name, value),) = options.items()
+    known = {"loss_type": r"\('sigmoid', 'softmax'\)", "exchange": r"\('gather', 'ring'\)"}[name]
+    with pytest.raises(ValueError, match=f"`{name}` must be one of {known}, got '{value}'"):
+        contrastive_loss(torch.eye(2), torch.eye(2), torch.zeros(1), **options)
+
+
 def test_unequal_numbers_of_volumes_and_texts_are_refused():
     with pytest.raises(ValueError, match="got 2 volumes and 3 texts"):
         contrastive_loss(unit_vectors(2, 0), unit_vectors(3, 1), torch.zeros(1))

@@ -47,7 +47,7 @@ def test_tensors_of_every_size_are_those_of_the_original(variant):
     with torch.device("meta"):
         model = DCFormerModel(DCFormerConfig.from_variant(variant))
         theirs = {name: torch.empty(shape) for name, shape in golden.meta["layout"].items()}
-    converted = encoder_layout().state_to_ours(theirs)
+    converted = golden_cases.converted_state(theirs, encoder_layout())
     ours = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert ours == {name: tensor.shape for name, tensor in converted.items()}
     assert model.num_parameters() == golden.meta["parameters"]

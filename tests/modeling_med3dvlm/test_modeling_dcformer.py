@@ -71,6 +71,15 @@ def test_other_shapes_are_refused(shape, message):
         tiny_model()(torch.zeros(shape))
 
 
+def test_fields_of_the_configuration_reach_the_layers():
+    model = tiny_model(batch_norm_eps=0.1, batch_norm_momentum=0.3, mlp_ratio=3)
+    norms = [module for module in model.modules() if isinstance(module, DCFormerBatchNorm3d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(0.1, 0.3)}
+    for channels, stage in zip(model.config.hidden_sizes[1:], model.stages):
+        for layer in stage.layers:
+            assert layer.pwconv1.out_features == layer.pwconv2.in_features == 3 * channels
+
+
 def test_initial_weights_are_those_of_pytorch():
     torch.manual_seed(0)
     model = DCFormerModel(tiny.tiny_dcformer_config(hidden_sizes=(64, 64, 64, 64, 64), layer_scale_init_value=1e-6))

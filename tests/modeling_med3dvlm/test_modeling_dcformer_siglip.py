@@ -5,8 +5,10 @@ import torch.distributed as dist
 from processes import run_processes
 from torch import nn
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from med3dvlm import DCFormerSiglipModel
+from med3dvlm.train.trainers import OUTPUTS_OF_A_BATCH
 
 
 GROUPS = torch.tensor([3, 8, 1, 3, 2])  # the first and the fourth report are identical
@@ -29,6 +31,12 @@ def test_logits_are_scaled_similarities_of_unit_vectors(text_type):
     expected = 10 * outputs.image_embeds @ outputs.text_embeds.T - 10  # the initial temperature and offset of SigLIP
     torch.testing.assert_close(outputs.logits_per_image, expected)
     assert torch.equal(outputs.logits_per_text, outputs.logits_per_image.T)
+
+
+def test_what_a_validation_keeps_are_the_vectors_of_texts_and_then_of_volumes():
+    outputs = tiny.tiny_siglip()(**inputs(), return_loss=True)
+    assert next(iter(outputs)) == "loss"
+    assert [name for name in outputs if name not in ("loss", *OUTPUTS_OF_A_BATCH)] == ["text_embeds", "image_embeds"]
 
 
 def test_features_are_projections_of_the_pooled_towers():
@@ -66,6 +74,23 @@ def test_every_weight_is_trained_by_the_loss():
 def test_a_loss_needs_pairs():
     with pytest.raises(ValueError, match="got 3 volumes and 2 texts"):
         tiny.tiny_siglip()(**inputs(images=3), return_loss=True)
+
+
+def test_encoders_may_lie_on_different_devices(monkeypatch):
+    model = tiny.tiny_siglip()
+    features = BaseModelOutputWithPooling(pooler_output=torch.empty(2, 20, device="meta"))
+    monkeypatch.setattr(model, "get_text_features", lambda *args, **kwargs: features)
+    outputs = model(**inputs())
+    for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
+        assert outputs[name].is_meta, name
+
+
+def test_attentions_of_both_encoders_are_returned():
+    model = tiny.tiny_siglip(vision_config=tiny.tiny_vit3d_config())
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs(), output_attentions=True)
+    assert [tuple(weights.shape) for weights in outputs.vision_model_output.attentions] == [(2, 2, 13, 13)] * 3
+    assert [tuple(weights.shape) for weights in outputs.text_model_output.attentions] == [(2, 2, 6, 6)] * 2
 
 
 def test_vit3d_serves_as_the_volume_encoder():

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from med3dvlm import Med3DVLMConfig, Med3DVLMForConditionalGeneration, Med3DVLMModel
-from med3dvlm.modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME
+from med3dvlm.modeling_med3dvlm import modeling_med3dvlm
+from med3dvlm.modeling_med3dvlm.modeling_med3dvlm import CACHE_NAME, Med3DVLMImageFeatures
 from med3dvlm.train.models import add_lora
 
 
@@ -76,6 +77,67 @@ def test_image_features_are_the_towers_last_two_stages_projected(model):
     assert features.pooler_output.shape == (2, model.config.image_seq_length, 32)
     assert len(features.hidden_states) == 5
     assert model.get_image_features(volumes).hidden_states is None
+
+
+@pytest.mark.parametrize("layers", [(1, -1), (-2, 0)])
+def test_streams_are_the_layers_that_the_configuration_names(layers):
+    model = tiny.tiny_vlm(vision_config=tiny.tiny_vit3d_config(), vision_feature_layers=layers)
+    volumes = tiny.random_volumes(2)
+    features = model.get_image_features(volumes)
+    states = model.model.vision_tower(volumes, output_hidden_states=True).hidden_states
+    low, high = (states[layer] for layer in layers)
+    assert torch.equal(features.low_level_states, low) and torch.equal(features.high_level_states, high)
+
+
+def test_places_of_image_tokens_are_on_the_device_of_the_embeddings(model):
+    input_ids = one_volume(model)["input_ids"]
+    embeds, image_tokens = torch.empty(1, 12, 32, device="meta"), torch.empty(1, 8, 32, device="meta")
+    mask = model.model.get_placeholder_mask(input_ids, embeds, image_tokens)
+    assert mask.device.type == "meta" and mask.shape == (1, 12, 1)
+
+
+def test_features_of_another_model_are_refused(model):
+    inputs = one_volume(model)
+    del inputs["pixel_values"]
+    features = Med3DVLMImageFeatures(pooler_output=torch.zeros(1, 8, 64))
+    with pytest.raises(ValueError, match="as wide as the embeddings of the text, 32, got 64: .* another model"):
+        model(**inputs, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize("has_volume", [True, False])
+def test_generation_returns_the_hidden_states_of_the_language_model(model, has_volume):
+    inputs = one_volume(model) if has_volume else {"input_ids": torch.tensor([[10, *TEXT]])}
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    outputs = model.generate(**inputs, **options, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(outputs.hidden_states) == 3
+    for states in outputs.hidden_states:
+        assert len(states) == 3 and all(isinstance(state, torch.Tensor) for state in states)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"prefill_chunk_size": 4}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_volumes_that_the_text_does_not_show_are_refused_by_every_way_to_answer(model, settings):
+    inputs = one_volume(model)
+    inputs["pixel_values"] = tiny.random_volumes(2)
+    with pytest.raises(ValueError, match="8 image placeholders.*16 image tokens"):
+        generate(model, **inputs, **settings)
+    features = model.get_image_features(inputs.pop("pixel_values"))
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="8 image placeholders.*16 image tokens"):
+        model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=2, **settings)
+
+
+def test_a_text_that_is_continued_may_show_volumes_that_were_read_before(model):
+    first = tiny.text_with_volumes(model.config, [10], 1, TEXT)
+    whole = torch.cat([first, tiny.text_with_volumes(model.config, [14], 1, TEXT)], dim=1)
+    volumes = tiny.random_volumes(2)
+    expected = generate(model, input_ids=whole, attention_mask=torch.ones_like(whole), pixel_values=volumes)
+    cache = getattr(model(input_ids=first, pixel_values=volumes[:1], use_cache=True), CACHE_NAME)
+    inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "pixel_values": volumes[1:]}
+    assert torch.equal(generate(model, **inputs, **{CACHE_NAME: cache}), expected)
 
 
 def test_answers_depend_on_the_volume(model):
@@ -159,6 +221,23 @@ def test_keys_and_values_under_two_names_are_refused(model):
     cache = DynamicCache(config=model.config.text_config)
     with pytest.raises(ValueError, match="`past_key_values` or `cache`, not both"):
         model(input_ids=torch.tensor([[10]]), past_key_values=cache, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_pages_of_continuous_batching_go_on_under_their_own_name(model, name, monkeypatch):
+    class Received(Exception):
+        pass
+
+    def receive(**kwargs):
+        raise Received(kwargs)
+
+    monkeypatch.setattr(modeling_med3dvlm, "CACHE_NAME", name)  # of either transformers
+    monkeypatch.setattr(model.model.language_model, "forward", receive)
+    pages = object()
+    with pytest.raises(Received) as caught:
+        model(input_ids=torch.tensor([[10, *TEXT]]), cache=pages)
+    (received,) = caught.value.args
+    assert received["cache"] is pages and "past_key_values" not in received
 
 
 def test_greedy_decoding_is_the_argmax_of_the_whole_text_each_time(model):
@@ -417,6 +496,13 @@ def test_embeddings_of_another_width_than_hidden_states_are_refused():
         Med3DVLMForConditionalGeneration(Med3DVLMConfig(**config))
 
 
+def test_a_decoder_without_attention_is_refused():
+    config = tiny.tiny_vlm_config().to_dict()
+    config["text_config"] = other_text_config("mamba", hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="a decoder with attention, .* got MambaModel"):
+        Med3DVLMForConditionalGeneration(Med3DVLMConfig(**config))
+
+
 def test_a_bias_of_the_head_is_not_lost_in_silence(tmp_path, model):
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -426,10 +512,12 @@ def test_a_bias_of_the_head_is_not_lost_in_silence(tmp_path, model):
     AutoModel.from_pretrained(tmp_path)  # the base model has no head at all
 
 
-@pytest.mark.parametrize("projector", ["mixer", "low_high_mlp"])
+@pytest.mark.parametrize("projector", ["mixer", "low_high_mlp", "mhsa"])
 def test_projectors_of_two_streams_are_not_split_over_devices(projector):
+    vision_config = tiny.tiny_dcformer_config(hidden_sizes=(4, 6, 8, 10, 16))  # eight heads of two channels
     with torch.device("meta"):
-        model = Med3DVLMForConditionalGeneration(tiny.tiny_vlm_config(projector_type=projector))
+        config = tiny.tiny_vlm_config(projector_type=projector, vision_config=vision_config)
+        model = Med3DVLMForConditionalGeneration(config)
     assert type(model.model.multi_modal_projector).__name__ in model._no_split_modules
     assert {"DCFormerLayer", "Qwen2DecoderLayer"} <= model._no_split_modules  # the parts' own stay
 
@@ -529,7 +617,7 @@ def test_dtype_reaches_all_parts(tmp_path, model):
         (lambda inputs: inputs.update(inputs_embeds=torch.zeros(1, 12, 32)), "exactly one of"),
         (lambda inputs: inputs.update(mm_encoder_outputs={"image": object()}), "not both"),
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 1, 32, 96, 64)), r"1, 32, 64, 96\).*got"),
-        (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 3, 32, 64, 96)), "one channel.*got"),
+        (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 3, 32, 64, 96)), "`num_channels` 1 and .*got"),
         (lambda inputs: inputs.update(pixel_values=torch.zeros(1, 32, 64, 96)), "got"),
         (
             lambda inputs: inputs.update(logits_to_keep=torch.ones(12, 1, dtype=torch.bool)),

@@ -25,6 +25,22 @@ def test_tokens_are_patches_in_raster_order_with_depth_slowest():
     assert difference.nonzero().flatten().tolist() == [(1 * 2 + 0) * 3 + 2]
 
 
+def test_hidden_states_are_the_patches_after_each_layer_and_the_last_is_normalised():
+    model = tiny_model(use_final_norm=True, use_patch_norm=False)
+    assert type(model.embeddings.voxel_norm) is type(model.embeddings.token_norm) is nn.Identity
+    nn.init.normal_(model.norm.weight)
+    passed = []
+    for module in (model.embeddings, *model.layers):
+        module.register_forward_hook(lambda module, inputs, output: passed.append(output))
+    outputs = model(tiny.random_volumes(2), output_hidden_states=True)
+    expected = [*passed[:-1], model.norm(passed[-1])]
+    assert len(outputs.hidden_states) == len(expected) == 4
+    for ours, theirs in zip(outputs.hidden_states, expected):
+        assert torch.equal(ours, theirs[:, 1:])  # without the class token
+    assert torch.equal(outputs.last_hidden_state, outputs.hidden_states[-1])
+    assert torch.equal(outputs.pooler_output, outputs.hidden_states[-1].mean(dim=1))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_is_the_plain_formula(attention):
     model = tiny_model(attn_implementation=attention)
@@ -37,6 +53,27 @@ def test_attention_is_the_plain_formula(attention):
     weights = torch.softmax(query @ key.transpose(2, 3) / 5**0.5, dim=-1)
     expected = layer.out_proj((weights @ value).transpose(1, 2).reshape(2, 7, 10))
     torch.testing.assert_close(layer(hidden_states), expected)
+
+
+def test_attention_weights_of_every_layer_are_returned_when_asked_for():
+    model = tiny_model(attn_implementation="eager")
+    passed = []
+    for layer in model.layers:
+        layer.attention_norm.register_forward_hook(lambda module, inputs, output: passed.append(output))
+    attentions = model(tiny.random_volumes(2), output_attentions=True).attentions
+    assert len(attentions) == len(passed) == 3
+    for layer, hidden_states, weights in zip(model.layers, passed, attentions):
+        query, key = (
+            projection(hidden_states).view(2, 13, 2, 5).transpose(1, 2)
+            for projection in (layer.attention.q_proj, layer.attention.k_proj)
+        )
+        torch.testing.assert_close(weights, torch.softmax(query @ key.transpose(2, 3) / 5**0.5, dim=-1))
+    assert model(tiny.random_volumes(1)).attentions is None
+
+
+def test_attention_weights_of_another_implementation_are_refused():
+    with pytest.raises(ValueError, match="weights.*'sdpa'.*`attn_implementation=\"eager\"`"):
+        tiny_model(attn_implementation="sdpa")(tiny.random_volumes(1), output_attentions=True)
 
 
 def test_checkpointing_keeps_gradients():

@@ -202,6 +202,39 @@ def test_foreground_is_the_smallest_box_of_voxels_above_zero():
     assert batch["preprocessing_report"][0]["crop_box"] == [[2, 5], [3, 9], [4, 11]]
 
 
+def test_foreground_of_ct_is_what_lies_above_the_window_not_above_zero_hu():
+    array = np.full((10, 12, 14), -1000, dtype=np.int16)
+    array[2:5, 3:9, 4:11] = -100
+    array[3, 4, 5] = 40
+    report = processor(intensity_mode="window")(array, return_report=True)["preprocessing_report"][0]
+    assert report["crop_box"] == [[2, 5], [3, 9], [4, 11]]
+
+
+@pytest.mark.parametrize("mode", ["auto", "window", "percentile", "minmax"])
+@pytest.mark.parametrize("slope, intercept", [(1, -1024), (2, -300), (0.37, -3.1)])
+def test_values_that_a_file_scales_are_prepared_as_the_scaled_values(slope, intercept, mode, tmp_path):
+    stored = np.zeros((14, 12, 10), dtype=np.uint16)
+    # Their mean decides what they are, and would decide otherwise without the slope, or without the intercept.
+    stored[1:13, 2:12, 1:9] = np.random.default_rng(0).integers(1000, 3000, size=(12, 10, 8))
+    image = ct_image(stored)
+    image.header.set_slope_inter(slope, intercept)
+    nibabel.save(image, tmp_path / "stored.nii.gz")
+    slope, intercept = (float(np.float32(value)) for value in (slope, intercept))  # as the header has them
+    nibabel.save(ct_image((stored * slope + intercept).astype(np.float32)), tmp_path / "scaled.nii.gz")
+    window = [intercept + slope * value for value in (1200.5, 2500.5)]
+    ours, expected = (
+        processor(intensity_mode=mode, hu_range=window)(tmp_path / f"{name}.nii.gz", return_report=True)
+        for name in ("stored", "scaled")
+    )
+    torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"], atol=1e-5, rtol=0)
+    report, expected_report = ours["preprocessing_report"][0], expected["preprocessing_report"][0]
+    assert report["crop_box"] == expected_report["crop_box"] == [[1, 9], [0, 10], [1, 13]]
+    assert report["intensity_mode"] == expected_report["intensity_mode"]
+    assert mode != "auto" or report["intensity_mode"] == ("window" if (slope, intercept) == (1, -1024) else "minmax")
+    for name in ("source_range", "intensity_range", "clipped_fraction"):
+        assert report[name] == pytest.approx(expected_report[name], rel=1e-4)
+
+
 def test_affine_of_the_report_puts_the_grid_back_on_the_scan():
     # A volume whose voxels are linear in world coordinates: trilinear interpolation keeps it exact away from the rim.
     angle = np.deg2rad(10)
@@ -333,6 +366,7 @@ def with_value(value):
     [
         (with_value(np.nan), {}, "2 of 1680 voxels are NaN or infinite"),
         (with_value(-np.inf), {}, "2 of 1680 voxels are NaN or infinite"),
+        (with_value(np.inf), {}, "2 of 1680 voxels are NaN or infinite"),
         (np.full((4, 5, 6), -1000.0), {}, "all voxels are -1000"),
         (ct_array() / 5000 + 0.5, {"intensity_mode": "window"}, r"expects CT in HU.*scaled to \[0, 1\] already"),
         (np.arange(120, dtype=np.uint8).reshape(4, 5, 6), {"intensity_mode": "window"}, "an 8-bit export"),

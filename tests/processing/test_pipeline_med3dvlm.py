@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from nibabel.testing import data_path
+from tiny import build_tiny_model
 from transformers import pipeline
 from transformers.utils import logging
 
 from med3dvlm import Med3DVLMPipeline
-from med3dvlm.train.demo import build_tiny_model
 
 
 SCAN = Path(data_path) / "anatomical.nii"

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from nibabel.testing import data_path
+from tiny import build_tiny_model
 from transformers import AutoProcessor
 
 from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.processing.processing_med3dvlm import PROCESSOR_ARGUMENTS
-from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+from med3dvlm.train.demo import build_tiny_tokenizer
 
 
 SCAN = Path(data_path) / "anatomical.nii"
@@ -238,6 +239,34 @@ def test_mistyped_argument_is_refused():
     assert set(PROCESSOR_ARGUMENTS) == set(signature(Med3DVLMProcessor).parameters) - {"kwargs"}
     with pytest.raises(ValueError, match="no option `image_seq_len`; did you mean `image_seq_length`"):
         Med3DVLMProcessor(Med3DVLMImageProcessor(), build_tiny_tokenizer(), image_seq_len=256)
+
+
+def test_placeholders_need_a_tokenizer():
+    with pytest.raises(ValueError, match="Expected a `tokenizer` with `image_seq_length` 256.*got none"):
+        Med3DVLMProcessor(Med3DVLMImageProcessor(), image_seq_length=256)
+
+
+def processor_of_the_original():
+    image_processor = Med3DVLMImageProcessor(image_size=[8, 9, 10])
+    return Med3DVLMProcessor(image_processor, build_tiny_tokenizer(), image_seq_length=4, prompt_format="original")
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", None])
+def test_the_originals_last_placeholder_counts_as_one_of_the_volume(return_tensors):
+    texts = ["<image> What is it?", "<image> Where?"]
+    inputs = processor_of_the_original()(
+        [volume(), volume(1)], texts, padding=True, return_mm_token_type_ids=True, return_tensors=return_tensors
+    )
+    ids, types = (torch.as_tensor(inputs[name]) for name in ("input_ids", "mm_token_type_ids"))
+    assert (ids == processor_of_the_original().image_token_id).sum(1).tolist() == [4, 4]
+    assert torch.equal(types == 1, ids == processor_of_the_original().image_token_id)
+
+
+def test_a_text_cut_off_behind_the_originals_placeholders_is_refused():
+    with pytest.raises(
+        ValueError, match="behind the 4 placeholders.*of 3 tokens that was cut off.*raise `max_length`"
+    ):
+        processor_of_the_original()(volume(), "<image> What is it?", truncation=True, max_length=3)
 
 
 def test_tokenizer_must_know_the_placeholder():

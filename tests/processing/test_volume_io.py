@@ -117,6 +117,19 @@ def test_truncated_gzip_is_refused_by_name(keep, tmp_path):
         open_volume(path.read_bytes())
 
 
+@pytest.mark.parametrize("place", [-8, -1])  # in the checksum, and in the length
+def test_gzip_whose_checksum_differs_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(volume_io, "gzip_reader", gzip)  # igzip compares them at the last byte that is asked for
+    path = write_nifti(tmp_path / "scan.nii.gz", volume_array((20, 30, 40)))
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InvalidVolumeError, match=r"scan\.nii\.gz: truncated or damaged"):
+        read_voxels(open_volume(path))
+    with pytest.raises(InvalidVolumeError, match="truncated or damaged"):
+        open_volume(bytes(content))
+
+
 def test_truncated_plain_file_is_refused_by_name(tmp_path):
     path = write_nifti(tmp_path / "scan.nii")
     path.write_bytes(path.read_bytes()[:-10])
@@ -212,6 +225,13 @@ def test_series_needs_an_index():
     assert np.array_equal(read_voxels(volume, 1), np.asarray(nibabel.load(SERIES).dataobj)[..., 1])
 
 
+def test_first_axis_of_a_series_is_the_fastest(tmp_path):
+    array = volume_array((*SHAPE, 2, 3))
+    volume = open_volume(write_nifti(tmp_path / "scan.nii", array))
+    assert np.array_equal(read_voxels(volume, 1), array[..., 1, 0])
+    assert np.array_equal(read_voxels(volume, 2), array[..., 0, 1])
+
+
 def test_minc_image_of_one_volume_is_read():
     image = nibabel.load(Path(data_path) / "minc1_1_scale.mnc")
     assert np.array_equal(read_voxels(open_volume(image)), np.asarray(image.dataobj))
@@ -262,6 +282,18 @@ def test_two_affines_that_differ_are_remembered(qform, codes, expected, tmp_path
         conflict = open_volume(source).conflict
         assert conflict is None if expected is None else re.search(expected, conflict)
         assert codes[0] == 0 or spacing_of(open_volume(source).affine) == (2, 3, 4)
+
+
+@pytest.mark.parametrize("step, qfac, axis_codes", [(-2.0, -1, "LAS"), (2.0, 1, "RAS"), (2.0, 0, "RAS")])
+def test_a_qform_alone_says_how_the_patient_lies(step, qfac, axis_codes, tmp_path):
+    def change(content):
+        put(252, "<i2", 1, 0)(content)  # qform_code and sform_code
+        put(280, "<f4", *np.zeros(12))(content)  # the sform
+        put(76, "<f4", qfac)(content)
+
+    volume = open_volume(write_nifti(tmp_path / "scan.nii", affine=np.diag([step, 3.0, 4.0, 1.0]), change=change))
+    assert volume.axis_codes == axis_codes and volume.is_orientation_known
+    assert spacing_of(volume.affine) == (2, 3, 4)
 
 
 def test_an_unreadable_qform_beside_a_sform_is_remembered(tmp_path):

@@ -17,6 +17,7 @@ sys.modules["torchvision"] = None  # type: ignore[assignment]
 import datasets
 import tiny
 import torch
+from tiny import build_tiny_model
 from transformers import TrainingArguments, set_seed
 
 from med3dvlm.train.data.augmentation import augment_laterality_safe
@@ -24,7 +25,6 @@ from med3dvlm.train.data.collate import ConversationCollator, PairCollator
 from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyDataset
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.data.similarity import SimilarReports
-from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.models import choose_trained_parts, made_whole
 from med3dvlm.train.recipe import DataRecipe, load_recipe
 from med3dvlm.train.stages import read_ahead, read_deepspeed_config, run_recipe

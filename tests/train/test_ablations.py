@@ -50,7 +50,7 @@ def test_one_question_at_a_time_whatever_the_recipes_do():
 
 def test_tables_give_mean_and_spread():
     def scores(value):
-        names = ("R@1 of 100, volume to report, identical", "R@1 of 100, report to volume, identical")
+        names = ("deduplicated R@1 of 100, volume to report", "deduplicated R@1 of 100, report to volume")
         names += ("open VQA, mean", "closed VQA, mean", "report, ROUGE-1")
         return {**dict.fromkeys(names, value), **{f"{name}, blind": value / 10 for name in names}}
 

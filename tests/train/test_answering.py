@@ -1,11 +1,21 @@
+import math
+
 import datasets
 import pytest
 import torch
+from tiny import build_tiny_model
 
-from med3dvlm.train.answering import ConfidenceRecorder, answer_samples, batch_by_volume, iterate_answers
+from med3dvlm.train.answering import (
+    ProbabilityRecorder,
+    answer_samples,
+    batch_by_volume,
+    check_finite_answers,
+    end_token_ids,
+    iterate_answers,
+)
 from med3dvlm.train.data.collate import PROCESSED
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.demo import build_tiny_model
+from med3dvlm.train.evaluation.plots import calibration_bins, expected_calibration_error
 from med3dvlm.train.prompts import build_messages, format_question
 
 
@@ -86,7 +96,7 @@ def test_decoding_is_greedy_whatever_the_generation_config_says():
         assert answer_samples(model, processor, samples(), Blocks(), max_new_tokens=12) == expected, option
 
 
-def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_answer():
+def test_probability_is_the_product_over_the_tokens_of_the_answer():
     model, processor = build_tiny_model((32, 64, 96))
     (row, *_) = samples()
     (((_,), (answer,)),) = iterate_answers(model, processor, [row], Blocks(), max_new_tokens=5)
@@ -102,16 +112,51 @@ def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_answer():
         **inputs, max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
     probabilities = torch.stack([scores.softmax(-1).max() for scores in output.scores])
-    assert answer.confidence == pytest.approx(float(probabilities.log().mean().exp()), rel=1e-4)
+    assert answer.probability == pytest.approx(float(probabilities.prod()), rel=1e-4)
 
 
-def test_confidence_does_not_count_what_follows_the_end():
-    recorder = ConfidenceRecorder()
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_answer_without_a_probability_is_refused(value):
+    check_finite_answers({"report/000000": 0.0, "report/000001": 1.0})
+    with pytest.raises(ValueError, match="^report/000001: the model's logits are NaN.* --dtype bfloat16 or float32"):
+        check_finite_answers({"report/000000": 0.5, "report/000001": value})
+
+
+def test_probability_of_an_answer_whose_end_is_sure_is_that_of_its_first_token():
+    recorder = ProbabilityRecorder()
+    recorder.log_probabilities = [torch.tensor([value]).log() for value in (0.4, 1.0, 1.0, 1.0)]
+    assert recorder.probabilities(torch.tensor([[4, 5, 6, 7]]), end_ids=[7]) == pytest.approx([0.4])
+
+
+def test_a_calibrated_model_is_found_to_be_one():
+    generator = torch.Generator().manual_seed(0)
+    recorder, num_answers = ProbabilityRecorder(), 20_000
+    recorder.log_probabilities = [torch.rand(num_answers, generator=generator).pow(0.3).log() for _ in range(4)]
+    probabilities = recorder.probabilities(torch.full((num_answers, 4), 5), end_ids=[7])
+    hits = torch.bernoulli(torch.tensor(probabilities), generator=generator).tolist()
+    assert expected_calibration_error(calibration_bins(probabilities, hits)) < 0.02
+
+
+def test_probability_does_not_count_what_follows_the_end():
+    recorder = ProbabilityRecorder()
     for probability in (0.9, 0.5, 0.6):
         rest = (1 - probability) / 2
         recorder(None, torch.tensor([[probability, rest, rest]] * 2).log())
-    values = recorder.confidences(torch.tensor([[4, 7, 0], [4, 5, 6]]), end_ids=[7])
-    assert values == pytest.approx([(0.9 * 0.5) ** 0.5, (0.9 * 0.5 * 0.6) ** (1 / 3)], rel=1e-5)
+    values = recorder.probabilities(torch.tensor([[4, 7, 0], [4, 5, 6]]), end_ids=[7])
+    assert values == pytest.approx([0.9 * 0.5, 0.9 * 0.5 * 0.6], rel=1e-5)
+    recorder.log_probabilities[2][0] = torch.nan  # of what stands after an end, nothing is known
+    assert recorder.probabilities(torch.tensor([[4, 7, 0], [4, 5, 6]]), end_ids=[7]) == pytest.approx(values)
+
+
+@pytest.mark.parametrize("eos, expected", [("<|endoftext|>", [5, 3]), ("<|im_end|>", [3]), (None, [3])])
+def test_an_answer_ends_with_its_turn_and_with_the_text(eos, expected):
+    class Tokenizer:
+        eos_token_id = None if eos is None else {"<|im_end|>": 3, "<|endoftext|>": 5}[eos]
+
+        def get_vocab(self):
+            return {"a": 0, "<|im_end|>": 3, "<|endoftext|>": 5}
+
+    assert end_token_ids(Tokenizer()) == expected
 
 
 def test_questions_about_one_volume_stay_together():

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_files_reach_the_disk_before_the_marker_does(tmp_path, monkeypatch):
     before, after = events[: events.index("replace")], events[events.index("replace") + 1 :]
     assert set(before) == {"trainer_state.json", "rank_0.pt", "global_step", "checkpoint-3", tmp_path.name}
     assert after == ["checkpoint-3"]
+
+
+def test_windows_flushes_files_that_it_may_write_and_no_folders(tmp_path, monkeypatch):
+    path, opened, real = tmp_path / "file", [], os.open
+    path.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda place, flags: (opened.append((place, flags)), real(place, flags))[1])
+        patch.setattr(os, "name", "nt")
+        checkpoints.flush_to_disk(path)
+        checkpoints.flush_to_disk(path.parent)
+    assert opened == [(path, os.O_RDWR)]
 
 
 def test_mark_complete_refuses_a_folder_without_trainer_state(tmp_path):
@@ -229,6 +241,14 @@ def test_a_finished_run_resumes_to_the_same_end(run_folder, uninterrupted):
     "overrides, message",
     [
         ({"save_total_limit": 1}, r"`save_total_limit` of at least 2.*got 1.*Set it to 2"),
+        (
+            {"save_total_limit": 2, "metric_for_best_model": "loss"},
+            r"of at least 3 .*got 2.*best one counts.*Set it to 3",
+        ),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss", "save_total_limit": 3},
+            '"steps" or "epoch", got "best": nothing would be saved between',
+        ),
         ({"save_only_model": True}, "`save_only_model=False`, got True: without the optimizer"),
         ({"save_on_each_node": True}, "`save_on_each_node=False`.*file system that all nodes share"),
         ({"enable_jit_checkpoint": True}, "`enable_jit_checkpoint=False`.*StopOnSignal"),
@@ -335,6 +355,24 @@ def test_rows_of_the_log_that_span_a_stop_are_those_of_the_uninterrupted_run(tmp
     again = trainer.state.log_history[-1]
     assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
     assert again["train_runtime"] >= round(marker["progress"]["seconds"], 3) - 0.001
+
+
+def test_how_often_a_resumed_run_is_saved_is_what_its_own_start_says(tmp_path):
+    training_program.train(tmp_path, signal_at=3, save_steps=100, save_total_limit=None)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    training_program.train(tmp_path, save_steps=1, save_total_limit=None, logging_steps=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        f"checkpoint-{step}" for step in (3, 4, 5, 6)
+    ]
+    state = TrainerState.load_from_json(tmp_path / "checkpoint-6" / "trainer_state.json")
+    assert [row["step"] for row in state.log_history if "loss" in row] == [1, 2, 3, 4, 6]
+
+
+def test_each_process_goes_on_with_its_own_losses():
+    trainer = SimpleNamespace(_tr_loss=torch.zeros(()), args=SimpleNamespace(process_index=1))
+    progress = {"unlogged_losses": [1.0, 2.0], "last_logged_step": 4, "logged_losses": 3.0, "seconds": 5.0}
+    CheckpointGuard()._go_on_from(progress, trainer)
+    assert (trainer._tr_loss.item(), trainer._globalstep_last_logged, trainer._total_loss_scalar) == (2.0, 4, 3.0)
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_progress(run_folder, uninterrupted):

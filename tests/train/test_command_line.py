@@ -141,6 +141,14 @@ def test_an_error_of_a_loaders_worker_is_told_without_its_traceback(capsys):
     assert capsys.readouterr().err == "med3dvlm: scan.nii.gz: truncated or damaged.\nCopy it again.\n"
 
 
+def test_a_value_that_a_configuration_refuses_is_told_in_one_line(capsys):
+    with pytest.raises(typer.Exit) as caught, bad_input_is_an_answer():
+        DCFormerConfig(image_size=(64, 64))
+    assert caught.value.exit_code == 2
+    message = "`image_size` must be three positive numbers of voxels (depth, height, width), got (64, 64)."
+    assert capsys.readouterr().err == f"med3dvlm: {message}\n"
+
+
 def test_an_adapter_on_the_hub_answers_too(monkeypatch, tmp_path):
     """What transformers finds on the Hub is stood in for; a repository with an adapter alone has no config.json."""
     asked = []
@@ -190,8 +198,9 @@ def test_launch_scripts_give_processes_minutes_to_save(script, given, seconds, t
         ("For CT in HU ask for 'window'.", "For CT in HU ask with --intensity-mode window."),
         ("ask for 'minmax' or 'percentile'.", "ask with --intensity-mode minmax or --intensity-mode percentile."),
         ("`volume_index` 3, `hu_ranges`", "`volume_index` 3, `hu_ranges`"),
+        ("or pass `overwrite=True`.", "or pass --overwrite."),
     ],
 )
 def test_messages_name_the_options_of_the_command(message, expected):
-    options = {"hu_range": "--hu-range", "intensity_mode": "--intensity-mode"}
+    options = {"hu_range": "--hu-range", "intensity_mode": "--intensity-mode", "overwrite": "--overwrite"}
     assert in_options_of_the_command(message, **options) == expected

@@ -68,6 +68,9 @@ def test_chance_is_that_of_the_metric_before_that_of_all():
     assert find_chance("eval_text_to_image_recall_at_1_of_16", series) == 0.07
     assert find_chance("eval_text_to_image_recall_at_1_of_160", series) is None
     assert "eval_chance_recall_at_1_of_16" not in str(arrange_panels(series))
+    series["eval_chance_deduplicated_recall_at_1_of_16"] = {1: 0.09}
+    assert find_chance("eval_text_to_image_deduplicated_recall_at_1_of_16", series) == 0.09
+    assert find_chance("eval_text_to_image_recall_at_1_of_16", series) == 0.07
 
 
 def test_a_share_and_its_chance_are_drawn_in_percent():
@@ -86,6 +89,11 @@ def test_of_a_repeated_step_the_later_entry_counts_and_steps_are_in_order(tmp_pa
     assert read_series(log)["loss"] == {1: 1.0, 2: 0.5, 3: 9.0}
     save_curves(log, tmp_path, "Resumed")
     assert [(row["step"], row["loss"]) for row in read_table(tmp_path)] == [("1", "1.0"), ("2", "0.5"), ("3", "9.0")]
+
+
+def test_of_two_validations_at_one_step_the_first_counts():
+    log = [train_entry(4), {"eval_loss": 0.9, "epoch": 0.4, "step": 4}, {"eval_loss": 0.5, "epoch": 0.4, "step": 4}]
+    assert read_series(log)["eval_loss"] == {4: 0.9}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

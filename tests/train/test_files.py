@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from med3dvlm.train.files import only_one_at, write_atomically, write_json_atomically
+from med3dvlm.train.files import only_one_at, write_atomically, write_json_atomically, write_json_lines
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -48,3 +48,9 @@ def test_json_is_replaced_as_a_whole(tmp_path):
         write_json_atomically(content, path)
         assert json.loads(path.read_text()) == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_json_does_not_have_is_not_written_as_lines(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_lines([{"score": 0.5}, {"score": float("nan")}], tmp_path / "rows.jsonl")
+    assert not list(tmp_path.iterdir())

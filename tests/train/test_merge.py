@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 pytest.importorskip("peft", reason="needs the extra `train`")
 
 from peft import LoraConfig, get_peft_model
+from tiny import build_tiny_model
 
 from med3dvlm.hub_cards.model_index import add_results_to_card
 from med3dvlm.hub_cards.publish import load_model, publish
-from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter, publish_adapter, read_adapter_card
 
 
@@ -53,6 +53,20 @@ def test_the_card_says_what_holds_for_adapter_and_base_together(base, adapter, t
     assert "Questions.\n\n- VQA\n\nThe base model, before that: Reports." in card.text
     assert "> Result of `finetune`.\n>\n> More." in card.text and "Stage 2." not in card.text
     assert "Accuracy" not in card.text and not (tmp_path / "merged" / "conversion.json").exists()
+
+
+def test_the_record_of_the_adapters_training_goes_along(base, adapter, tmp_path):
+    assert not (adapter / "training.json").exists() and "training.json" not in (adapter / "README.md").read_text()
+    record = {"tool": "med3dvlm 1", "before": {"start_from": {"tool": "med3dvlm 0"}}}
+    _, processor = build_tiny_model()
+    publish_adapter(tmp_path / "saved", adapter, processor, "A note.", "Questions.", training_record=record)
+    merge_adapter(adapter, tmp_path / "merged")
+    for folder in (adapter, tmp_path / "merged"):
+        assert json.loads((folder / "training.json").read_text()) == record
+        card = (folder / "README.md").read_text()
+        assert "`training.json` has the settings" in card and "licensed under Apache-2.0" in card
+        assert list(folder.glob("*.py"))  # the code whose licence that is
+    assert read_adapter_card(str(adapter)) == {"notes": "A note.", "training_data": "Questions."}
 
 
 def test_what_is_given_takes_the_place_of_what_the_cards_say(base, adapter, tmp_path):

@@ -2,17 +2,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_siglip, tiny_vlm_config
+from tiny import build_tiny_model, tiny_siglip, tiny_vit3d_config, tiny_vlm, tiny_vlm_config
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig
 
 from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.hub_cards.model_card import find_base_model
 from med3dvlm.hub_cards.publish import publish
-from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+from med3dvlm.train.demo import build_tiny_tokenizer
 from med3dvlm.train.models import (
+    add_lora,
     build_dual_encoder,
     build_language_model,
     build_vision_language_model,
+    choose_trained_parts,
     load_vision_language_model,
     load_volume_encoder,
     train_word_piece_tokenizer,
@@ -23,11 +25,19 @@ from med3dvlm.train.recipe import ModelRecipe
 TEXTS = ["Nodule in the left lung.", "No nodule."]
 
 
+def assert_equal_weights(expected, found):
+    """Of text encoders; a dual encoder's has no pooler."""
+    expected = {name: value for name, value in expected.state_dict().items() if not name.startswith("pooler.")}
+    found = found.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.parametrize("is_relative", [True, False])
 def test_text_models_forget_the_folder_they_were_loaded_from(is_relative, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fields = {"vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    AutoModel.from_config(BertConfig(**fields, intermediate_size=8)).save_pretrained("models/bert")
+    bert = AutoModel.from_config(BertConfig(**fields, intermediate_size=8))
+    bert.save_pretrained("models/bert")
     train_word_piece_tokenizer(TEXTS, 40).save_pretrained("models/bert")
     AutoModelForCausalLM.from_config(tiny_vlm_config().text_config).save_pretrained("models/qwen")
     build_tiny_tokenizer().save_pretrained("models/qwen")
@@ -35,6 +45,7 @@ def test_text_models_forget_the_folder_they_were_loaded_from(is_relative, tmp_pa
 
     vision = {"image_size": (32, 64, 96), "hidden_sizes": (4, 6, 8, 10, 12), "depths": (1, 1, 1, 1, 1)}
     dual_encoder, _ = build_dual_encoder(ModelRecipe(text_encoder=f"{place}/bert", vision=vision), TEXTS)
+    assert_equal_weights(bert, dual_encoder.text_model)
     language_model, _ = build_language_model(ModelRecipe(language_model=f"{place}/qwen"), TEXTS)
     config = tiny_vlm_config()
     config.text_config = language_model.config
@@ -176,3 +187,40 @@ def test_other_models_are_no_volume_encoder(tmp_path):
         ValueError, match=r"expected a dual encoder or one of the volume encoders .*'dcformer'.*got .*'bert'"
     ):
         load_volume_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_head_is_trained_in_float32_with_its_language_model(is_tied):
+    model = tiny_vlm(text_config={"tie_word_embeddings": is_tied}, tie_word_embeddings=is_tied).to(torch.bfloat16)
+    choose_trained_parts(model, ["language_model"])
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is is_tied
+    for parameter in (model.lm_head.weight, *model.model.language_model.parameters()):
+        assert parameter.requires_grad and parameter.dtype == torch.float32
+    frozen = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    assert not any(parameter.requires_grad for parameter in frozen)
+
+
+@pytest.mark.parametrize("vision", ["dcformer", "vit3d"])
+def test_adapters_are_on_the_linear_layers_of_the_language_models_blocks_alone(vision):
+    fields = {"vision_config": tiny_vit3d_config()} if vision == "vit3d" else {}
+    model = tiny_vlm(**fields)
+    expected = {
+        f"model.language_model.layers.{name}"
+        for name, module in model.model.language_model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    adapted = add_lora(model, {"r": 2}, [])
+    found = {name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert len(expected) == 14 and found == expected
+
+
+def test_language_models_whose_layers_would_get_no_adapter_are_refused():
+    model = tiny_vlm(text_config={"model_type": "phi3"})
+    with pytest.raises(
+        ValueError, match=r"got gate_up_proj, qkv_proj in Phi3Model, which.*lora\.target_modules='"
+    ) as error:
+        add_lora(model, {"r": 2}, [])
+    pattern = str(error.value).split("target_modules='")[1].removesuffix("'.")
+    adapted = add_lora(model, {"r": 2, "target_modules": pattern}, [])
+    found = {name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    assert found == {"down_proj", "gate_up_proj", "o_proj", "qkv_proj"}

@@ -1,6 +1,9 @@
 import importlib.util
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,7 +47,9 @@ def test_every_recipe_of_the_package_is_valid(name):
 )
 def test_the_papers_numbers(name, batch_size, epochs, learning_rate, weight_decay):
     """Xin et al. 2025, Section 3.4."""
-    training = load_recipe(name).training
+    recipe = load_recipe(name)
+    training = recipe.training
+    assert recipe.num_devices == 8
     assert training["per_device_train_batch_size"] == batch_size and training["num_train_epochs"] == epochs
     assert training["learning_rate"] == learning_rate and training["weight_decay"] == weight_decay
     assert training["optim"] == "adamw_torch" and training["lr_scheduler_type"] == "cosine"
@@ -109,6 +114,23 @@ def test_a_saved_recipe_repeats_the_run(tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
+def test_what_differs_from_the_recipe_of_the_description_is_known_and_saved(tmp_path):
+    values = "base: paper/projector\ntraining: {learning_rate: 2.0e-4, output_dir: here}\n"
+    (tmp_path / "own.yaml").write_text(values)
+    recipe = load_recipe(tmp_path / "own.yaml", ["data.root=elsewhere", "training.weight_decay=0.0"])
+    assert (recipe.begun_from, recipe.changed) == ("paper/projector", {"training.learning_rate": "0.0002"})
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    again = load_recipe(tmp_path / "saved.yaml", ["model.projector.projector_type=mlp"])
+    assert again.begun_from == "paper/projector"
+    assert again.changed == {**recipe.changed, "model.projector.projector_type": "mlp"}
+    # What says of itself what it is has nothing changed.
+    (tmp_path / "described.yaml").write_text("base: saved.yaml\ndescription: Numbers of our own.\n")
+    described = load_recipe(tmp_path / "described.yaml")
+    assert (described.begun_from, described.changed) == ("described.yaml", {})
+    for name in ("paper/projector", tmp_path / "saved.yaml"):
+        assert load_recipe(name, ["description=Ours.", "training.learning_rate=1"]).changed == {}
+
+
 def test_base_is_found_beside_the_recipe(tmp_path):
     (tmp_path / "first.yaml").write_text("base: paper/projector\ntraining: {seed: 1, output_dir: here}\n")
     (tmp_path / "second.yaml").write_text("base: first.yaml\ntraining: {seed: 2}\n")
@@ -158,6 +180,31 @@ def test_base_is_found_beside_the_recipe(tmp_path):
             "training.train_sampling_strategy=group_by_length",
             "`training.train_sampling_strategy` must be one of 'random', 'sequential'; got 'group_by_length'",
         ),
+        (
+            "paper/contrastive",
+            "training.push_to_hub=true",
+            "`training.push_to_hub`: .*FOLDER org/name --push --license",
+        ),
+        ("paper/contrastive", "training.hub_model_id=org/name", "`training.hub_model_id`: a run is not uploaded"),
+        ("paper/projector", "model.projector.projector_type=qformer", "^`model.projector`: .*'mhsa'.*got qformer$"),
+        (
+            "paper/finetune",
+            "model.projector.projector_depth=0",
+            "^`model.projector`: `projector_depth` must be at least",
+        ),
+        ("paper/contrastive", "model.dual_encoder.loss_type=triplet", "^`model.dual_encoder`: .*got triplet$"),
+        (
+            "paper/contrastive",
+            "model.vision.image_size=[64,64]",
+            "^`model.vision`: `image_size` must be three positive",
+        ),
+        ("paper/projector", "model.dtype=bf16", r"'float16'; got 'bf16' \(did you mean 'bfloat16'"),
+        (
+            "paper/projector",
+            "model.dtype=auto",
+            "`model.dtype` must be one of 'float32', 'bfloat16', 'float16'; got 'auto'",
+        ),
+        ("paper/projector", "model.dtype=int8", "`model.dtype` must be one of .* got 'int8'"),
     ],
 )
 def test_what_cannot_be_is_refused(name, override, message):
@@ -228,3 +275,39 @@ def test_launch_files_show_how_each_stage_starts_from_the_one_before(path):
         if before is not None:
             assert Path(recipe.model.start_from) == Path(before.training["output_dir"]) / "published"
         before = recipe
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a launch file where the programs of a cluster only say how they were called; returns the arguments of torchrun."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    programs = {
+        "torchrun": f'echo "$@" > {tmp_path}/called',
+        "srun": '"$@"',
+        "scontrol": 'echo "first second" | tr " " "\\n"',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!{bash}\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(name, **variables):
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}
+        subprocess.run([bash, str(LAUNCH / name), "paper/contrastive"], env=environment, check=True, timeout=60)
+        return (tmp_path / "called").read_text().split()
+
+    return run
+
+
+def test_two_jobs_with_the_same_first_node_meet_at_different_ports(launch):
+    job = {"SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    calls = [launch("slurm.sbatch", SLURM_JOB_ID=number, **job) for number in ("1234567", "1234568")]
+    assert "--rdzv_endpoint=first:24567" in calls[0] and "--rdzv_id=1234567" in calls[0]
+    assert "--rdzv_endpoint=first:24568" in calls[1] and calls[1][-2:] == ["train", "paper/contrastive"]
+
+
+def test_port_and_id_of_a_run_on_two_machines_can_be_chosen(launch):
+    assert {"--rdzv_endpoint=head:29500", "--rdzv_id=med3dvlm"} <= set(launch("torchrun_two_nodes.sh", HEAD="head"))
+    chosen = launch("torchrun_two_nodes.sh", HEAD="head", PORT="23456", RUN_ID="other")
+    assert {"--rdzv_endpoint=head:23456", "--rdzv_id=other"} <= set(chosen)

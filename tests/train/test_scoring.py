@@ -29,18 +29,18 @@ def test_recall_against_a_plain_count():
         nearest = (queries @ gallery.T).topk(rank).indices
         plain = [index in row for index, row in enumerate(nearest)]
         matching = [bool((groups[row] == groups[index]).any()) for index, row in enumerate(nearest)]
-        assert recalls[f"plain_recall_at_{rank}"] == pytest.approx(sum(plain) / 30)
-        assert recalls[f"recall_at_{rank}"] == pytest.approx(sum(matching) / 30)
+        assert recalls[f"recall_at_{rank}"] == pytest.approx(sum(plain) / 30)
+        assert recalls[f"deduplicated_recall_at_{rank}"] == pytest.approx(sum(matching) / 30)
 
 
 def test_ties_count_as_if_their_order_were_drawn():
     gallery = unit([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     apart = retrieval_recall(gallery, gallery, torch.arange(4), ranks=(1, 2))
-    assert apart["plain_recall_at_1"] == 0.5 and apart["recall_at_1"] == 0.5 and apart["plain_recall_at_2"] == 1
+    assert apart["recall_at_1"] == 0.5 and apart["deduplicated_recall_at_1"] == 0.5 and apart["recall_at_2"] == 1
     same = retrieval_recall(gallery, gallery, torch.tensor([0, 0, 1, 1]), ranks=(1,))
-    assert same["recall_at_1"] == 1 and same["plain_recall_at_1"] == 0.5
+    assert same["deduplicated_recall_at_1"] == 1 and same["recall_at_1"] == 0.5
     constant = retrieval_recall(torch.ones(8, 3), torch.ones(8, 3), torch.arange(8), ranks=(1,))
-    assert constant["recall_at_1"] == pytest.approx(1 / 8)  # a collapsed model scores chance
+    assert constant["deduplicated_recall_at_1"] == pytest.approx(1 / 8)  # a collapsed model scores chance
 
 
 def test_ties_of_identical_reports_against_every_order():
@@ -53,16 +53,16 @@ def test_ties_of_identical_reports_against_every_order():
         for query, row in enumerate(similarities.tolist()):
             nearest = [sorted(range(6), key=lambda place: (-row[place], order[place]))[:rank] for order in orders]
             matching = sum(any(groups[place] == groups[query] for place in places) for places in nearest)
-            assert float(hits[f"recall_at_{rank}"][query]) == pytest.approx(matching / len(orders))
+            assert float(hits[f"deduplicated_recall_at_{rank}"][query]) == pytest.approx(matching / len(orders))
             own = sum(query in places for places in nearest)
-            assert float(hits[f"plain_recall_at_{rank}"][query]) == pytest.approx(own / len(orders))
+            assert float(hits[f"recall_at_{rank}"][query]) == pytest.approx(own / len(orders))
 
 
 def test_a_collapsed_model_scores_chance_whatever_reports_are_identical():
     constant, groups = torch.ones(12, 3), torch.arange(12) % 4
     recalls = retrieval_recall(constant, constant, groups)
     for rank in (1, 5, 10):
-        assert recalls[f"recall_at_{rank}"] == pytest.approx(chance_recall(groups, 12, rank))
+        assert recalls[f"deduplicated_recall_at_{rank}"] == pytest.approx(chance_recall(groups, 12, rank))
 
 
 def test_equal_entries_tie_wherever_they_stand():
@@ -73,10 +73,10 @@ def test_equal_entries_tie_wherever_they_stand():
     gallery[[4, 8]] = gallery[0].clone()  # a matrix product may sum the last column in another order than the first
     queries[[4, 8]] = queries[0].clone()
     hits = retrieval_hits(queries, gallery, torch.arange(9), ranks=(1, 9))
-    own = hits["plain_recall_at_1"][[0, 4, 8]]
+    own = hits["recall_at_1"][[0, 4, 8]]
     assert own.tolist() in ([0, 0, 0], [pytest.approx(1 / 3)] * 3)
     queries[:] = gallery[0]  # nearest to all: three entries tie for each
-    hits = retrieval_hits(queries, gallery, torch.arange(9), ranks=(1,))["plain_recall_at_1"]
+    hits = retrieval_hits(queries, gallery, torch.arange(9), ranks=(1,))["recall_at_1"]
     assert hits.tolist() == [pytest.approx(1 / 3) if place in (0, 4, 8) else 0 for place in range(9)]
 
 
@@ -100,9 +100,7 @@ def test_vectors_that_are_not_finite_are_refused():
 def test_galleries_are_scored_one_by_one():
     queries = unit([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     recalls = retrieval_recall(queries, queries, torch.arange(5), gallery_size=2, ranks=(1,))
-    assert (
-        recalls["plain_recall_at_1"] == 1
-    )  # among all five, equal vectors would tie; the incomplete gallery is left out
+    assert recalls["recall_at_1"] == 1  # among all five, equal vectors would tie; the incomplete gallery is left out
     with pytest.raises(ValueError, match="A gallery of 9 needs as many pairs, got 5"):
         retrieval_recall(queries, queries, torch.arange(5), gallery_size=9)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import pytest
@@ -16,6 +17,7 @@ from m3d_layout import write_volume
 from omegaconf import OmegaConf
 from processes import run_processes
 from safetensors.torch import load_file
+from tiny import build_tiny_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,7 +34,6 @@ from med3dvlm.train.cli import app
 from med3dvlm.train.data.augmentation import AUGMENTATIONS
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
-from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.merge import merge_adapter
 from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.recipe import DataRecipe, Recipe, load_recipe, save_recipe
@@ -43,13 +44,14 @@ from med3dvlm.train.stages import (
     check_attention,
     choose_precision,
     describe_content,
+    describe_recipe,
     fixed_settings,
     read_deepspeed_config,
     read_samples,
     run_recipe,
     splits_of,
 )
-from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer
+from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, uses_deepspeed_autocast
 
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,18 @@ def test_bfloat16_that_a_gpu_emulates_is_not_chosen(monkeypatch):
     assert choose_precision(recipe).training["bf16"] is False
 
 
+def test_bfloat16_without_an_accelerator_is_that_of_the_cpu(monkeypatch):
+    """What the message about a DeepSpeed that is not installed advises, on a CPU that multiplies bfloat16."""
+    monkeypatch.setattr(stages, "multiplies_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    recipe = load_recipe("paper/contrastive", ["training.deepspeed=null", "training.bf16=auto"])
+    arguments = build_training_arguments(choose_precision(recipe))
+    assert arguments.bf16 and arguments.device.type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert "use_cpu" not in choose_precision(recipe).training
+
+
 @pytest.fixture(scope="module")
 def contrastive(manifest, tmp_path_factory):
     folder = tmp_path_factory.mktemp("contrastive")
@@ -165,6 +179,27 @@ def test_contrastive_stage_publishes_a_dual_encoder(contrastive):
     assert summary["stage"] == "contrastive" and summary["samples_per_second"] > 0 and summary["peak_memory_gib"] > 0
     for name in ("recipe.yaml", "curves.png", "curves.csv", "published/README.md"):
         assert (contrastive.parent / name).stat().st_size > 0
+
+
+def test_a_description_stands_alone_where_nothing_but_places_differs_and_the_batch_is_its_own():
+    def told(num_devices, *overrides):
+        places = ["data.root=/data/own", "data.cache=cache", "training.output_dir=/runs/1", "training.save_steps=100"]
+        recipe = load_recipe("paper/contrastive", [*places, "num_devices=8", *overrides])
+        recipe.changed.pop("num_devices", None)  # where the recipe itself does not say it
+        arguments = SimpleNamespace(train_batch_size=64, per_device_train_batch_size=64, world_size=num_devices)
+        arguments.gradient_accumulation_steps = recipe.training.get("gradient_accumulation_steps", 1)
+        return describe_recipe(recipe, arguments)
+
+    begun = "Begun from the recipe `paper/contrastive`; "
+    assert told(8) == told(8, "training.learning_rate=1e-4") == "Numbers of Xin et al. 2025, Section 3.4."
+    assert told(1) == f"{begun}global batch 64 instead of 512."
+    changes = ("training.learning_rate=2e-4", "model.text_encoder=/home/me/bert", "training.num_train_epochs=20")
+    assert told(8, *changes) == (
+        f"{begun}changed: `model.text_encoder=bert`, `training.num_train_epochs=20`, `training.learning_rate=0.0002`; "
+        "global batch 512."
+    )
+    accumulated = "changed: `training.gradient_accumulation_steps=8`; global batch 512 instead of 4096."
+    assert told(1, "training.gradient_accumulation_steps=8") == begun + accumulated
 
 
 def trainer_of(recipe):
@@ -306,6 +341,30 @@ def test_finetuning_changes_adapters_and_projector_and_merges(projector, finetun
     text = processor.image_token + "\nWhat is it?"
     inputs = processor(images=torch.rand(40, 50, 60), text=text, return_tensors="pt")
     torch.testing.assert_close(whole(**inputs).logits, adapted(**inputs).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_cards_say_what_was_changed_and_every_published_folder_has_the_record(
+    manifest, contrastive, projector, language, tmp_path
+):
+    recipe = recipe_of("finetune", manifest, tmp_path / "run", "training.learning_rate=2e-4", start_from=projector)
+    adapter = run_recipe(recipe)
+    merged = Path(merge_adapter(adapter, tmp_path / "merged"))
+    for folder in (adapter, merged):
+        card = (folder / "README.md").read_text()
+        assert "Begun from the recipe `phantom/finetune`; changed: " in card and "; global batch 2." in card
+        assert "`training.learning_rate=0.0002`" in card and "Phantoms, for a laptop" not in card
+        assert "recipe.yaml" not in card and "`training.json` has the settings" in card
+    records = {folder: (folder / "training.json").read_text() for folder in (contrastive, language, adapter, merged)}
+    assert not any(str(tmp_path.parent) in text or "manifest" in text for text in records.values())
+    assert records[merged] == records[adapter]
+    assert json.loads(records[language])["settings"]["stage"] == "language"
+    record = json.loads(records[adapter])
+    assert (record["settings"]["recipe"], record["settings"]["batch_size"]) == ("phantom/finetune", 2)
+    assert record["settings"]["training"]["learning_rate"] == 2e-4
+    assert record["settings"]["content"]["model.start_from"].keys() == {"model.safetensors"}
+    before = record["before"]["start_from"]
+    assert before["settings"]["stage"] == "projector"
+    assert before["before"]["start_from"] == json.loads(records[contrastive])
 
 
 def test_merging_refuses_what_does_not_fit(finetuned, projector, tmp_path):
@@ -539,6 +598,49 @@ def test_how_often_a_run_is_saved_may_change(manifest, tmp_path):
     assert run_recipe(recipe) == tmp_path / "published"
 
 
+def test_what_helps_against_a_validation_that_needs_too_much_memory_may_change(manifest, tmp_path):
+    """Also of a run that an earlier version began; not where a checkpoint or a rate is chosen by the scores."""
+    recipe = recipe_of("language", manifest, tmp_path, LANGUAGE)
+    run_recipe(recipe)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    settings = summary["settings"]
+    assert "num_answers" not in settings and "per_device_eval_batch_size" not in settings["training"]
+    settings["num_answers"], settings["training"]["per_device_eval_batch_size"] = 4, 8
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    recipe.num_answers = 0
+    recipe.training |= {"eval_accumulation_steps": 1, "torch_empty_cache_steps": 5, "ddp_timeout": 7200}
+    recipe.training["per_device_eval_batch_size"] = 2
+    assert run_recipe(recipe) == tmp_path / "published"
+    chosen = (
+        {"metric_for_best_model": "loss"},
+        {"load_best_model_at_end": True},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    )
+    for training in chosen:
+        recipe = Recipe(training={"per_device_eval_batch_size": 2, **training})
+        assert fixed_settings(recipe)["training"] == recipe.training
+
+
+def test_what_is_published_was_not_rounded_by_the_last_validation(manifest, tmp_path):
+    options = ("training.bf16_full_eval=true", "training.eval_strategy=steps", "training.eval_steps=2")
+    published = run_recipe(recipe_of("language", manifest, tmp_path, LANGUAGE, *options))
+    before, after = tensors(tmp_path / "checkpoint-2"), tensors(published)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in after.values())
+    assert json.loads((tmp_path / "summary.json").read_text())["validation"]["eval_loss"] > 0
+
+
+def test_a_run_that_ends_with_its_best_checkpoint_says_which_and_draws_what_was(manifest, tmp_path):
+    options = ["eval_strategy=steps", "eval_steps=1", "load_best_model_at_end=true", "learning_rate=0.01"]
+    options += ["greater_is_better=true", "warmup_steps=0"]  # the loss falls, so that of the first step is taken
+    run_recipe(recipe_of("language", manifest, tmp_path, LANGUAGE, *(f"training.{option}" for option in options)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    table = [line.split(",") for line in (tmp_path / "curves.csv").read_text().splitlines()]
+    first, last = (float(row[table[0].index("eval_loss")]) for row in table[1:])
+    assert summary["best_step"] == 1 and summary["validation"]["eval_loss"] == pytest.approx(first, rel=1e-5)
+    assert last < first
+
+
 def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_it_alone(tmp_path):
     run_processes(stage_program.read_broken_volumes, 2, tmp_path, tmp_path)
     first, second = (json.loads((tmp_path / f"results-{rank}.json").read_text()) for rank in range(2))
@@ -715,6 +817,58 @@ def test_shared_out_weights_that_could_not_be_published_are_refused(zero, tmp_pa
         read_deepspeed_config(str(path), bf16=False)
     path.write_text(json.dumps({"zero_optimization": {**zero, "stage": 2}}))
     assert read_deepspeed_config(str(path), bf16=False)["zero_optimization"]["stage"] == 2
+
+
+def test_a_deepspeed_configuration_may_stand_in_the_recipe_and_is_checked_alike():
+    given = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
+    with pytest.raises(
+        ValueError, match="`training.deepspeed`: expected `stage3_gather_16bit_weights_on_model_save: true`"
+    ):
+        read_deepspeed_config(given, bf16=True)
+    with pytest.raises(ValueError, match="expected `stage3_gather_16bit_weights_on_model_save: true`"):
+        build_training_arguments(
+            load_recipe("paper/contrastive", ["training.deepspeed={zero_optimization: {stage: 3}}"])
+        )
+    given["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    config = read_deepspeed_config(given, bf16=True)
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and config["bf16"] == {"enabled": False}
+    assert given["bf16"] == {"enabled": "auto"} and "torch_autocast" not in given
+    with pytest.raises(ValueError, match="the `dtype` \"bfloat16\" in `torch_autocast`, got 'float16'"):
+        read_deepspeed_config({"torch_autocast": {"enabled": True, "dtype": "float16"}}, bf16=False)
+
+
+def test_bfloat16_under_deepspeed_is_its_autocast():
+    config = read_deepspeed_config("zero2", bf16=True)
+    assert config["bf16"] == {"enabled": False}
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and uses_deepspeed_autocast(config)
+    plain = read_deepspeed_config("zero2", bf16=False)
+    assert "torch_autocast" not in plain and not uses_deepspeed_autocast(plain)
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    arguments = build_training_arguments(load_recipe("paper/contrastive"))
+    assert arguments.bf16 is False and uses_deepspeed_autocast(arguments.deepspeed)
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp16_full_eval", "bf16_full_eval"])
+def test_float16_under_deepspeed_is_refused_before_anything_is_read(name):
+    recipe = load_recipe("paper/contrastive", [f"training.{name}=true", "training.deepspeed=nowhere.json"])
+    assert recipe.training["bf16"]
+    message = rf"`bf16: true` or float32, got `training.{name}`.*Set training.{name}=false and training.bf16=true"
+    with pytest.raises(ValueError, match=message):
+        build_training_arguments(recipe)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], 2),
+        (["training.metric_for_best_model=loss"], 3),
+        (["training.metric_for_best_model=loss", "training.save_total_limit=5"], 5),
+        (["training.save_total_limit=null"], None),
+    ],
+)
+def test_the_best_checkpoint_is_kept_beside_the_last_two(options, expected):
+    recipe = load_recipe("phantom/language", ["data.root=data", "training.bf16=false", *options])
+    assert build_training_arguments(recipe).save_total_limit == expected
 
 
 def run_in_two_processes(recipe):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import tiny
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_first_batches
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch.utils.data import BatchSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
@@ -19,6 +22,8 @@ from med3dvlm import contrastive_loss
 from med3dvlm.train import trainers
 from med3dvlm.train.data.dataset import EpochSampler, StudyDataset
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.evaluation.retrieval import score_retrieval
+from med3dvlm.train.scoring import one_vector_per_text
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer
 
 
@@ -129,9 +134,29 @@ def test_a_validation_of_pairs_scores_retrieval_in_both_directions(tmp_path):
     assert scores["chance_recall_at_1_of_3"] == pytest.approx(1 / 3)
     assert scores["image_to_text_recall_at_1_of_2"] == scores["text_to_image_recall_at_1_of_2"] == 1.0
     same = trainer._retrieval(EvalPrediction((texts, images), np.array([7, 8, 8])))
-    assert same["image_to_text_recall_at_1_of_3"] == 1.0 and same[
-        "image_to_text_plain_recall_at_1_of_3"
-    ] == pytest.approx(2 / 3)
+    assert same["image_to_text_deduplicated_recall_at_1_of_3"] == 1.0
+    assert same["image_to_text_recall_at_1_of_3"] == pytest.approx(2 / 3)
+
+
+def test_a_validation_has_the_scores_of_the_evaluation_under_their_names(tmp_path):
+    """Of reports that repeat, and whose vectors differ by rounding: of two volumes each finds the one that is its own."""
+    trainer = ContrastiveTrainer(
+        model=tiny.tiny_siglip(), args=TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
+    )
+    texts, images = (
+        np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        for angles in np.radians([[0, 40.001, 40, 90, 0], [10, 55, 30, 50, 95]])
+    )
+    group_ids = [7, 8, 8, 9, 7]
+    found = trainer._retrieval(EvalPrediction((texts, images), np.array(group_ids)))
+    texts, images, ids = torch.from_numpy(texts), torch.from_numpy(images), torch.tensor(group_ids)
+    expected, _ = score_retrieval(images, one_vector_per_text(texts, ids), ids, list("abcde"), None, (5,), (1,))
+    assert len(expected) == 4
+    for score in expected:
+        direction = "image_to_text" if score.group == "volume to report, 5" else "text_to_image"
+        assert found[f"{direction}_{score.metric}_of_5"] == pytest.approx(score.value), (direction, score.metric)
+        assert found[f"chance_{score.metric}_of_5"] == pytest.approx(score.chance)
+    assert score_retrieval(images, texts, ids, list("abcde"), None, (5,), (1,))[0][0].value > expected[0].value
 
 
 def trainer_of(folder, num_train, num_validation):
@@ -160,6 +185,58 @@ def test_a_validation_takes_every_sample_where_training_drops_the_last_batch(num
     validated = [label for batch in trainer.get_eval_dataloader() for label in batch["labels"]]
     assert sorted(validated) == [str(row) for row in range(num_validation)]
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [4]
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 6, 12])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_copies_in_a_validation_are_counted_as_accelerate_makes_them(num_samples, batch_size, monkeypatch):
+    def count(size):
+        batches = BatchSampler(range(num_samples), size, False)
+        return sum(len(batch) for rank in range(2) for batch in BatchSamplerShard(batches, 2, rank)) - num_samples
+
+    said = []
+    monkeypatch.setattr(trainers.logger, "warning_once", said.append)
+    trainers.warn_of_copies(num_samples, batch_size, 2)
+    without = [size for size in range(1, batch_size + 1) if count(size) == 0]
+    if count(batch_size) == 0:
+        assert not said
+        return
+    assert said[0].startswith(f"`eval_loss` counts {count(batch_size)} samples repeatedly: {num_samples} are")
+    remedy = (
+        f"training.per_device_eval_batch_size={max(without)}" if without else "data.num_validation, .* a multiple of 2"
+    )
+    assert re.search(rf"Recalls are right\. Without copies: .*{remedy}\.$", said[0])
+
+
+def test_copies_are_warned_of_where_there_are_several_processes(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainers.logger, "warning_once", said.append)
+    trainer = trainer_of(tmp_path, 4, 6)
+    trainer.get_eval_dataloader()
+    assert not said
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    trainer.get_eval_dataloader()
+    assert "6 are no multiple of batch size 4 times 2 processes" in said[0] and said[0].endswith("eval_batch_size=3.")
+
+
+@pytest.mark.parametrize(
+    "config, is_writer, is_saved",
+    [
+        ({"zero_optimization": {"stage": 2}}, False, False),
+        ({"zero_optimization": {"stage": 2}}, True, True),
+        ({"zero_optimization": {"stage": 3}}, False, True),
+        ({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}, False, True),
+        (None, False, True),
+    ],
+)
+def test_only_the_process_that_writes_copies_weights_that_all_have(config, is_writer, is_saved, tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, 4, 4)
+    monkeypatch.setattr(TrainingArguments, "should_save", is_writer)
+    trainer.args.deepspeed_plugin = config and SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(config))
+    saved = []
+    monkeypatch.setattr(Trainer, "save_model", lambda self, *arguments: saved.append(arguments))
+    trainer.save_model("folder", _internal_call=True)
+    assert saved == ([("folder", True)] if is_saved else [])
 
 
 def shards_of_an_epoch(trainer, epoch, num_skipped=0):
@@ -250,13 +327,22 @@ def test_answers_of_a_validation_are_spread_over_the_samples(tmp_path, monkeypat
     }
     rows = [{**row, "task": task, "answer": str(place)} for place, task in enumerate(tasks)]
     samples = datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
-    monkeypatch.setattr(trainers, "answer_samples", lambda model, processor, samples, *_, **__: samples["answer"][:])
-    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
+    sizes = []
+
+    def answer_samples(model, processor, samples, volumes, batch_size):
+        sizes.append(batch_size)
+        return samples["answer"][:]
+
+    monkeypatch.setattr(trainers, "answer_samples", answer_samples)
+    arguments = TrainingArguments(output_dir=tmp_path, per_device_eval_batch_size=3, use_cpu=True, report_to="none")
     trainer = GenerationTrainer(model=tiny.tiny_vlm(), args=arguments, num_answers=4)
     path = trainer.write_answers(StudyDataset(samples, None, None))
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["task"] for row in written] == ["report", "report", "closed_vqa", "open_vqa"]
     assert [row["answer"] for row in written] == ["0", "2", "5", "7"]
+    trainer.num_answers = 2
+    trainer.write_answers(StudyDataset(samples, None, None))
+    assert sizes == [3, 2]  # no larger than the batches of the validation
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...configuration.configuration_dcformer import DCFormerConfig
-from ..cores import count_usable_cores
+from ..processes import count_usable_cores
 
 
 Function = Callable[[], Any]

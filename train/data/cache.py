@@ -14,7 +14,8 @@ from safetensors.torch import save
 from transformers.utils import logging
 
 from ..files import write_atomically
-from .preparation_record import check_not_prepared
+from .dataset import ProcessedVolumes, VolumeLoader
+from .preparation_record import PREPARED, check_not_prepared
 from .slices import open_scan
 
 
@@ -43,7 +44,7 @@ class VolumeCache:
 
     Args:
         folder (`str` or `Path`):
-            Of the cache. It may be deleted at any time.
+            Folder of the cache. It may be deleted at any time.
         image_processor ([`Med3DVLMImageProcessor`]):
             The one image processor.
         dtype (`str`, *optional*, defaults to `"float16"`):
@@ -148,6 +149,34 @@ class VolumeCache:
         return stored
 
 
+def volume_loader(
+    image_processor: Any, prepared: bool = False, cache: str | Path | None = None, dtype: str = "float16"
+) -> VolumeLoader:
+    """
+    What brings volumes through the image processor.
+
+    Args:
+        image_processor ([`Med3DVLMImageProcessor`]):
+            The one image processor.
+        prepared (`bool`, *optional*, defaults to `False`):
+            Whether the volumes were prepared before, so that they are at most resized.
+        cache (`str` or `Path`, *optional*):
+            Folder of a [`VolumeCache`]; without it each load processes the volume.
+        dtype (`str`, *optional*, defaults to `"float16"`):
+            Precision of the cache.
+
+    Returns:
+        [`VolumeLoader`].
+
+    Raises:
+        ValueError: `dtype` is no precision of a cache.
+    """
+    options = PREPARED if prepared else {}
+    if cache is None:
+        return ProcessedVolumes(image_processor, options)
+    return VolumeCache(Path(cache).expanduser(), image_processor, dtype, options)
+
+
 def settings_of(image_processor: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings of an image processor that decide about its volumes, with the options that replace some."""
     settings = {**image_processor.to_dict(), **(options or {})}
@@ -187,4 +216,4 @@ def describe_source(path: Path) -> dict[str, str]:
     return state
 
 
-__all__ = ["CACHE_DTYPES", "VolumeCache", "describe_source", "fingerprint_of", "settings_of"]
+__all__ = ["CACHE_DTYPES", "VolumeCache", "describe_source", "fingerprint_of", "settings_of", "volume_loader"]

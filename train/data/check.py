@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ...processing.image_processing_med3dvlm import HU_OF_AIR
+from ...processing.image_processing_med3dvlm import is_ct_in_hu
 from ...processing.volume_io import (
     InvalidVolumeError,
     open_volume,
@@ -27,19 +27,14 @@ from ...processing.volume_io import (
     scale_stored,
     spacing_of,
 )
-from ..cores import count_usable_cores
 from ..files import write_json_atomically
+from ..processes import count_usable_cores
+from .layout import CAP_INDEX, CHOICE_COLUMNS, QUESTION_COLUMNS, VQA_FOLDER, vqa_file
 from .m3d import (
-    CAP_INDEX,
-    CHOICE_COLUMNS,
-    QUESTION_COLUMNS,
-    VQA_FOLDER,
-    VQA_SPLITS,
     case_of,
-    choice_letter,
     hint_at_backslashes,
     parallel,
-    question_type_number,
+    parse_question,
     read_cap_index,
     read_csv_rows,
     resolve_image,
@@ -50,6 +45,7 @@ from .slices import (
     damaged_slices,
     describe_damaged,
     describe_repeated,
+    is_nifti_file,
     is_slice_folder,
     read_slices,
     refuse_other_pictures,
@@ -61,7 +57,6 @@ from .slices import (
 Severity = Literal["error", "warning", "info"]
 Volumes = Literal["auto", "scans", "prepared"]
 
-NIFTI_ENDINGS = (".nii", ".nii.gz")
 CACHE_ENDING = ".safetensors"
 # Voxels of medical scans lie within these lengths in mm; beyond them a header was probably written in another unit.
 LIKELY_SPACING = (0.05, 20.0)
@@ -162,12 +157,16 @@ class _Row:
 
 @dataclass
 class _VolumeFacts:
-    """What one volume's file says. `shape` is (depth, height, width), as the image processor brings it."""
+    """
+    What one volume's file says. `shape` is (depth, height, width), as the image processor brings it; `is_ct` tells whether its
+    `intensity_mode` "auto" would take the values for HU.
+    """
 
     shape: tuple[int, ...] | None = None
     is_folder: bool = False
     is_float: bool = False
     value_range: tuple[float, float] | None = None
+    is_ct: bool = False
     digest: str = ""
     problems: list[tuple[Severity, str, str]] = field(default_factory=list)
 
@@ -336,12 +335,11 @@ def _read_rows(root: Path, problems: list[Problem]) -> tuple[str, list[_Row]]:
     manifest = find_manifest(root)
     if manifest is not None:
         return "manifest", _read_manifest(manifest, problems)
-    indexes = [root / CAP_INDEX, *(root / VQA_FOLDER / name for name, _, _ in VQA_FILES)]
-    if any(path.is_file() for path in indexes):
+    if any((root / name).is_file() for name in (CAP_INDEX, *VQA_FILES)):
         return "m3d", [*_read_cap(root, problems), *_read_vqa(root, problems)]
-    files = sorted(str(path.absolute()) for path in root.rglob("*") if path.name[0] != ".")
-    scans = [path for path in files if path.endswith(NIFTI_ENDINGS)]
-    cached = [path for path in files if path.endswith(CACHE_ENDING)]
+    files = sorted((path.absolute() for path in root.rglob("*") if path.name[0] != "."), key=str)
+    scans = [str(path) for path in files if is_nifti_file(path)]
+    cached = [str(path) for path in files if path.name.endswith(CACHE_ENDING)]
     if not scans and not cached:
         raise ValueError(
             f"{root} holds nothing to check. Expected a manifest (manifest.csv or manifest.jsonl), {CAP_INDEX} or "
@@ -352,12 +350,8 @@ def _read_rows(root: Path, problems: list[Problem]) -> tuple[str, list[_Row]]:
     return layout, [_Row(image, "", "", image, "", "report", "") for image in images]
 
 
-# Names of the files of M3D-VQA, with split and task.
-VQA_FILES: list[tuple[str, str, str]] = [
-    (f"M3D_VQA_{prefix}{VQA_SPLITS[split]}.csv", split, task)
-    for prefix, task in (("", "closed_vqa"), ("yn_", "yes_no_vqa"))
-    for split in SPLITS
-]
+# Split and task of each file of M3D-VQA.
+VQA_FILES = {vqa_file(split, task): (split, task) for task in ("closed_vqa", "yes_no_vqa") for split in SPLITS}
 
 
 def _read_manifest(path: Path, problems: list[Problem]) -> list[_Row]:
@@ -410,8 +404,8 @@ def _read_report(path: Path) -> str | Exception:
 
 def _read_vqa(root: Path, problems: list[Problem]) -> list[_Row]:
     rows: list[_Row] = []
-    for name, split, task in VQA_FILES:
-        path = root / VQA_FOLDER / name
+    for name, (split, task) in VQA_FILES.items():
+        path = root / name
         if path.is_file():
             columns = (*QUESTION_COLUMNS, *CHOICE_COLUMNS) if task == "closed_vqa" else QUESTION_COLUMNS
             read = partial(_read_question, rows, root, path, split, task)
@@ -422,26 +416,11 @@ def _read_vqa(root: Path, problems: list[Problem]) -> list[_Row]:
 def _read_question(
     rows: list[_Row], root: Path, path: Path, split: str, task: str, number: int, cells: dict[str, str]
 ) -> None:
-    where = f"{path}, row {number}"
-    image = cells["Image Path"].strip()
-    if not image:
-        raise ValueError(f"{where}: expected the path of a volume as Image Path, got an empty cell.")
-    question_type_number(cells["Question Type"], where)
-    is_closed = task == "closed_vqa"
-    rows.append(
-        _Row(
-            file=str(path),
-            row=number,
-            split=split,
-            image=resolve_image(root, image),
-            case=case_of(image),
-            task=task,
-            answer=cells["Answer"].strip(),
-            question=cells["Question"].strip(),
-            choices=tuple(cells[name].strip() for name in CHOICE_COLUMNS[:4]) if is_closed else (),
-            answer_choice=choice_letter(cells["Answer Choice"], where) if is_closed else "",
-        )
-    )
+    sample = parse_question(f"{path}, row {number}", cells, task)
+    image, choices = sample["image"], tuple(sample["choices"])
+    texts = {name: sample[name] for name in ("question", "answer", "answer_choice")}
+    place = resolve_image(root, image)
+    rows.append(_Row(str(path), number, split, place, case_of(image), task, choices=choices, **texts))
 
 
 def _read_each(
@@ -618,6 +597,7 @@ def _check_voxels(facts: _VolumeFacts, voxels: np.ndarray, slope: float = 1.0, i
     elif low == high:
         facts.problems.append(("error", "constant", f"all voxels are {low:g}"))
     facts.value_range = (low, high)
+    facts.is_ct = is_ct_in_hu(low, high, lambda: float(voxels.mean(dtype=np.float64)) * slope + intercept)
     digest = hashlib.blake2b(str((voxels.shape, voxels.dtype.str, slope, intercept)).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(voxels.T))  # stored with the first axis fastest, so this copies nothing
     facts.digest = digest.hexdigest()
@@ -670,7 +650,7 @@ def _prepared_problems(found: _VolumeFacts, shape: tuple[int, ...]) -> list[tupl
 def _mixed_intensities(facts: dict[str, _VolumeFacts], first_rows: dict[str, _Row]) -> list[Problem]:
     """The scans, the smaller part of a study, that `intensity_mode` "auto" would scale in another way than the others."""
     ranges = {image: found.value_range for image, found in facts.items() if found.value_range is not None}
-    as_ct = {image for image, (low, _) in ranges.items() if low <= HU_OF_AIR}
+    as_ct = {image for image in ranges if facts[image].is_ct}
     others = set(ranges) - as_ct
     if not as_ct or not others:
         return []

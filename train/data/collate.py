@@ -26,7 +26,7 @@ class ConversationCollator:
         max_length (`int`, *optional*):
             Tokens a conversation may have. Of an answer that is too long those whole sentences are kept that fit, as
             [`~train.data.text.keep_whole_sentences`] chooses them, and its end token after them. If the first one alone is
-            too long, what is beyond is cut off, end token and all. The first time, a warning tells.
+            too long, what is beyond is cut off, end token and all. A warning says so the first time.
 
     Raises:
         ValueError: the chat template marks no answers.
@@ -119,7 +119,7 @@ class ConversationCollator:
         }
 
     def _count_surplus(self, tokens: dict[str, torch.Tensor]) -> list[int]:
-        """Of each conversation, the tokens to learn that lie beyond `max_length`."""
+        """The number of tokens to learn that lie beyond `max_length`, for each conversation."""
         return (tokens["labels"][:, self.max_length :] != -100).sum(dim=1).tolist()
 
     def _shorten(self, messages: list[dict[str, Any]], surplus: int) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ class DrawnDataset(Dataset):
         samples (`datasets.Dataset`):
             Rows of `SAMPLE_FEATURES`.
         seed (`int`):
-            Of the random numbers.
+            Seed of the random numbers.
         owners (`Sequence[str]`), questions_per_owner (`int`):
             What each sample is about, and how many samples of an owner make a group; 1 for none.
     """
@@ -122,8 +122,8 @@ class DrawnDataset(Dataset):
 
     def begin_epoch(self, epoch: int) -> None:
         """
-        Lets plain indices be of another epoch: for a plain Trainer, with the callback `TellEpoch(dataset.begin_epoch)`. It has not
-        the name `set_epoch`, by which loaders of validations would call it too.
+        Lets plain indices be of another epoch: for a plain Trainer, with the callback `TellEpoch(dataset.begin_epoch)`. The method
+        is not called `set_epoch`, because loaders call a method of that name by themselves, in validations too.
         """
         self.epoch.fill_(epoch)
 
@@ -161,7 +161,7 @@ class StudyDataset(DrawnDataset):
         augmentation (`Callable`, *optional*):
             Changes a volume at random.
         seed (`int`, *optional*, defaults to 0):
-            Of the random numbers.
+            Seed of the random numbers.
         questions_per_volume (`int`, *optional*, defaults to 1):
             With 2 or more, an item has up to so many conversations about one volume, which then is loaded, changed and
             encoded once for all of them. `build_item` is a [`ConversationBuilder`] then.
@@ -209,7 +209,7 @@ class TextDataset(DrawnDataset):
             Rows of `SAMPLE_FEATURES`. What they tell of a case together stands for its volume, see
             [`~train.prompts.describe_case`].
         seed (`int`, *optional*, defaults to 0):
-            Of the requests for a report.
+            Seed of the choice among the requests for a report.
         questions_per_volume (`int`, *optional*, defaults to 1):
             With 2 or more, an item has up to so many conversations about one case, whose description is then read once.
     """
@@ -250,7 +250,7 @@ class EpochSampler(Sampler[int]):
         length (`int`):
             Number of samples, or of groups of them.
         seed (`int`):
-            Of the order. Different in every epoch, the same in every process.
+            Seed of the order, which is different in every epoch and the same in every process.
         shuffle (`bool`, *optional*, defaults to `True`):
             Whether to shuffle.
     """
@@ -290,7 +290,7 @@ class PairBuilder:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            Of the text encoder.
+            Tokenizer of the text encoder.
         max_length (`int`):
             Tokens a text may have, special ones included.
         is_drawn (`bool`, *optional*, defaults to `True`):

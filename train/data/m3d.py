@@ -29,24 +29,19 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..naming import name_a_few
+from .layout import CAP_INDEX, CHOICE_COLUMNS, QUESTION_COLUMNS, VQA_FOLDER, vqa_file
 from .samples import CHOICE_LETTERS, QUESTION_TYPES, SAMPLE_FEATURES, SPLITS, Split, Task
 
 
 logger = logging.get_logger(__name__)
 
-CAP_INDEX = "M3D_Cap_npy/M3D_Cap.json"
-VQA_FOLDER = "M3D-VQA"
-VQA_SPLITS: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 VQA_TASKS: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
-QUESTION_COLUMNS = ("Image Path", "Question Type", "Question", "Answer")
-CHOICE_COLUMNS = ("Choice A", "Choice B", "Choice C", "Choice D", "Answer Choice")
 
 # Shards of a streamed data set: enough to be dealt out evenly to the usual numbers of processes and workers.
 NUM_SHARDS = 64
 # Small files are waited for, not computed on: on a network disk many at once take hardly longer than one.
 NUM_READERS = 16
-# A message names this many culprits and counts the rest.
-NUM_NAMED = 5
 # Characters that a cell of a CSV file may have. Python's own limit, 131072, is less than some reports with their history.
 MAX_CELL = 2**27
 # The end of a message on files that are missing.
@@ -170,20 +165,19 @@ def read_m3d_vqa(
     """
     check_split(split)
     _check_tasks(tasks)
-    folder = Path(root) / VQA_FOLDER
-    table = SampleTable(folder, skip_empty, left_out)
+    table = SampleTable(Path(root) / VQA_FOLDER, skip_empty, left_out)
     choice_tasks = [task for task in tasks if task != "yes_no_vqa"]
     if choice_tasks:
         columns = QUESTION_COLUMNS + (CHOICE_COLUMNS if "closed_vqa" in choice_tasks else ())
-        _add_questions(table, Path(root), f"M3D_VQA_{VQA_SPLITS[split]}.csv", columns, choice_tasks)
+        _add_questions(table, Path(root), Path(root) / vqa_file(split, choice_tasks[0]), columns, choice_tasks)
     if "yes_no_vqa" in tasks:
-        path = folder / f"M3D_VQA_yn_{VQA_SPLITS[split]}.csv"
+        path = Path(root) / vqa_file(split, "yes_no_vqa")
         if not path.is_file():
             raise FileNotFoundError(
                 f"There is no {path}. M3D publishes yes/no questions for the split train only: leave "
                 '"yes_no_vqa" out of `tasks`, or write a file with the columns of M3D_VQA_yn_train.csv.'
             )
-        _add_questions(table, Path(root), path.name, QUESTION_COLUMNS, ["yes_no_vqa"])
+        _add_questions(table, Path(root), path, QUESTION_COLUMNS, ["yes_no_vqa"])
     return table.build(streaming=streaming, check_files=check_files)
 
 
@@ -207,7 +201,7 @@ def read_m3d_cap_raw(
     Returns:
         `datasets.Dataset` with `SAMPLE_FEATURES`, task `"report"`, sorted by path. `image` is the folder or the file of a
         series, `case` the case's folder relative to `source`. There are no splits; M3D names them in its `M3D_Cap.json`.
-        Of a folder without slices in a case that has other series, a warning tells.
+        A warning names folders without slices in cases that have other series.
 
     Raises:
         FileNotFoundError: there is no folder `source`.
@@ -512,12 +506,6 @@ def check_split(split: str) -> None:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
 
 
-def name_a_few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    named = ", ".join(names[:NUM_NAMED])
-    return named if len(names) <= NUM_NAMED else f"{named} and {len(names) - NUM_NAMED} more"
-
-
 def question_type_number(text: str, where: str, show: bool = True) -> int:
     """
     The number of a question type, given as number, such as `3` or `3.0`, or as name; 0 for none.
@@ -555,30 +543,48 @@ def _check_tasks(tasks: Sequence[str]) -> None:
         raise ValueError(f"`tasks` must be a list of some of {', '.join(VQA_TASKS)}, each once, got {tasks!r}.")
 
 
-def _add_questions(table: SampleTable, root: Path, name: str, columns: Sequence[str], tasks: Sequence[Task]) -> None:
-    path = root / VQA_FOLDER / name
+def _add_questions(table: SampleTable, root: Path, path: Path, columns: Sequence[str], tasks: Sequence[Task]) -> None:
     places: dict[str, tuple[str, str]] = {}  # many questions share a volume, and so one text for its path and its case
     for row, cells in read_csv_rows(path, columns):
-        where = f"{path}, row {row}"
-        image = cells["Image Path"].strip()
-        if not image:
-            raise ValueError(f"{where}: expected the path of a volume as Image Path, got an empty cell.")
-        if image not in places:
-            places[image] = resolve_image(root, image), case_of(image)
-        question_type = question_type_number(cells["Question Type"], where)
         for task in tasks:
-            is_closed = task == "closed_vqa"
-            table.add(
-                f"{path.name}, row {row}",
-                image=places[image][0],
-                case=places[image][1],
-                task=task,
-                question=cells["Question"],
-                choices=[cells[column].strip() for column in CHOICE_COLUMNS[:4]] if is_closed else [],
-                answer=cells["Answer"],
-                answer_choice=choice_letter(cells["Answer Choice"], where) if is_closed else "",
-                question_type=question_type,
-            )
+            sample = parse_question(f"{path}, row {row}", cells, task)
+            image = sample.pop("image")
+            if image not in places:
+                places[image] = resolve_image(root, image), case_of(image)
+            table.add(f"{path.name}, row {row}", image=places[image][0], case=places[image][1], task=task, **sample)
+
+
+def parse_question(where: str, cells: Mapping[str, str], task: str) -> dict[str, Any]:
+    """
+    The sample of a row of M3D-VQA.
+
+    Args:
+        where (`str`):
+            Place of the row, for messages.
+        cells (`Mapping`):
+            As [`read_csv_rows`] gives them.
+        task (`str`):
+            `"closed_vqa"`, for which the choices are read, or another one.
+
+    Returns:
+        `dict` with the fields of `SAMPLE_FEATURES` but for `case` and `task`, texts without white space at their ends; `image` is
+        the path as it stands there.
+
+    Raises:
+        ValueError: there is no path, or question type or letter are unknown.
+    """
+    image = cells["Image Path"].strip()
+    if not image:
+        raise ValueError(f"{where}: expected the path of a volume as Image Path, got an empty cell.")
+    is_closed = task == "closed_vqa"
+    return {
+        "image": image,
+        "question_type": question_type_number(cells["Question Type"], where),
+        "question": cells["Question"].strip(),
+        "choices": [cells[column].strip() for column in CHOICE_COLUMNS[:4]] if is_closed else [],
+        "answer": cells["Answer"].strip(),
+        "answer_choice": choice_letter(cells["Answer Choice"], where) if is_closed else "",
+    }
 
 
 def read_cap_index(path: Path, split: Split) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..naming import name_a_few
 from .m3d import (
     SKIP_HINT,
     SampleTable,
@@ -25,7 +26,6 @@ from .m3d import (
     check_split,
     choice_letter,
     hint_at_backslashes,
-    name_a_few,
     parallel,
     question_type_number,
     read_csv_rows,
@@ -66,7 +66,7 @@ class ManifestRow:
 
     Attributes:
         number (`int`):
-            Of the row in a CSV file, as a spreadsheet shows it; of the line in a JSONL file, from 1.
+            Number of the row in a CSV file, as a spreadsheet shows it; of the line in a JSONL file, from 1.
         image (`str`):
             Absolute path of the scan.
         case (`str`):
@@ -110,7 +110,7 @@ def read_manifest(
     - `case`, optional: the patient or study that scans belong to, which must not be in two splits. Without it each
       scan is a case of its own.
     - `split`, optional: `train`, `validation` (or `val`), `test`. It counts for its row alone: a row without one is in no
-      split, of which a warning tells where other rows have one.
+      split, and a warning says so where other rows have one.
 
     A row may have both a report and a question, and a scan several rows.
 
@@ -235,6 +235,13 @@ def _read_json_line(where: str, line: str) -> dict[str, Any]:
         cells = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}, is not valid JSON: {error}.") from error
+    try:
+        json.dumps(cells, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(
+            f"{where}: half of a character ({half}), which no file can hold. Write the whole one."
+        ) from error
     if not isinstance(cells, dict):
         raise ValueError(f'{where}: expected an object such as {{"image": ..., "report": ...}} on each line.')
     _check_columns(where, cells)
@@ -261,7 +268,7 @@ def parse_manifest_row(path: Path, number: int, cells: dict[str, Any], may_lack_
         path (`Path`):
             The manifest.
         number (`int`):
-            Of the row.
+            Number of the row.
         cells (`dict`):
             As [`read_manifest_cells`] gives them.
         may_lack_choices (`bool`, *optional*, defaults to `False`):

@@ -26,7 +26,7 @@ def share_beginnings(
         group_sizes (`Sequence[int]`):
             How many conversations in a row make each group.
         pad_token_id (`int`):
-            Of the padding behind shorter groups.
+            Token that pads shorter groups.
 
     Returns:
         `dict` with `input_ids`, `labels` and `position_ids` of shape `(num_groups, packed_length)`, and `attention_mask`, a

@@ -21,18 +21,15 @@ What is written, and what it means:
 import csv
 import errno
 import gzip
-import hashlib
 import io
 import json
-import multiprocessing
-import os
-import threading
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
@@ -43,10 +40,11 @@ from transformers.utils import logging
 
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ...processing.volume_io import InvalidVolumeError, Volume, open_volume
-from ..cores import count_usable_cores
 from ..files import only_one_at, write_atomically
+from ..naming import name_a_few
+from ..processes import count_usable_cores, worker_pool
 from .cache import describe_source, fingerprint_of
-from .m3d import CAP_INDEX, VQA_FOLDER, case_of, name_a_few, read_cap_index
+from .layout import CAP_INDEX, VQA_FOLDER
 from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
@@ -67,6 +65,7 @@ from .slices import (
     to_ascii,
     visible_entries,
 )
+from .splits import check_index_may_be_written, check_splits, describe_splits, draw_splits
 
 
 logger = logging.get_logger(__name__)
@@ -76,7 +75,6 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 CAP_FOLDER = Path(CAP_INDEX).parent.name
 REPORT_NAME = "preparation_report"
-DEFAULT_FRACTIONS: dict[str, float] = {"validation": 0.05, "test": 0.05}
 DEFAULT_HU_RANGE = (-1000.0, 1000.0)
 # Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
 STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -175,8 +173,8 @@ class PreparationReport:
     @property
     def is_ok(self) -> bool:
         """
-        Whether every case gave a sample, every series a volume, and no slice is damaged. What else was left out, was so on
-        purpose.
+        Whether every case gave a sample, every series a volume, and no slice is damaged. Anything else that was left out was
+        left out on purpose.
         """
         return not any(entry.is_failure for entry in self.dropped)
 
@@ -266,7 +264,7 @@ def prepare_m3d_cap(
             existing index of the form of `M3D_Cap.json`, whose splits are taken, in its order. A case is in one split by
             fractions. Later calls take the same; to split anew, delete the index that was written.
         seed (`int`, *optional*, defaults to 0):
-            Of the splits by fractions. The split of a case depends on its name, the seed and the fractions alone, so cases
+            Seed of the splits by fractions. The split of a case depends on its name, the seed and the fractions alone, so cases
             that come later move none; only where a split would stay empty, as with few cases, one is moved into it.
         intensity_mode (`str`, *optional*, defaults to `"auto"`), hu_range (`str` or `Sequence[float]`, *optional*):
             As in [`Med3DVLMImageProcessor`], for scans. Slices are scaled by their own range, `"minmax"`.
@@ -317,8 +315,8 @@ def prepare_m3d_cap(
         raise ValueError(
             f"{destination}: expected a folder outside {source}, so that what is written is not taken for a case."
         )
-    fractions, given = _check_splits(splits)
-    chosen = _describe_splits(fractions, given, seed)
+    fractions, given = check_splits(splits)
+    chosen = describe_splits(fractions, given, seed)
     cases = find_cases(source, accept_jpg)
     if not cases:
         raise ValueError(
@@ -327,7 +325,7 @@ def prepare_m3d_cap(
         )
 
     root = destination.parent if destination.name == CAP_FOLDER else destination
-    _check_index_may_be_written(root / CAP_INDEX, destination, splits, chosen)
+    check_index_may_be_written(root / CAP_INDEX, destination / f"{REPORT_NAME}.json", splits, chosen)
     if splits is None and (root / VQA_FOLDER).is_dir():
         logger.warning(
             f"{root / VQA_FOLDER}: its questions follow the splits of M3D-Cap's own index, and with splits that are drawn here "
@@ -362,47 +360,6 @@ def prepare_m3d_cap(
         _write_report(report, destination)  # first: an index without it would be taken for one of something else
         write_or_stop((json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode(), root / CAP_INDEX)
     return report
-
-
-def _check_index_may_be_written(index: Path, destination: Path, splits: Any, chosen: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        FileExistsError: there is an index that `splits` names, that no earlier call has made, or that one has made with other
-            splits than those now `chosen`, or drawn as earlier versions did, which kept no note of it. It may hold the
-            only copy of official splits.
-    """
-    if not index.exists():
-        return
-    if isinstance(splits, (str, Path)) and Path(splits).samefile(index):
-        raise FileExistsError(
-            f"{index}: `splits` (--splits) names the file that is about to be written, without the entries whose volumes are "
-            "not made now: move it elsewhere and pass it from there."
-        )
-    try:
-        earlier = json.loads((destination / f"{REPORT_NAME}.json").read_text(encoding="utf-8")).get("splits")
-    except FileNotFoundError as error:
-        raise FileExistsError(
-            f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, move it "
-            "elsewhere and pass it from there as `splits` (--splits)."
-        ) from error
-    if earlier is None and "seed" in chosen:
-        raise FileExistsError(
-            f"{index}: its splits are those of an earlier version, which drew them otherwise: volumes would move from one "
-            "split to another. Move it elsewhere and pass it from there as `splits` (--splits) to keep them, or delete it "
-            "to split anew."
-        )
-    if earlier is not None and earlier != chosen:
-        ways = [
-            f"the fractions {way['fractions']} and the seed {way['seed']}"
-            if "seed" in way
-            else f"an index ({way['index']})"
-            for way in (earlier, chosen)
-        ]
-        raise FileExistsError(
-            f"{index}: an earlier call took its splits from {ways[0]}, this one takes them from {ways[1]}: volumes would move "
-            "from one split to another. Pass the same `splits` (--splits) and `seed` (--seed), or delete the index to split "
-            "anew."
-        )
 
 
 def encode_prepared_volume(
@@ -493,7 +450,7 @@ def _run(cases: list[str], settings: _Settings, num_workers: int) -> Iterator[_C
     waiting = deque(cases)
     while waiting:
         suspects: list[str] = []
-        with _pool(min(num_workers, len(waiting))) as pool:
+        with _workers(min(num_workers, len(waiting))) as pool:
             running: dict[Future[_CaseResult], str] = {}
             while (waiting or running) and not suspects:
                 # Few at a time: a hundred thousand waiting tasks are slow to cancel, and all are suspect if a process dies.
@@ -519,7 +476,7 @@ def _run_alone(suspects: list[str], settings: _Settings) -> Iterator[_CaseResult
     """Results of cases one of which ended its process: one at a time, it shows which."""
     waiting = deque(suspects)
     while waiting:
-        with _pool(1) as pool:
+        with _workers(1) as pool:
             while waiting:
                 case = waiting.popleft()
                 try:
@@ -531,33 +488,9 @@ def _run_alone(suspects: list[str], settings: _Settings) -> Iterator[_CaseResult
                     break
 
 
-@contextmanager
-def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Not by forking this process: torch's threads do not survive that. A server that has done nothing but imports is forked
-    # where there is one, so that a worker starts at once and shares their memory.
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)  # the cores are taken by the other processes
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    # Else a worker would wait for work for ever when its parent was killed.
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _workers(num_workers: int) -> AbstractContextManager[ProcessPoolExecutor]:
+    # One thread of torch in each: the other processes take the other cores.
+    return worker_pool(num_workers, partial(torch.set_num_threads, 1), preload=__name__)
 
 
 def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
@@ -761,48 +694,6 @@ def _only_one_at(destination: Path) -> AbstractContextManager[None]:
     )
 
 
-def _check_splits(
-    splits: Mapping[str, float] | str | Path | None,
-) -> tuple[dict[str, float], list[tuple[str, Split]] | None]:
-    """
-    Fractions of the splits; or the volumes of an index with their splits, in its order.
-
-    Raises:
-        FileNotFoundError: there is no such index.
-        ValueError: the fractions are none, or the index has another form.
-    """
-    if isinstance(splits, (str, Path)):
-        # A volume may be in two splits there: it stays in both, as protocols have it, and the report tells.
-        given = [(_key(image), split) for split in SPLITS for image, _ in read_cap_index(Path(splits), split)]
-        return {}, list(dict.fromkeys(given))
-    fractions = dict(DEFAULT_FRACTIONS if splits is None else splits)
-    is_valid = set(fractions) <= set(SPLITS) and all(0 <= fraction <= 1 for fraction in fractions.values())
-    held_out = sum(fraction for split, fraction in fractions.items() if split != "train")
-    total = held_out + fractions.get("train", 1 - held_out)
-    if not is_valid or held_out > 1 or abs(total - 1) > 1e-6:
-        raise ValueError(
-            '`splits` must be an index, or fractions of the cases such as {"validation": 0.05, "test": 0.05}, the rest '
-            f"being for training; got {splits!r}."
-        )
-    return fractions, None
-
-
-def _describe_splits(
-    fractions: Mapping[str, float], given: Sequence[tuple[str, Split]] | None, seed: int
-) -> dict[str, Any]:
-    """All that decides about the splits, for JSON."""
-    if given is None:
-        return {"fractions": {split: fractions.get(split, 0) for split in ("validation", "test")}, "seed": seed}
-    content = json.dumps(given)
-    return {"index": hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}
-
-
-def _key(image: str) -> str:
-    """What a volume is called whatever the folder above it: its case and file name, with the ending it has today."""
-    name = Path(image.replace("\\", "/")).name
-    return f"{case_of(image)}/{name.removesuffix('.npy') + '.nii.gz' if name.endswith('.npy') else name}"
-
-
 def _make_index(
     results: list[_CaseResult],
     prefix: Path,
@@ -825,7 +716,7 @@ def _make_index(
             entry = {"image": (folder / name).as_posix(), "text": (folder / str(result.report)).as_posix()}
             made[f"{result.case}/{name}"] = entry
     if given is None:
-        drawn = _draw_splits([result.case for result in usable], fractions, seed)
+        drawn = draw_splits([result.case for result in usable], fractions, seed)
         given = [(key, drawn[key.rpartition("/")[0]]) for key in made]
     for key, split in given:  # in its order: protocols take the first samples of a split
         if key in made:
@@ -835,39 +726,6 @@ def _make_index(
         reason = "the given index names it, and no volume with a report was made of the source"
         dropped.append(Dropped("series", case, name, "", reason))
     return index, dropped
-
-
-def _draw_splits(cases: Sequence[str], fractions: Mapping[str, float], seed: int) -> dict[str, Split]:
-    """
-    A split for each case, by its own place between 0 and 1, which seed and name decide: other cases do not matter. Only where a
-    split that is wanted would stay empty, the nearest case is moved into it, for training first.
-    """
-    places = {
-        case: int.from_bytes(hashlib.blake2b(f"{seed}/{case}".encode(), digest_size=16).digest(), "big") / 2**128
-        for case in cases
-    }
-    first, second = fractions.get("test", 0), fractions.get("test", 0) + fractions.get("validation", 0)
-    ranges: dict[Split, tuple[float, float]] = {
-        "train": (second, 1),
-        "test": (0, first),
-        "validation": (first, second),
-    }
-    drawn: dict[str, Split] = {
-        case: "test" if place < first else "validation" if place < second else "train"
-        for case, place in places.items()
-    }
-    for split, (lower, upper) in ranges.items():
-        if upper - lower < 1e-6 or split in drawn.values():
-            continue
-        counts = Counter(drawn.values())
-        distances = {
-            case: max(lower - place, place - upper)
-            for case, place in places.items()
-            if split == "train" or counts[drawn[case]] > 1
-        }
-        if distances:
-            drawn[min(distances, key=distances.__getitem__)] = split
-    return drawn
 
 
 def _order(entry: Dropped) -> tuple[int, str, str, str]:
@@ -888,8 +746,6 @@ __all__ = [
     "Dropped",
     "PreparationReport",
     "encode_prepared_volume",
-    "find_cases",
     "format_preparation_report",
     "prepare_m3d_cap",
-    "read_preparation_record",
 ]

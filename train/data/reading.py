@@ -1,19 +1,18 @@
 """Reading all volumes before training, in parallel: it fills the cache and finds the ones that cannot be read."""
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..cores import count_usable_cores
 from ..files import write_json_lines
+from ..processes import count_usable_cores, worker_pool
 from .dataset import VolumeLoader
 
 
@@ -56,11 +55,7 @@ def read_all(
                 break
         if not chunks:
             return faults
-        # Fresh processes: one that is forked after torch has started its threads can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            num_workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with worker_pool(num_workers, partial(torch.set_num_threads, 1)) as pool:
             for chunk, found in zip(chunks, pool.map(_read_chunk, [volumes] * len(chunks), chunks)):
                 faults.update(found)
                 bar.update(len(chunk))

@@ -4,6 +4,8 @@ from typing import Literal, get_args
 
 from datasets import Features, List, Value
 
+from .layout import CHOICE_LETTERS
+
 
 Task = Literal["report", "closed_vqa", "open_vqa", "yes_no_vqa"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -14,7 +16,6 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 # The types of questions in M3D-VQA, by the number in its files (Bai et al. 2024, "M3D: Advancing 3D Medical Image Analysis
 # with Multi-Modal Large Language Models"). 0 is a sample without a type.
 QUESTION_TYPES: dict[int, str] = {1: "plane", 2: "phase", 3: "organ", 4: "abnormality", 5: "location"}
-CHOICE_LETTERS = ("A", "B", "C", "D")
 
 # image: absolute path of a NIfTI file, or of a folder of slices; decoded when a sample is used, not before.
 # case: the patient or study. Samples of one case share it, and a case belongs to one split.

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ...processing.volume_io import MAX_VOXELS, InvalidVolumeError, Volume
+from ..naming import name_a_few
 
 
 logger = logging.get_logger(__name__)
@@ -221,7 +222,7 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
         names.append(path.name)
         pictures.append(picture)
     if not pictures:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped[:3]) or "the folder is empty"
+        reasons = show_dropped(dropped) or "the folder is empty"
         raise InvalidVolumeError(
             f"{folder}: expected slices named by whole numbers, such as 12.png, got none that can be used ({reasons})."
         )
@@ -240,7 +241,7 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
 
 
 def damaged_slices(dropped: Sequence[DroppedSlice]) -> list[DroppedSlice]:
-    """Of what [`read_slices`] left out, the files that would be slices and cannot be read: the volume has gaps there."""
+    """Among what [`read_slices`] left out, the files that would be slices but cannot be read: the volume has gaps there."""
     return [(name, reason) for name, reason in dropped if is_damage(reason)]
 
 
@@ -254,7 +255,7 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
     What the image processor takes for the scan at a path: of a folder of slices their stack, else the path itself.
 
     Returns:
-        `str` or [`Volume`]; and what was left out of a stack, see [`read_slices`], of which a warning tells too.
+        `str` or [`Volume`]; and what was left out of a stack, see [`read_slices`], which a warning names too.
 
     Raises:
         InvalidVolumeError: no stack can be made of the slices, or some are damaged.
@@ -287,8 +288,10 @@ def repeated_numbers(folder: Path, dropped: Sequence[DroppedSlice]) -> list[str]
 
 def describe_repeated(names: Sequence[str]) -> str:
     """What is wrong with the numbers of these slices, and what to do."""
-    shown = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-    return f"{len(names)} slices share their number with another one ({shown}), and all are in the stack: keep one of each"
+    return (
+        f"{len(names)} slices share their number with another one ({name_a_few(names, 4)}), and all are in the stack: keep one of "
+        "each"
+    )
 
 
 def describe_damaged(num_slices: int, damaged: Sequence[DroppedSlice]) -> str:
@@ -301,7 +304,7 @@ def describe_damaged(num_slices: int, damaged: Sequence[DroppedSlice]) -> str:
 
 def show_dropped(dropped: Sequence[DroppedSlice]) -> str:
     """The first few files that were left out, with the reasons."""
-    return "; ".join(f"{name}: {reason}" for name, reason in dropped[:3]) + "; ..." * (len(dropped) > 3)
+    return name_a_few([f"{name}: {reason}" for name, reason in dropped], 3, "; ")
 
 
 def refuse_other_pictures(path: Path) -> None:

@@ -92,7 +92,7 @@ def keep_whole_sentences(text: str, tokenizer: Any, max_length: int, generator: 
         text (`str`):
             The report.
         tokenizer (`PreTrainedTokenizerBase`):
-            Of the text encoder.
+            Tokenizer of the text encoder.
         max_length (`int`):
             Tokens the text may have, with the special ones that the tokenizer adds.
         generator (`torch.Generator`, *optional*):
@@ -128,7 +128,7 @@ def _join(sentences: Sequence[str], indices: Sequence[int]) -> str:
 
 
 def _separated(sentence: str) -> str:
-    """With white space at its end: "Liver normal.Spleen normal." has none, and its neighbour may now be another."""
+    """A sentence with white space at its end: "Liver normal.Spleen normal." has none, and its neighbour may now be another."""
     return sentence if sentence[-1].isspace() else f"{sentence} "
 
 

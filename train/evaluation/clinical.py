@@ -378,35 +378,31 @@ def _label_score(label: str, hits: int, num_predicted: int, num_reference: int, 
     )
 
 
-def label_f1(predictions: Sequence[str], references: Sequence[str], labeller: str | Labeller) -> list[LabelScore]:
+def label_reports(reports: Sequence[str], labeller: str | Labeller) -> list[ReportLabels]:
     """
-    F1 of the labels that a labeller gives to predicted and to true reports.
+    The labels that a labeller gives to reports, for [`score_labels`].
 
     The labeller's own errors are in the scores: it should be validated for reports of this kind.
 
     Args:
-        predictions, references (`Sequence[str]`):
-            Reports, in the same order.
+        reports (`Sequence[str]`):
+            Predicted or true ones.
         labeller (`str` or `Callable`):
             See [`find_labeller`].
 
     Returns:
-        `list[LabelScore]` of [`score_labels`].
+        `list[ReportLabels]`, one for each report.
 
     Raises:
         ImportError: the labeller cannot be imported.
-        ValueError: it does not give labels for each report, or gives other labels to one side.
+        ValueError: it does not give labels for each report.
     """
-    labeller = find_labeller(labeller)
-    found = []
-    for texts in (predictions, references):
-        labels = list(labeller(list(texts)))
-        if len(labels) != len(texts) or not all(isinstance(row, Mapping) for row in labels):
-            raise ValueError(
-                f"Expected a dict of labels for each of {len(texts)} reports from the labeller, got {labels!r:.80}."
-            )
-        found.append(labels)
-    return score_labels(*found)
+    labels = list(find_labeller(labeller)(list(reports)))
+    if len(labels) != len(reports) or not all(isinstance(row, Mapping) for row in labels):
+        raise ValueError(
+            f"Expected a dict of labels for each of {len(reports)} reports from the labeller, got {labels!r:.80}."
+        )
+    return labels
 
 
 def find_labeller(labeller: str | Labeller) -> Labeller:
@@ -480,6 +476,6 @@ __all__ = [
     "clinical_notes",
     "find_labeller",
     "format_labels",
-    "label_f1",
+    "label_reports",
     "score_labels",
 ]

@@ -53,9 +53,9 @@ OutputOption = Annotated[
     Path,
     typer.Option("--out", "-o", help="Folder of the evaluation; one begun before is continued.", show_default=False),
 ]
-SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
+SplitOption = Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")]
 CasesOption = Annotated[
-    int | None, typer.Option("--cases", min=1, help="Only the first so many cases.", show_default="all")
+    int | None, typer.Option("--cases", min=1, help="Only the first so many cases of each task.", show_default="all")
 ]
 BlindOption = Annotated[
     bool,
@@ -78,7 +78,7 @@ BertModelOption = Annotated[
 ]
 BertLayersOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Its layer, for an encoder that bert_score does not know.", show_default=False),
+    typer.Option(min=1, help="Layer of the encoder, for one that bert_score does not know.", show_default=False),
 ]
 PredictionsOption = Annotated[
     Path | None,
@@ -92,14 +92,14 @@ PredictionsOption = Annotated[
 BlindPredictionsOption = Annotated[
     Path | None,
     typer.Option(
-        "--blind-predictions", help="The same, answered with the volume of another case.", show_default=False
+        "--blind-predictions", help="Answers of that system with the volume of another case.", show_default=False
     ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Questions, or pairs, at a time.")]
 DeviceOption = Annotated[
     str, typer.Option(help="Where to run, e.g. cpu or cuda.", show_default="cuda if there is one")
 ]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str, typer.Option(help="Precision of the model: auto, float32, bfloat16 or float16.")]
 CacheOption = Annotated[
     Path | None, typer.Option(help="Folder of a cache of processed volumes.", show_default="volumes are not kept")
 ]
@@ -299,7 +299,7 @@ def evaluate_vqa_command(
     """
     with bad_input_is_an_answer():
         answer_and_score(
-            tuple(tasks.split(",")) if tasks else None,
+            read_questions(tasks) if tasks else None,
             data,
             out,
             model=model,
@@ -372,6 +372,7 @@ def evaluate_all_command(
         encoder = None if dual_encoder is None else check_model_name(dual_encoder)
         options = {"split": split, "num_cases": cases, "blind": blind, "dtype": dtype, "prepared": prepared}
         make_settings(data, ("report",), **options)
+        names = read_names("--metrics", metrics)
         start_processes_if_needed(processes, device)
         with step("importing"):
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
@@ -380,7 +381,7 @@ def evaluate_all_command(
             from .runner import MetricOptions, build_text_metrics, evaluate_answers, evaluate_retrieval, questions_of
             from .settings import check_kind, device_of_process, find_model, start_processes
         hush_progress_bars()
-        metric_options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers)
+        metric_options = MetricOptions(names, bertscore_model, bertscore_layers)
         # Before hours of retrieval: what is missing or does not fit is to be known now.
         work = make_work(batch_size, device, cache, skip_broken)
         state = start_processes(work)
@@ -449,7 +450,8 @@ def evaluate_zero_shot_command(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="sigmoid, 'against negatives' or 'among classes'.", show_default="sigmoid, if the model has its loss"
+            help="How similarities become probabilities: sigmoid, 'against negatives' or 'among classes'.",
+            show_default="sigmoid, if the model has its loss",
         ),
     ] = None,
     max_text_length: LengthOption = 512,
@@ -477,7 +479,7 @@ def evaluate_zero_shot_command(
 
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ..data.study import read_task
-            from .folders import ZERO_SHOT, describe_source, open_folder
+            from .folders import ZERO_SHOT, describe_source, only_call_in, open_folder
             from .settings import build_volumes, check_kind, find_model, load_for_evaluation, start_single_process
             from .zero_shot import (
                 PHANTOM_PROMPTS,
@@ -510,27 +512,28 @@ def evaluate_zero_shot_command(
             "validation": None if validation is None else describe_source(str(validation)),
             "rule": rule,
         }
-        open_folder(out, described)
-        loaded, processor = load_for_evaluation(folder, DCFormerSiglipModel, settings, work)
-        result = run_zero_shot(
-            loaded,
-            processor,
-            classes,
-            labelled,
-            build_volumes(processor, settings, work),
-            held,
-            chosen_rule,
-            max_text_length,
-            batch_size,
-            work.progress,
-        )
-        text = format_zero_shot(result)
-        content = write_result(
-            out / ZERO_SHOT,
-            f"# Zero-shot classification, {Path(source).name}\n\n{text}\n",
-            result.to_dict(),
-            described,
-        )
+        with only_call_in(out):
+            open_folder(out, described)
+            loaded, processor = load_for_evaluation(folder, DCFormerSiglipModel, settings, work)
+            result = run_zero_shot(
+                loaded,
+                processor,
+                classes,
+                labelled,
+                build_volumes(processor, settings, work),
+                held,
+                chosen_rule,
+                max_text_length,
+                batch_size,
+                work.progress,
+            )
+            text = format_zero_shot(result)
+            content = write_result(
+                out / ZERO_SHOT,
+                f"# Zero-shot classification, {Path(source).name}\n\n{text}\n",
+                result.to_dict(),
+                described,
+            )
         typer.echo(json.dumps(content) if as_json else text)
 
 
@@ -552,10 +555,10 @@ def evaluate_dependence_command(
         ),
     ] = None,
     split: SplitOption = "test",
-    cases: Annotated[int, typer.Option("--cases", min=2, help="The first so many cases.")] = 50,
+    cases: Annotated[int, typer.Option("--cases", min=2, help="The first so many cases of each task.")] = 50,
     max_new_tokens: TokensOption = 256,
     max_text_length: LengthOption = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of the shuffling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffling.")] = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
@@ -578,7 +581,7 @@ def evaluate_dependence_command(
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
             from ..data.preparation_record import check_not_prepared
-            from .folders import DEPENDENCE, describe_source, open_folder
+            from .folders import DEPENDENCE, describe_source, only_call_in, open_folder
             from .image_dependence import check_image_dependence, format_dependence
             from .runner import MetricOptions, build_text_metrics, check_blind_control, read_samples
             from .settings import (
@@ -594,7 +597,7 @@ def evaluate_dependence_command(
         start_single_process(work)
         folder = find_model(source)
         is_dual = model_type_of(folder) == DCFormerSiglipModel.config_class.model_type
-        asked = tuple(tasks.split(",")) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
+        asked = read_names("--tasks", tasks) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
         settings = make_settings(
             data,
             asked,
@@ -616,29 +619,34 @@ def evaluate_dependence_command(
             "metrics": list(metrics),
             "seed": seed,
         }
-        open_folder(out, described)
-        kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
-        loaded, processor = load_for_evaluation(folder, kind, settings, work)
-        rows = check_image_dependence(
-            loaded,
-            processor,
-            samples,
-            build_volumes(processor, settings, work),
-            text_metrics=metrics,
-            max_new_tokens=max_new_tokens,
-            max_text_length=max_text_length,
-            batch_size=batch_size,
-            seed=seed,
-            show_progress=work.progress,
-            prepared=prepared,
-        )
-        text = format_dependence(rows)
-        content = write_result(
-            out / DEPENDENCE,
-            f"# Image dependence, {Path(source).name}\n\n{text}\n",
-            {"model": source, "num_cases": cases, "rows": [row.to_dict() for row in rows]},
-            described,
-        )
+        with only_call_in(out):
+            open_folder(out, described)
+            kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
+            loaded, processor = load_for_evaluation(folder, kind, settings, work)
+            rows = check_image_dependence(
+                loaded,
+                processor,
+                samples,
+                build_volumes(processor, settings, work),
+                text_metrics=metrics,
+                max_new_tokens=max_new_tokens,
+                max_text_length=max_text_length,
+                batch_size=batch_size,
+                seed=seed,
+                show_progress=work.progress,
+                prepared=prepared,
+            )
+            text = format_dependence(rows)
+            content = write_result(
+                out / DEPENDENCE,
+                f"# Image dependence, {Path(source).name}\n\n{text}\n",
+                {
+                    "model": source,
+                    "num_cases": len(set(samples["case"])),
+                    "rows": [row.to_dict() for row in rows],
+                },
+                described,
+            )
         typer.echo(json.dumps(content) if as_json else text)
 
 
@@ -652,7 +660,7 @@ def evaluate_card_command(
     dataset_id: Annotated[
         str | None,
         typer.Option(
-            help="Of the data set on the Hub, `organisation/name`, or a word for what is not there.",
+            help="Name of the data set on the Hub, `organisation/name`, or a word for what is not there.",
             show_default="made of its name",
         ),
     ] = None,
@@ -731,7 +739,7 @@ def evaluate_references_command(
         from .runner import questions_of, read_asked
         from .settings import Work
 
-        asked = tuple(tasks.split(",")) if tasks else ("report", *questions_of(data, split, skip_broken))
+        asked = read_names("--tasks", tasks) if tasks else ("report", *questions_of(data, split, skip_broken))
         settings = make_settings(data, asked, split=split, num_cases=cases)
         _, references, _, _ = read_asked(settings, Work(skip_broken=skip_broken))
         write_json_lines([asdict(reference) for reference in references], out)
@@ -771,17 +779,46 @@ def answer_and_score(
     require_eval_extra()
     source = check_source(model, predictions, "--predictions")
     make_settings(data, tasks or (), **settings)  # what is wrong is said once, not by each process
+    names = read_names("--metrics", metrics)
     start_processes_if_needed(processes, device)
     with step("importing"):
         from .runner import MetricOptions, evaluate_answers, questions_of
     hush_progress_bars()
     asked = make_settings(data, tasks or questions_of(data, settings["split"], skip_broken), **settings)
-    options = MetricOptions(tuple(metrics.split(",")), bertscore_model, bertscore_layers, labeller)
+    options = MetricOptions(names, bertscore_model, bertscore_layers, labeller)
     work = make_work(batch_size, device, cache, skip_broken)
     result = evaluate_answers(out, asked, source, predictions, blind_predictions, system, options, work)
     text = show(result, out, published, work, show_case_names, source)
     if result:
         typer.echo(json.dumps(result) if as_json else text)
+
+
+def read_names(option: str, text: str) -> tuple[str, ...]:
+    """
+    Names with commas between them; blanks around them do not count.
+
+    Raises:
+        ValueError: a name is empty, or stands there twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    repeated = [name for place, name in enumerate(names) if name in names[:place]]
+    if repeated or not all(names):
+        problem = f"{repeated[0]!r} stands there twice" if repeated else "one is empty"
+        raise ValueError(f"{option}: expected names with commas between them, got {text!r}: {problem}.")
+    return names
+
+
+def read_questions(tasks: str) -> tuple[str, ...]:
+    """
+    Raises:
+        ValueError: the tasks are not of the form of [`read_names`], or reports are among them.
+    """
+    names = read_names("--tasks", tasks)
+    if "report" in names:
+        raise ValueError(
+            "--tasks: `evaluate vqa` asks questions, got report. `med3dvlm evaluate report` takes the reports."
+        )
+    return names
 
 
 def write_result(path: Path, text: str, result: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

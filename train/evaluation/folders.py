@@ -1,7 +1,8 @@
 """The files of an evaluation: settings, scores, and what identifies a model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers.utils import CONFIG_NAME, logging
 
-from ...hub_cards.publish import CONVERSION_NAME, hashes_of_files
-from ...modeling_med3dvlm.original_source import few, sha256_of
-from ..files import write_json_atomically, write_json_lines
+from ...hub_cards.publish import RECORDS, hashes_of_files
+from ...modeling_med3dvlm.original_source import sha256_of
+from ..checkpoints import done_by_first_process
+from ..files import only_one_at, write_json_atomically, write_json_lines
+from ..naming import name_a_few
 from ..stages import PUBLISHED, SKIPPED, differing_keys
 from .predictions import read_json_lines
 from .scores import Score
@@ -24,6 +27,8 @@ logger = logging.get_logger(__name__)
 # What a repository must have here: configuration, weights, processor and tokenizer.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 JOURNAL = "journal"
+# Held by the call that works in a folder; it stays behind empty.
+LOCK = ".evaluation.lock"
 # What the commands write that have no scores in the form of the others.
 ZERO_SHOT, DEPENDENCE = "zero_shot.json", "dependence.json"
 RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
@@ -35,6 +40,37 @@ RUN, REFERENCES, PREDICTIONS, SCORES, EMBEDDINGS = (
 )
 
 
+@contextmanager
+def only_call_in(output: Path) -> Iterator[None]:
+    """
+    Keeps a second call away, which could mix the answers of another model with those that the first one makes. To be called in
+    all processes; the first one holds the lock.
+
+    Raises:
+        BlockingIOError: in the first process, that another call is at work in the folder.
+        ValueError: in the first process, the folder holds something else than an evaluation; in the others, either of the two.
+    """
+    message = f"{output}: another call is evaluating into this folder. Wait for it, or choose another folder."
+
+    def take() -> None:
+        check_is_evaluation(output)  # nothing is put into a folder of something else
+        locks.enter_context(only_one_at(output / LOCK, message))
+
+    with ExitStack() as locks:
+        done_by_first_process(take)
+        yield
+
+
+def check_is_evaluation(output: Path) -> None:
+    """
+    Raises:
+        ValueError: there is a folder that holds something else than an evaluation, or a file.
+    """
+    is_new = not output.exists() or (output.is_dir() and all(entry.name == LOCK for entry in output.iterdir()))
+    if not is_new and not (output / RUN).is_file():
+        raise ValueError(f"{output}: expected a new folder, or one of an evaluation; it holds something else.")
+
+
 def open_folder(output: Path, settings: dict[str, Any]) -> None:
     """
     Begins an evaluation in a folder, or goes on with the one that is there. One in which nothing was answered yet, such as one
@@ -43,11 +79,14 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder holds something else.
     """
+    check_is_evaluation(output)
     path = output / RUN
     settings, found = json.loads(json.dumps(settings)), versions()
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
         before = begun.pop("versions", found)
+        for name in RECORDS:  # earlier versions hashed them too
+            ((begun.get("model") or {}).get("sha256") or {}).pop(name, None)
         keys = ", ".join(sorted(differing_keys(begun, settings)))
         if has_answers(output):
             if keys:
@@ -60,8 +99,6 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
             return
         for name in (REFERENCES, SKIPPED) if keys else ():
             (output / name).unlink(missing_ok=True)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: expected a new folder, or one of an evaluation; it holds something else.")
     write_json_atomically({**settings, "versions": found}, path)
 
 
@@ -166,11 +203,11 @@ def check_scores_are_of(model: Path, folder: Path, scored: Mapping[str, Any], co
             f"{folder}: its scores are of the file {scored['name']}, not of the model in {model}. {again}"
         )
     # Where weights come from, and nothing that answers depend on.
-    names = sorted({*found, *content} - {CONVERSION_NAME})
+    names = sorted({*found, *content} - set(RECORDS))
     differing = [name for name in names if found.get(name) != content.get(name)]
     if differing:
         raise ValueError(
-            f"{folder}: its scores are of another model than the one in {model}: {few(differing)} "
+            f"{folder}: its scores are of another model than the one in {model}: {name_a_few(differing)} "
             f"{'differs' if len(differing) == 1 else 'differ'}. {again}"
         )
 
@@ -221,6 +258,7 @@ __all__ = [
     "describe_source",
     "has_answers",
     "keep_references",
+    "only_call_in",
     "open_folder",
     "read_scores",
     "snapshot_of",

@@ -24,6 +24,7 @@ from .tables import percent
 # Metrics that say right or wrong; others are matters of degree and get no mark.
 RIGHT_OR_WRONG = ("accuracy", "exact")
 SLICE_POSITIONS = (0.25, 0.5, 0.75)
+SLICE_SIZE = 160  # pixels along each side of a slice
 OPPOSITES = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
 # Of the slices across an axis that runs in a direction.
 PLANES = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "L": "sagittal", "R": "sagittal"}
@@ -55,19 +56,17 @@ class AnsweredTask:
     Args:
         references (`Sequence[Reference]`): Of one task.
         predictions (`Sequence[str]`): In the same order, as all that follow.
-        scores (`dict`): Of [`~train.evaluation.scores.score_samples`].
+        scores (`dict`): Of [`~train.evaluation.scores.score_samples`]; cases are ranked by the first metric.
         blind_predictions (`Sequence[str]`, *optional*): Answers that were given with the volume of another case.
-        rank_by (`str`, *optional*): The metric by which cases are ranked; the first of `scores` by default.
 
     Raises:
-        ValueError: the references are of several tasks or there are none, lengths differ, or `rank_by` is not among the scores.
+        ValueError: the references are of several tasks or there are none, lengths differ, or there are no scores.
     """
 
     references: Sequence[Reference]
     predictions: Sequence[str]
     scores: SampleScores
     blind_predictions: Sequence[str] | None = None
-    rank_by: str | None = None
 
     def __post_init__(self) -> None:
         tasks = sorted({reference.task for reference in self.references})
@@ -82,16 +81,15 @@ class AnsweredTask:
                 raise ValueError(
                     f"{tasks[0]}: expected `{name}` for each of {len(self.references)} references, got {length}."
                 )
-        if self.rank_metric not in self.scores:
+        if not self.scores:
             raise ValueError(
-                f"{tasks[0]}: expected `rank_by` to be one of {', '.join(self.scores) or 'the scores, of which there are none'}"
-                f", got {self.rank_by!r}."
+                f"{tasks[0]}: expected scores of at least one metric, by which cases are ranked, got none."
             )
 
     @property
-    def rank_metric(self) -> str | None:
+    def rank_metric(self) -> str:
         """The metric by which cases are ranked."""
-        return self.rank_by or next(iter(self.scores), None)
+        return next(iter(self.scores))
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,6 @@ def write_html_report(
     num_cases: int = 5,
     seed: int = 0,
     show_case_names: bool = False,
-    slice_size: int = 160,
     orientation: str = "none",
     prepared: bool = False,
 ) -> Path:
@@ -149,8 +146,6 @@ def write_html_report(
             Of the random cases.
         show_case_names (`bool`, *optional*, defaults to `False`):
             Whether to name cases as the data do; otherwise they are counted, and only the ids of the questions are given.
-        slice_size (`int`, *optional*, defaults to 160):
-            Height and width to which each slice is resized, in pixels.
         orientation (`str`, *optional*, defaults to `"none"`):
             The image processor's, such as `"LPS"`: the directions in which (width, height, depth) of the loaded volumes grow, for
             the captions. With `"none"`, and of slices, which do not state any, the captions name no direction.
@@ -185,7 +180,7 @@ def write_html_report(
         for name in names:
             number += 1
             label = name if show_case_names else f"case {number}"
-            parts.append(_case(label, cases[name], volumes, slice_size, orientation, prepared))
+            parts.append(_case(label, cases[name], volumes, orientation, prepared))
     write_atomically(_page(title, parts).encode("utf-8", "backslashreplace"), path)
     return path
 
@@ -201,7 +196,7 @@ def group_by_case(answered: Iterable[AnsweredTask]) -> dict[str, list[Question]]
                     prediction=entry.predictions[place],
                     blind_prediction=None if entry.blind_predictions is None else entry.blind_predictions[place],
                     scores={name: values[place] for name, values in entry.scores.items()},
-                    rank_metric=str(entry.rank_metric),
+                    rank_metric=entry.rank_metric,
                 )
             )
     return cases
@@ -355,7 +350,6 @@ def _case(
     label: str,
     questions: Sequence[Question],
     volumes: VolumeLoader | None,
-    slice_size: int,
     orientation: str,
     prepared: bool,
 ) -> str:
@@ -370,7 +364,7 @@ def _case(
     for image, asked in by_image.items():
         if volumes is not None:
             known = orientation if states_directions(image, prepared) else "none"
-            pictures = draw_slices(volumes.load(image), slice_size, known)
+            pictures = draw_slices(volumes.load(image), SLICE_SIZE, known)
             figures = "\n".join(_figure(picture, caption) for caption, picture in pictures.items())
             parts.append(f'<div class="planes">\n{figures}\n</div>')
         parts.append(_question_table(asked))

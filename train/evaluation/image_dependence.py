@@ -17,12 +17,20 @@ import datasets
 import torch
 
 from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
-from ..answering import answer_samples, embed_samples
+from ..answering import check_finite_answers, embed_samples, iterate_answers
 from ..data.dataset import VolumeLoader, text_group_id
 from ..data.preparation_record import states_directions
 from ..scoring import retrieval_hits, with_volume_of_another_case
 from .predictions import build_references
-from .scores import CHANCE, TextMetric, fields_for_json, has_same_words, score_samples
+from .scores import (
+    CHANCE,
+    TextMetric,
+    answers_of_another_case,
+    fields_for_json,
+    has_same_words,
+    score_samples,
+    types_of_one_case,
+)
 from .statistics import bootstrap_interval
 
 
@@ -192,7 +200,9 @@ def check_image_dependence(
       a volume was made of slices, which do not state theirs, the width is flipped, and nothing is expected of it that could hold.
 
     Of a score that is not above chance with the true volumes, beyond its interval, nothing can be said: there is nothing that it
-    could fall from.
+    could fall from. Chance of texts is the score of a true answer of another case to the same type of question, see
+    [`~train.evaluation.scores.answers_of_another_case`]; types that one case is asked have none and are left out of it, and it
+    counts as 0 where no other types are left.
 
     Args:
         model ([`Med3DVLMForConditionalGeneration`], a `peft.PeftModel` of one, or [`DCFormerSiglipModel`]):
@@ -221,7 +231,8 @@ def check_image_dependence(
         `list[Dependence]`.
 
     Raises:
-        ValueError: a change is not known, or the samples are of one case or of a task that the model does not do.
+        ValueError: a change is not known, the samples are of one case or of a task that the model does not do, or the probability
+            of an answer is not finite.
     """
     found: dict[str, Change] = (
         {name: find_change(name) for name in changes} if not isinstance(changes, Mapping) else {**changes}
@@ -245,7 +256,11 @@ def check_image_dependence(
         chosen = samples.select([place for place, name in enumerate(samples["task"]) if name == task])
 
         def ask(version: datasets.Dataset, loader: VolumeLoader) -> list[str]:
-            return answer_samples(model, processor, version, loader, max_new_tokens, batch_size, show_progress)
+            batches = iterate_answers(model, processor, version, loader, max_new_tokens, batch_size, show_progress)
+            answers = [answer for _, said in batches for answer in said]
+            ids = [reference.id for reference in build_references(version)]
+            check_finite_answers({name: answer.probability for name, answer in zip(ids, answers)})
+            return [answer.text for answer in answers]
 
         blind = ask(with_volume_of_another_case(chosen), volumes)
         answers = {OTHER_CASE: blind, **{name: ask(chosen, loader) for name, loader in loaders.items()}}
@@ -291,6 +306,13 @@ def compare_answers(
         name: scores if answers is original else score_samples(references, answers, text_metrics or {})
         for name, answers in changed.items()
     }
+    alone, guesses = types_of_one_case(references), None
+    guessed = [place for place, reference in enumerate(references) if reference.question_type not in alone]
+    if task not in CHANCE and guessed:
+        others = answers_of_another_case(references)
+        guesses = score_samples(
+            [references[place] for place in guessed], [others[place] for place in guessed], text_metrics or {}
+        )
     with_side = [place for place, answer in enumerate(original) if SIDE.search(answer)]
     rows = []
     for name, answers in changed.items():
@@ -299,9 +321,9 @@ def compare_answers(
         sides, of_cases = [differs[place] for place in with_side], [cases[place] for place in with_side]
         rows.append(_share_row(name, task, SIDES_CHANGED, sides, of_cases, stable_share, orientation))
         for metric, values in scores.items():
-            others = scores_of[OTHER_CASE][metric]
-            chance = CHANCE.get(task, 0.0)
-            rows.append(_score_row(name, task, metric, values, scores_of[name][metric], others, cases, chance))
+            chance = CHANCE.get(task, 0.0) if guesses is None else _mean(guesses[metric])
+            of_other = scores_of[OTHER_CASE][metric]
+            rows.append(_score_row(name, task, metric, values, scores_of[name][metric], of_other, cases, chance))
     return rows
 
 
@@ -341,16 +363,17 @@ def _score_row(
     chance: float = 0.0,
 ) -> Dependence:
     """A score, and whether it falls as it should: `others` are those with the volume of another case."""
-    low, high = bootstrap_interval([new - old for new, old in zip(changed, original)], cases)
+    low, high = bootstrap_interval([new - old for new, old in zip(changed, original)], cases, are_scores=False)
     expectation: str = ""
     holds: bool | None = None
     remark = ""
     if change == "shifted":
         expectation, holds = "the score does not fall", high >= 0
     elif change in (OTHER_CASE, "blank", "shuffled"):
-        _, high_of_other = bootstrap_interval([new - old for new, old in zip(others, original)], cases)
+        losses, gains = ([new - old for new, old in zip(*pair)] for pair in ((others, original), (changed, others)))
+        _, high_of_other = bootstrap_interval(losses, cases, are_scores=False)
         falls = high_of_other < 0
-        gain, _ = bootstrap_interval([new - other for new, other in zip(changed, others)], cases)
+        gain, _ = bootstrap_interval(gains, cases, are_scores=False)
         expectation = "the score falls"
         if change != OTHER_CASE:
             expectation += " to that of another case, or to chance"
@@ -430,7 +453,7 @@ def compare_embeddings(
     def hits(images: torch.Tensor) -> dict[str, list[float]]:
         pairs = {"volume to report": (images, text_embeds), "report to volume": (text_embeds, images)}
         return {
-            f"recall_at_1, {direction}": retrieval_hits(*pair, group_ids, ranks=(1,))["plain_recall_at_1"].tolist()
+            f"recall_at_1, {direction}": retrieval_hits(*pair, group_ids, ranks=(1,))["recall_at_1"].tolist()
             for direction, pair in pairs.items()
         }
 
@@ -438,7 +461,7 @@ def compare_embeddings(
     rows = []
     for name, images in changed.items():
         cosines = (image_embeds * images).sum(dim=1).tolist()
-        low, high = bootstrap_interval(cosines, cases)
+        low, high = bootstrap_interval(cosines, cases, are_scores=False)
         expectation, holds = "", None
         if name == "shifted":
             expectation, holds = f"the cosine is at least {stable_cosine:g}", _mean(cosines) >= stable_cosine

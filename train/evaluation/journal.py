@@ -37,10 +37,16 @@ class Journal:
         self.file = folder / f"{name}.{uuid.uuid4().hex}.jsonl"
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Adds rows; they are on disk when this returns."""
+        """
+        Adds rows; they are on disk when this returns.
+
+        Raises:
+            ValueError: a number is NaN or infinite, which JSON does not have; no row is added.
+        """
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab") as stream:
-            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            stream.write(lines.encode())
             stream.flush()
             os.fsync(stream.fileno())
 

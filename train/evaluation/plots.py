@@ -155,18 +155,15 @@ class RecallCurve:
         gallery_size (`int`): Pairs in a gallery.
         recalls (`Mapping[int, float]`): Recall in [0, 1] by rank `k`, from 1 to `gallery_size`.
         blind (`Mapping[int, float]`, *optional*): The same with the volume of another case.
-        chance (`Mapping[int, float]`, *optional*): The same for a random order; `k / gallery_size` by default, which holds if
-            no two reports of a gallery are identical.
     """
 
     direction: str
     gallery_size: int
     recalls: Mapping[int, float]
     blind: Mapping[int, float] | None = None
-    chance: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, values in (("recalls", self.recalls), ("blind", self.blind or {}), ("chance", self.chance or {})):
+        for name, values in (("recalls", self.recalls), ("blind", self.blind or {})):
             for rank, value in values.items():
                 if not 1 <= rank <= self.gallery_size or not 0 <= value <= 1:
                     raise ValueError(
@@ -178,9 +175,7 @@ class RecallCurve:
 
     @property
     def chance_levels(self) -> dict[int, float]:
-        """Chance by rank."""
-        if self.chance is not None:
-            return dict(self.chance)
+        """Chance by rank: that the own report, or volume, is among the first `k` of a random order."""
         return {rank: rank / self.gallery_size for rank in range(1, self.gallery_size + 1)}
 
 
@@ -324,18 +319,14 @@ def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
 
 
 def draw_calibration(
-    confidences: Sequence[float],
-    hits: Sequence[float],
-    path: Path,
-    num_bins: int = 10,
-    title: str = "Calibration of answers",
+    confidences: Sequence[float], hits: Sequence[float], path: Path, title: str = "Calibration of answers"
 ) -> Path:
     """
-    Draws a reliability diagram: accuracy over confidence in bins of equal count, the number of answers at each, the diagonal on
+    Draws a reliability diagram: accuracy over confidence in ten bins of equal count, the number of answers at each, the diagonal on
     which a calibrated model lies, and below how often each confidence occurs.
 
     Args:
-        confidences, hits (`Sequence[float]`), num_bins (`int`):
+        confidences, hits (`Sequence[float]`):
             As for [`calibration_bins`].
         path (`Path`):
             The PNG file.
@@ -348,7 +339,7 @@ def draw_calibration(
     Raises:
         ValueError: as for [`calibration_bins`].
     """
-    bins = calibration_bins(confidences, hits, num_bins)
+    bins = calibration_bins(confidences, hits)
     error = expected_calibration_error(bins)
     figure = _new_figure(5.4, 6.4)
     figure.suptitle(f"{title}\nexpected calibration error {100 * error:.1f} % ({len(confidences)} answers)", wrap=True)

@@ -7,6 +7,7 @@ data is meant: best add `prediction` to the lines of `references.jsonl`, so that
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..prompts import format_answer, format_question
 
 # Of a reference, what a line with a prediction may repeat.
 CHECKED_FIELDS = ("question", "reference", "answer_choice")
+# Ids of ours; those of others may be of patients, and messages do not show them.
+ID = re.compile(rf"(?:{'|'.join(TASKS)})/\d+")
 
 
 @dataclass(frozen=True)
@@ -106,18 +109,26 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not of this form, an id occurs twice, is not among the references, or has no line, or a line is
             about something else than its reference. The message names the line, or the first few ids and how many there are,
-            and no text of a patient.
+            and no text of a patient; an id that is not of the form of ours stands there as its line.
     """
     found: dict[str, str] = {}
+    lines: dict[str, int] = {}
     asked = {reference.id: reference for reference in references}
     for number, row in read_json_lines(path):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "prediction")):
+            # The keys alone: what stands under them may be of a patient.
+            keys = [f"{name} ({type(value).__name__})" for name, value in row.items()] if isinstance(row, dict) else []
             raise ValueError(
-                f'{path}, line {number}: expected {{"id": "...", "prediction": "..."}} with two texts, got {str(row)[:80]}.'
+                f'{path}, line {number}: expected {{"id": "...", "prediction": "..."}} with two texts, got '
+                f"{first_few(keys) or type(row).__name__}."
+            )
+        if (place := find_surrogate(row["id"] + row["prediction"])) is not None:
+            raise ValueError(
+                f"{path}, line {number}: half of a character ({place}), which no file can hold. Write the answers as UTF-8."
             )
         if row["id"] in found:
-            raise ValueError(f"{path}, line {number}: the id {row['id']!r} occurs a second time.")
-        found[row["id"]] = row["prediction"].strip()
+            raise ValueError(f"{path}, line {number}: its id occurs a second time, first in line {lines[row['id']]}.")
+        found[row["id"]], lines[row["id"]] = row["prediction"].strip(), number
         for field in CHECKED_FIELDS if row["id"] in asked else ():
             said, true = row.get(field), getattr(asked[row["id"]], field)
             if said is not None and (not isinstance(said, str) or said.split() != true.split()):
@@ -131,9 +142,10 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
     missing = [name for name in wanted if name not in found]
     problems = []
     if unknown:
-        problems.append(f"{len(unknown)} ids are not among the {len(wanted)} asked: {_first(unknown)}")
+        shown = [name if ID.fullmatch(name) else f"line {lines[name]}" for name in unknown]
+        problems.append(f"{len(unknown)} ids are not among the {len(wanted)} asked: {first_few(shown)}")
     if missing:
-        problems.append(f"{len(missing)} of {len(wanted)} have no prediction: {_first(missing)}")
+        problems.append(f"{len(missing)} of {len(wanted)} have no prediction: {first_few(missing)}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. The ids are those of references.jsonl.")
     return [found[name] for name in wanted]
@@ -145,21 +157,35 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON.
+        ValueError: a line is no JSON, or not in UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of predictions.")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+                    ) from error
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
 
 
-def _first(names: Sequence[str], number: int = 3) -> str:
+def find_surrogate(text: str) -> str | None:
+    """The first lone surrogate of a text, such as `"\\ud83d"`: JSON may spell it, and no encoding of text has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])[1:-1]
+    return None
+
+
+def first_few(names: Sequence[str], number: int = 3) -> str:
+    """The first names, and dots if there are more."""
     return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
 
 
-__all__ = ["Reference", "build_references", "read_json_lines", "read_predictions"]
+__all__ = ["Reference", "build_references", "first_few", "read_json_lines", "read_predictions"]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
-from ..data.cache import VolumeCache
-from ..data.dataset import ProcessedVolumes
+from ..data.cache import volume_loader
+from ..data.dataset import VolumeLoader
+from ..data.layout import CAP_INDEX
 from ..data.manifest import find_manifest
+from ..data.prepare import REPORT_NAME
 from ..files import write_atomically
 from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
 from .clinical import LabelScore, format_labels
@@ -21,12 +23,17 @@ from .published import MissingResult, PublishedScore, read_missing, read_publish
 from .retrieval import TASK as RETRIEVAL
 from .runner import HIT_METRICS
 from .scores import Score
-from .settings import Work, prepared_options
+from .settings import Work
 from .tables import build_tables, percent, write_tables
 
 
 # Whose published figures the bars of a plot show.
 PAPER_SYSTEM = "Med3DVLM"
+# Of the figures that come with the package.
+PUBLISHED_NOTE = (
+    "Published figures are of M3D's official test split; it was not checked whether these data are that. On other data they do "
+    "not compare."
+)
 
 
 def present(
@@ -44,7 +51,7 @@ def present(
             The folder, with its `scores.json`.
         published (`Path`, *optional*):
             File of published figures to stand in the tables; if not given, those that come with the package, for the split "test"
-            of data in the layout of M3D that are no phantoms.
+            of data in the layout of M3D that are no phantoms and were not split by `med3dvlm prepare`.
         work ([`Work`], *optional*):
             Has the cache of volumes, for the slices in the report.
         show_case_names (`bool`, *optional*):
@@ -66,7 +73,7 @@ def present(
     has_others = published is not None or is_comparable
     others = read_published(published) if has_others else []
     missing = read_missing(published) if has_others else []
-    tables = build_tables(scores, result["system"], others)
+    tables = build_tables(scores, result["system"], others, PUBLISHED_NOTE if published is None else "")
     write_tables(tables, scores, output / "tables")
     tasks = list(dict.fromkeys(score.task for score in scores))
     plots: dict[str, Path] = {}
@@ -76,7 +83,15 @@ def present(
     else:
         answered = read_answered(output, tasks)
         plots |= draw_answers(scores, answered, output, others)
-        volumes = load_volumes(find_on_disk(model, result["settings"]), result["settings"], work)
+        volumes: VolumeLoader | None = None
+        orientation = "none"
+        if (
+            found := find_on_disk(model, result["settings"])
+        ) is not None:  # what prepares volumes as the model gets them
+            image_processor = Med3DVLMImageProcessor.from_pretrained(found)
+            orientation = image_processor.orientation
+            cache = None if work is None else work.cache
+            volumes = volume_loader(image_processor, result["settings"]["prepared"], cache, "float32")
         write_html_report(
             output / "report.html",
             f"{result['system']} on {result['settings']['data']}",
@@ -86,7 +101,7 @@ def present(
             plots=plots,
             volumes=volumes,
             show_case_names=show_case_names,
-            orientation="none" if volumes is None else volumes.image_processor.orientation,
+            orientation=orientation,
             prepared=result["settings"]["prepared"],
         )
     shown = [f"## {table.title}\n\n{table.to_markdown()}" for table in tables]
@@ -96,34 +111,44 @@ def present(
 
 
 def is_m3d(data: str) -> bool:
-    """Whether published figures can be on these data: not if they are phantoms, or listed in a manifest."""
+    """Whether published figures can be on these data: not if they are phantoms, in a manifest, or in splits drawn here."""
     root = Path(data).expanduser()
-    return root.is_dir() and find_manifest(root) is None and not (root / PHANTOM_SETTINGS).exists()
+    is_in_layout = root.is_dir() and find_manifest(root) is None and not (root / PHANTOM_SETTINGS).exists()
+    return is_in_layout and not was_split_here(root)
+
+
+def was_split_here(root: Path) -> bool:
+    """Whether it is known that preparation drew the splits of a study, rather than taking those of an index."""
+    for folder in (root, (root / CAP_INDEX).parent):
+        report = folder / f"{REPORT_NAME}.json"
+        if report.is_file():  # those of earlier versions do not say how, and are not taken for either
+            return "seed" in (json.loads(report.read_text(encoding="utf-8")).get("splits") or {})
+    return False
 
 
 def recall_curve(group: str, values: dict[str, list[float]]) -> RecallCurve:
     """Of the details that retrieval keeps for a group such as "volume to report, 100"."""
     direction, size = group.rsplit(", ", 1)
     by_rank = {name: dict(enumerate(shares, start=1)) for name, shares in values.items()}
-    return RecallCurve(direction, int(size), by_rank["recall"], by_rank.get("blind"), by_rank.get("chance"))
+    return RecallCurve(direction, int(size), by_rank["recall"], by_rank.get("blind"))
 
 
 def read_answered(output: Path, tasks: list[str]) -> list[tuple[AnsweredTask, list[float] | None]]:
-    """By task, what was asked and said, and the confidence of each answer, if it is known."""
+    """By task, what was asked and said, and the probability of each answer, if it is known."""
     names = Reference.__dataclass_fields__
     rows = [row for _, row in read_json_lines(output / PREDICTIONS)]
     answered = []
     for task in tasks:
         lines = [row for row in rows if row["task"] == task]
         has_blind = all("blind_prediction" in line for line in lines)
-        has_confidence = all("confidence" in line for line in lines)
+        has_probability = all("probability" in line for line in lines)
         entry = AnsweredTask(
             references=[Reference(**{name: line[name] for name in names}) for line in lines],
             predictions=[line["prediction"] for line in lines],
             scores={metric: [line["scores"][metric] for line in lines] for metric in lines[0]["scores"]},
             blind_predictions=[line["blind_prediction"] for line in lines] if has_blind else None,
         )
-        answered.append((entry, [line["confidence"] for line in lines] if has_confidence else None))
+        answered.append((entry, [line["probability"] for line in lines] if has_probability else None))
     return answered
 
 
@@ -133,9 +158,9 @@ def draw_answers(
     output: Path,
     published: Sequence[PublishedScore] = (),
 ) -> dict[str, Path]:
-    """Bars by type of each task, beside the paper's figures, and how well confidence tells which answers are right."""
+    """Bars by type of each task, beside the paper's figures, and how well the probability of an answer tells if it is right."""
     plots: dict[str, Path] = {}
-    for entry, confidences in answered:
+    for entry, probabilities in answered:
         task = entry.references[0].task
         of_task = [score for score in scores if score.task == task]
         known = {(score.metric, score.group) for score in of_task}
@@ -144,9 +169,9 @@ def draw_answers(
             if (figure.system, figure.task) == (PAPER_SYSTEM, task) and (figure.metric, figure.group) in known:
                 figures.setdefault(figure.metric, {})[figure.group] = figure.value
         plots[f"Scores, {task}"] = draw_type_bars(of_task, output / f"plots/{task}.png", figures)
-        if confidences is not None and task in HIT_METRICS:
+        if probabilities is not None and task in HIT_METRICS:
             path, hits = output / f"plots/{task}_calibration.png", entry.scores[HIT_METRICS[task]]
-            plots[f"Calibration, {task}"] = draw_calibration(confidences, hits, path, title=f"Calibration, {task}")
+            plots[f"Calibration, {task}"] = draw_calibration(probabilities, hits, path, title=f"Calibration, {task}")
     return plots
 
 
@@ -155,19 +180,6 @@ def find_on_disk(model: str | None, settings: dict[str, Any]) -> str | None:
     if model is None or Path(model).expanduser().is_dir():
         return model
     return str(snapshot_of(model, settings["model"].get("revision")))
-
-
-def load_volumes(
-    model: str | None, settings: dict[str, Any], work: Work | None
-) -> ProcessedVolumes | VolumeCache | None:
-    """What prepares volumes as the model gets them."""
-    if model is None:
-        return None
-    image_processor = Med3DVLMImageProcessor.from_pretrained(model)
-    options = prepared_options(settings["prepared"])
-    if work is None or work.cache is None:
-        return ProcessedVolumes(image_processor, options)
-    return VolumeCache(work.cache, image_processor, dtype="float32", options=options)
 
 
 def describe_run(result: dict[str, Any]) -> str:

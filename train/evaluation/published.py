@@ -22,7 +22,7 @@ PUBLISHED, MEASURED = "published", "measured here"
 
 TEXT_METRICS = (
     "bleu_1",
-    "bleu_4",
+    "corpus_bleu_4",
     "rouge_1",
     "rouge_l",
     "meteor",
@@ -39,7 +39,6 @@ METRICS_OF_TASK: dict[str, tuple[str, ...]] = {
     "closed_vqa": ("accuracy", "original_accuracy"),
     "yes_no_vqa": ("accuracy",),
     "retrieval": tuple(f"{name}_at_{rank}" for name in ("recall", "deduplicated_recall") for rank in (1, 5, 10)),
-    "zero_shot": ("auroc", "f1", "accuracy"),
 }
 QUESTION_GROUPS = (*QUESTION_TYPES.values(), MEAN_OF_TYPES, ALL_SAMPLES)
 # A source may give a recall without its direction.
@@ -207,7 +206,7 @@ def _read_score(where: str, row: Any, sources: dict[str, str]) -> PublishedScore
             raise ValueError(
                 f"{where}: expected a group such as 'volume to report, 2000' or '{ANY_DIRECTION}, 2000', got {row['group']!r}."
             )
-    elif row["task"] != "zero_shot" and row["group"] not in QUESTION_GROUPS:
+    elif row["group"] not in QUESTION_GROUPS:
         raise ValueError(f"{where}: the group {row['group']!r} is not one of {', '.join(QUESTION_GROUPS)}.")
     return PublishedScore(**{**row, "value": float(row["value"]), "source": sources[row["source"]]})
 

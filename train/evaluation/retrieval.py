@@ -63,30 +63,30 @@ def score_retrieval(
             hits = hits_of(image_embeds, ranks)
             blind_hits = None if blind_images is None else hits_of(blind_images, ranks)
             for rank in ranks:
-                for metric, key, ids in (
-                    (f"recall_at_{rank}", f"plain_recall_at_{rank}", torch.arange(size)),
-                    (f"deduplicated_recall_at_{rank}", f"recall_at_{rank}", group_ids[:size]),
+                for metric, ids in (
+                    (f"recall_at_{rank}", torch.arange(size)),
+                    (f"deduplicated_recall_at_{rank}", group_ids[:size]),
                 ):
-                    low, high = bootstrap_interval(hits[key].tolist(), cases[:size])
+                    low, high = bootstrap_interval(hits[metric].tolist(), cases[:size])
                     scores.append(
                         Score(
                             task=TASK,
                             metric=metric,
                             group=group,
-                            value=float(hits[key].mean()),
+                            value=float(hits[metric].mean()),
                             low=low,
                             high=high,
                             count=size,
-                            blind=None if blind_hits is None else float(blind_hits[key].mean()),
+                            blind=None if blind_hits is None else float(blind_hits[metric].mean()),
                             chance=chance_recall(ids, size, rank),
                         )
                     )
             all_ranks = range(1, size + 1)
             curve = hits_of(image_embeds, all_ranks)
-            curves[group] = {"recall": [float(curve[f"plain_recall_at_{rank}"].mean()) for rank in all_ranks]}
+            curves[group] = {"recall": [float(curve[f"recall_at_{rank}"].mean()) for rank in all_ranks]}
             if blind_images is not None:
                 curve = hits_of(blind_images, all_ranks)
-                curves[group]["blind"] = [float(curve[f"plain_recall_at_{rank}"].mean()) for rank in all_ranks]
+                curves[group]["blind"] = [float(curve[f"recall_at_{rank}"].mean()) for rank in all_ranks]
     return scores, curves
 
 

@@ -7,7 +7,9 @@ do, and with them, in low precision, perhaps a word of an answer: `scores.json` 
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from transformers.utils import logging
 from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
-from ..answering import iterate_answers
+from ..answering import check_finite_answers, iterate_answers
 from ..checkpoints import done_by_first_process
 from ..data.dataset import text_group_id
-from ..data.m3d import VQA_FOLDER, VQA_SPLITS, missing_text
+from ..data.layout import vqa_file
+from ..data.m3d import missing_text
 from ..data.manifest import find_manifest
 from ..data.preparation_record import check_not_prepared
 from ..data.reading import find_broken
@@ -36,11 +39,13 @@ from ..scoring import one_vector_per_text, with_volume_of_another_case
 from ..stages import SKIPPED, folder_of
 from .clinical import (
     CLINICAL_METRICS,
+    ReportLabels,
     as_text_metrics,
     build_clinical_metrics,
     clinical_notes,
     find_labeller,
-    label_f1,
+    label_reports,
+    score_labels,
 )
 from .embeddings import embed_all, gather_embeddings, read_embeddings
 from .folders import (
@@ -50,19 +55,23 @@ from .folders import (
     SCORES,
     describe_source,
     keep_references,
+    only_call_in,
     open_folder,
     versions,
 )
 from .journal import Journal
 from .plots import calibration_bins, expected_calibration_error
-from .predictions import Reference, build_references, read_predictions
+from .predictions import Reference, build_references, first_few, read_predictions
 from .retrieval import GALLERY_SIZES, score_retrieval
 from .scores import (
+    CHANCE,
     SampleScores,
     Score,
     TextMetric,
     answers_of_another_case,
     fields_for_json,
+    is_read,
+    most_frequent_answers,
     score_samples,
     summarise,
     types_of_one_case,
@@ -98,6 +107,14 @@ logger = logging.get_logger(__name__)
 
 # What says whether one answer is right, by task; whole reports hardly ever are, in every word.
 HIT_METRICS = {"closed_vqa": "accuracy", "yes_no_vqa": "accuracy", "open_vqa": "exact"}
+# What keeps an answer from being read, by task.
+UNREAD = {
+    "closed_vqa": "begin with no letter of a choice",
+    "yes_no_vqa": "are neither yes nor no alone",
+}
+# Share of the most frequent answer to yes/no questions from which on a reader is to be told, and of how many questions at
+# least: of a few, it is as high by chance.
+MOST_FREQUENT, FEWEST_QUESTIONS = 0.6, 20
 # Metrics of texts, by the names under which scores are kept. The first four are the paper's.
 TEXT_METRICS = ("bleu_1", "rouge_1", "meteor", "bertscore", "rouge_l")
 
@@ -153,9 +170,10 @@ def evaluate_answers(
         `dict`: the content of `scores.json`; of other processes than the first, an empty one.
 
     Raises:
+        BlockingIOError: another call is at work in the folder.
         FileNotFoundError: data, model, predictions, or what a metric needs, are not there.
         ValueError: not exactly one of `model` and `predictions`; the folder holds an evaluation with other settings or of other
-            data; the predictions do not match the references; the blind control has one case only.
+            data; the predictions do not match the references; the blind control has one case only; the model's logits are NaN.
     """
     if (model is None) == (predictions is None):
         raise ValueError("Expected exactly one of a model and a file of predictions.")
@@ -186,46 +204,55 @@ def evaluate_answers(
     identity = {"model": describe(model or str(predictions), folder, state)}
     if blind_predictions is not None:
         identity["blind_predictions"] = describe(str(blind_predictions), None, state)
-    folder_settings = begin(output, settings, identity, references, state, empty if folder is None else ())
 
-    skipped_note, seconds, num_new, num_all = None, 0.0, 0, len(references) + len(empty)
-    if folder is not None:
-        samples, references, blind, skipped_note = leave_out_broken(
-            output, settings, folder, samples, references, work, empty
-        )
-        versions_of_samples = {"given": samples} if blind is None else {"given": samples, "blind": blind}
-        start = time.perf_counter()
-        answers, num_new = answer_all(output, settings, folder, versions_of_samples, references, work, state)
-        seconds = time.perf_counter() - start
-    if not state.is_main_process:
-        return {}
-    scores, details, sample_scores = score_all(references, answers, text_metrics)
-    if metrics.labeller is not None:
-        add_labels(details, references, answers, metrics.labeller)
-    write_json_lines(merged_lines(references, answers, sample_scores), output / PREDICTIONS)
-    return finish(
-        output,
-        scores,
-        system=system or folder_settings["model"]["name"],
-        settings=folder_settings,
-        work=None if folder is None else describe_work(folder, settings, work),
-        decoding=None if model is None else "greedy",
-        metrics=asdict(metrics),
-        num_cases=len(set(samples["case"])),
-        num_samples=len(references),
-        num_skipped=num_all - len(references),
-        part_of_split=is_part or num_all > len(references),
-        notes=[
-            *notes_on(settings, is_part, references, answers),
-            *notes_on_empty(empty, num_all),
-            *([] if skipped_note is None else [skipped_note]),
-            *notes_on_encoder(text_metrics, metrics),
-            *notes_on_language(references, text_metrics, metrics),
-            *clinical_notes(clinical),
-        ],
-        samples_per_second=num_new / seconds if num_new else None,
-        details=details,
-    )
+    with begin(output, settings, identity, references, state, empty if folder is None else ()) as folder_settings:
+        true_labels = label_true_reports(references, metrics.labeller)
+        skipped_note, seconds, num_new, num_all = None, 0.0, 0, len(references) + len(empty)
+        if folder is not None:
+            samples, references, blind, skipped_note = leave_out_broken(
+                output, settings, folder, samples, references, work, empty
+            )
+            versions_of_samples = {"given": samples} if blind is None else {"given": samples, "blind": blind}
+            start = time.perf_counter()
+            answers, num_new = answer_all(output, settings, folder, versions_of_samples, references, work, state)
+            seconds = time.perf_counter() - start
+        if not state.is_main_process:
+            return {}
+        scores, details, sample_scores = score_all(references, answers, text_metrics)
+        write_json_lines(merged_lines(references, answers, sample_scores), output / PREDICTIONS)
+        facts: dict[str, Any] = {
+            "system": system or folder_settings["model"]["name"],
+            "settings": folder_settings,
+            "work": None if folder is None else describe_work(folder, settings, work),
+            "decoding": None if model is None else "greedy",
+            "metrics": asdict(metrics),
+            "num_cases": len(set(samples["case"])),
+            "num_samples": len(references),
+            "num_skipped": num_all - len(references),
+            "part_of_split": is_part or num_all > len(references),
+            "notes": [
+                *notes_on(settings, is_part, references, answers),
+                *notes_on_unread(references, answers),
+                *notes_on_balance(details),
+                *notes_on_empty(empty, num_all),
+                *([] if skipped_note is None else [skipped_note]),
+                *notes_on_encoder(text_metrics, metrics),
+                *notes_on_language(references, text_metrics, metrics),
+                *clinical_notes(clinical),
+            ],
+            "samples_per_second": num_new / seconds if num_new else None,
+            "details": details,
+        }
+        result = finish(output, scores, **facts)
+        if metrics.labeller is not None:  # last: a labeller that fails costs its own figures alone
+            try:
+                add_labels(details, references, answers, metrics.labeller, true_labels)
+            except Exception as error:  # a labeller may raise anything, with the text of a report as message
+                name, places = type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
+                facts["notes"].append(f"Labels of reports failed ({name}), and there are none; the log has the place.")
+                logger.warning(f"{output}: the labeller failed with {name}, and there is no F1 of labels.\n{places}")
+            result = finish(output, scores, **facts)
+        return result
 
 
 def evaluate_retrieval(
@@ -237,7 +264,7 @@ def evaluate_retrieval(
     work: Work | None = None,
 ) -> dict[str, Any]:
     """
-    Evaluates retrieval between volumes and reports, in both directions.
+    Evaluates retrieval between volumes and reports, in both directions, of as many of the first pairs as the largest gallery has.
 
     Args:
         output, settings, model, system, work:
@@ -250,6 +277,7 @@ def evaluate_retrieval(
         `dict`: the content of `scores.json`; of other processes than the first, an empty one.
 
     Raises:
+        BlockingIOError: another call is at work in the folder.
         FileNotFoundError: data, model or embeddings are not there.
         ValueError: not exactly one of `model` and `embeddings`; the folder holds an evaluation with other settings or of other
             data; the embeddings are of another number than the reports, or not finite; the blind control has one case only.
@@ -267,51 +295,59 @@ def evaluate_retrieval(
     if embeddings is not None:
         image_embeds, text_embeds = read_embeddings(embeddings, len(references))
     identity = {"model": describe(model or str(embeddings), folder, state)}
-    folder_settings = begin(output, settings, identity, references, state, empty if folder is None else ())
-
-    seconds, num_new, num_all = 0.0, 0, len(references) + len(empty)
-    samples, references, blind, skipped_note = leave_out_broken(
-        output, settings, folder, samples, references, work, empty
-    )
-    if folder is not None:
-        start = time.perf_counter()
-        num_new = sum(gather_object([embed_all(output, settings, folder, samples, references, work, state)]))
-        seconds = time.perf_counter() - start
-    if not state.is_main_process:
-        return {}
-    if folder is not None:
-        image_embeds, text_embeds = gather_embeddings(output, references)
-        write_atomically(save({"image_embeds": image_embeds, "text_embeds": text_embeds}), output / EMBEDDINGS)
-    group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
-    text_embeds = one_vector_per_text(text_embeds, group_ids)
-    blind_order = None
-    if blind is not None:
-        places = {image: place for place, image in enumerate(samples["image"])}
-        blind_order = [places[image] for image in blind["image"]]
-    scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, list(samples["case"]), blind_order)
-    num_reports = len(set(group_ids.tolist()))
-    notes = [*notes_on(settings, is_part, references, {}), *notes_on_empty(empty, num_all)]
-    if skipped_note is not None:
-        notes.append(skipped_note)
-    missing = [size for size in GALLERY_SIZES if size > len(references)]
-    if missing:
-        notes.append(f"No gallery of {', '.join(map(str, missing))}: there are only {len(references)} pairs.")
-    if num_reports < len(references):
-        notes.append(f"{len(references)} pairs have {num_reports} different reports.")
-    return finish(
-        output,
-        scores,
-        system=system or folder_settings["model"]["name"],
-        settings=folder_settings,
-        work=None if folder is None else describe_work(folder, settings, work),
-        num_cases=len(set(samples["case"])),
-        num_samples=len(references),
-        num_skipped=num_all - len(references),
-        part_of_split=is_part or num_all > len(references),
-        notes=notes,
-        samples_per_second=num_new / seconds if num_new else None,
-        details={"recall_curves": curves},
-    )
+    with begin(output, settings, identity, references, state, empty if folder is None else ()) as folder_settings:
+        seconds, num_new, num_all = 0.0, 0, len(references) + len(empty)
+        samples, references, blind, skipped_note = leave_out_broken(
+            output, settings, folder, samples, references, work, empty
+        )
+        num_sound, largest = len(references), max(GALLERY_SIZES)
+        if num_sound > largest:  # no gallery has more, so that more need not be embedded
+            samples, references = samples.select(range(largest)), references[:largest]
+            blind = None if blind is None else with_volume_of_another_case(samples)
+        if folder is not None:
+            start = time.perf_counter()
+            num_new = sum(gather_object([embed_all(output, settings, folder, samples, references, work, state)]))
+            seconds = time.perf_counter() - start
+        if not state.is_main_process:
+            return {}
+        if folder is None:
+            image_embeds, text_embeds = image_embeds[: len(references)], text_embeds[: len(references)]
+        else:
+            image_embeds, text_embeds = gather_embeddings(output, references)
+            write_atomically(save({"image_embeds": image_embeds, "text_embeds": text_embeds}), output / EMBEDDINGS)
+        group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
+        text_embeds = one_vector_per_text(text_embeds, group_ids)
+        blind_order = None
+        if blind is not None:
+            places = {image: place for place, image in enumerate(samples["image"])}
+            blind_order = [places[image] for image in blind["image"]]
+        cases = list(samples["case"])
+        scores, curves = score_retrieval(image_embeds, text_embeds, group_ids, cases, blind_order, GALLERY_SIZES)
+        num_reports = len(set(group_ids.tolist()))
+        notes = [*notes_on(settings, is_part, references, {}), *notes_on_empty(empty, num_all)]
+        if skipped_note is not None:
+            notes.append(skipped_note)
+        if num_sound > largest:
+            notes.append(f"Only the first {largest:,} of {num_sound:,} pairs were scored: no gallery has more.")
+        missing = [size for size in GALLERY_SIZES if size > len(references)]
+        if missing:
+            notes.append(f"No gallery of {', '.join(map(str, missing))}: there are only {len(references)} pairs.")
+        if num_reports < len(references):
+            notes.append(f"{len(references)} pairs have {num_reports} different reports.")
+        return finish(
+            output,
+            scores,
+            system=system or folder_settings["model"]["name"],
+            settings=folder_settings,
+            work=None if folder is None else describe_work(folder, settings, work),
+            num_cases=len(set(cases)),
+            num_samples=len(references),
+            num_skipped=num_all - num_sound,
+            part_of_split=is_part or num_all > len(references),
+            notes=notes,
+            samples_per_second=num_new / seconds if num_new else None,
+            details={"recall_curves": curves},
+        )
 
 
 def describe(source: str, snapshot: str | None, state: PartialState) -> dict[str, Any]:
@@ -319,6 +355,7 @@ def describe(source: str, snapshot: str | None, state: PartialState) -> dict[str
     return describe_source(source, snapshot) if state.is_main_process else {}
 
 
+@contextmanager
 def begin(
     output: Path,
     settings: EvaluationSettings,
@@ -326,19 +363,20 @@ def begin(
     references: Sequence[Reference],
     state: PartialState,
     left_out: Sequence[Mapping[str, str]] = (),
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """
-    Opens the folder, writes what is asked and, if there is any, what is left out, and returns the settings with what identifies
-    the model or the files.
+    Opens the folder, writes what is asked and, if there is any, what is left out, and yields the settings with what identifies
+    the model or the files. Until the block ends, no other call can work in the folder.
     """
     folder_settings = {**asdict(settings), **identity}
-    if state.is_main_process:
-        open_folder(output, folder_settings)
-        keep_references(output, [asdict(reference) for reference in references])
-        if left_out:
-            write_json_lines(left_out, output / SKIPPED)
-    state.wait_for_everyone()
-    return folder_settings
+    with only_call_in(output):
+        if state.is_main_process:
+            open_folder(output, folder_settings)
+            keep_references(output, [asdict(reference) for reference in references])
+            if left_out:
+                write_json_lines(left_out, output / SKIPPED)
+        state.wait_for_everyone()
+        yield folder_settings
 
 
 def find_unreadable(
@@ -485,8 +523,9 @@ def read_asked(
 
 def read_samples(settings: EvaluationSettings, keep_broken: bool = False) -> tuple[datasets.Dataset, bool]:
     """
-    What is asked, one task after the other, and whether that is only a part of the split; with `keep_broken`, samples that lack
-    a text or whose volume is missing are among them, see [`~train.data.study.read_task`].
+    What is asked, one task after the other, and whether that is only a part of the split: with `settings.num_cases`, the samples
+    of the first cases of each task, so that ids do not depend on what else is asked. With `keep_broken`, samples that lack a
+    text or whose volume is missing are among them, see [`~train.data.study.read_task`].
 
     Raises:
         FileNotFoundError: data are not there.
@@ -521,20 +560,14 @@ def questions_of(data: str, split: str, keep_broken: bool = False) -> tuple[Task
     if split not in SPLITS:
         raise ValueError(f"--split: expected one of {', '.join(SPLITS)}, got {split!r}.")
     root = Path(data).expanduser()
+    tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
     if find_manifest(root) is not None:
-        tasks: tuple[Task, ...] = ("closed_vqa", "open_vqa", "yes_no_vqa")
         return tuple(task for task in tasks if len(read_task(root, split, task, keep_broken)))
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root}: there is no such study. Expected a folder in the layout of M3D, or a manifest."
         )
-    files: dict[str, tuple[Task, ...]] = {"M3D_VQA": ("closed_vqa", "open_vqa"), "M3D_VQA_yn": ("yes_no_vqa",)}
-    return tuple(
-        task
-        for name, tasks_of_file in files.items()
-        if (root / VQA_FOLDER / f"{name}_{VQA_SPLITS[split]}.csv").is_file()
-        for task in tasks_of_file
-    )
+    return tuple(task for task in tasks if (root / vqa_file(split, task)).is_file())
 
 
 def build_text_metrics(
@@ -600,11 +633,17 @@ def answer_all(
 
     Returns:
         By mode, what the journal has for each reference, in their order; and how many answers all processes made.
+
+    Raises:
+        ValueError: the probability of an answer is not finite, of one that an earlier call kept or of a new one; those of its batch
+            are not kept.
     """
     journals = {mode: Journal(output / JOURNAL, mode) for mode in versions_of_samples}
     pending: list[tuple[str, list[dict[str, Any]]]] = []
     for mode, rows in versions_of_samples.items():
         done = journals[mode].read()
+        # Earlier versions kept NaN, as the confidence of an answer.
+        check_finite_answers({name: row.get("probability", row.get("confidence", 1.0)) for name, row in done.items()})
         left = [
             {**rows[place], "id": reference.id}
             for place, reference in enumerate(references)
@@ -625,8 +664,9 @@ def answer_all(
             )
             with broken_scans_have_a_way_out(work):
                 for rows_answered, said in answers:
+                    check_finite_answers({row["id"]: answer.probability for row, answer in zip(rows_answered, said)})
                     journals[mode].append(
-                        {"id": row["id"], "prediction": answer.text, "confidence": answer.confidence}
+                        {"id": row["id"], "prediction": answer.text, "probability": answer.probability}
                         for row, answer in zip(rows_answered, said)
                     )
                     num_new += len(said)
@@ -677,14 +717,18 @@ def score_all(
             "references": describe_answers([reference.expected for reference in asked]),
         }
         rows = [answers["given"][place] for place in places]
-        confidences = [
-            float(row["confidence"]) for row in rows if "confidence" in row
-        ]  # none in a file of predictions
-        if task in HIT_METRICS and len(confidences) == len(rows):
-            bins = calibration_bins(confidences, results["given"][HIT_METRICS[task]])
+        # None in a file of predictions, nor of answers that an earlier version made.
+        probabilities = [row["probability"] for row in rows if "probability" in row]
+        if task in HIT_METRICS and len(probabilities) == len(rows):
+            bins = calibration_bins(probabilities, results["given"][HIT_METRICS[task]])
             details[task]["calibration"] = {
                 "expected_calibration_error": expected_calibration_error(bins),
                 "bins": [asdict(entry) for entry in bins],
+            }
+        if task == "yes_no_vqa":
+            details[task]["most_frequent_answers"] = {
+                group: {"answer": answer, "share": share, "count": count}
+                for group, (answer, share, count) in most_frequent_answers(asked).items()
             }
         if "blind" in texts:
             same = sum(one == other for one, other in zip(texts["given"], texts["blind"]))
@@ -708,18 +752,33 @@ def corpus_score(asked: Sequence[Reference], texts: Mapping[str, Sequence[str]],
     )
 
 
+def label_true_reports(references: Sequence[Reference], labeller: str | None) -> dict[str, ReportLabels]:
+    """
+    The labels of the true reports by id, none without a labeller. The first process makes them, before there is any answer: a
+    labeller that fails is to be known then.
+    """
+    if labeller is None:
+        return {}
+    reports = [reference for reference in references if reference.task == "report"]
+    labels = done_by_first_process(lambda: label_reports([reference.reference for reference in reports], labeller))
+    return {reference.id: label for reference, label in zip(reports, labels)}
+
+
 def add_labels(
     details: dict[str, Any],
     references: Sequence[Reference],
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
     labeller: str,
+    true_labels: Mapping[str, ReportLabels],
 ) -> None:
     """F1 of the labels that a labeller gives to predicted and true reports, in the details of the reports."""
     places = [place for place, reference in enumerate(references) if reference.task == "report"]
+    labels = {}
     for mode, rows in answers.items():
-        texts = [rows[place]["prediction"] for place in places]
-        labels = label_f1(texts, [references[place].reference for place in places], labeller)
-        details["report"].setdefault("labels", {})[mode] = [score.to_dict() for score in labels]
+        predicted = label_reports([rows[place]["prediction"] for place in places], labeller)
+        found = score_labels(predicted, [true_labels[references[place].id] for place in places])
+        labels[mode] = [score.to_dict() for score in found]
+    details["report"]["labels"] = labels  # of all modes or of none
 
 
 def merged_lines(
@@ -746,13 +805,44 @@ def notes_on(
     """What a reader of the scores must know: fewer cases than the split has, and empty answers."""
     notes = []
     if is_part:
-        notes.append(f"Only the first {settings.num_cases} cases of the split {settings.split!r} were scored.")
+        of_each = " of each task" if len(settings.tasks) > 1 else ""
+        notes.append(
+            f"Only the first {settings.num_cases} cases{of_each} of the split {settings.split!r} were scored."
+        )
     for mode, rows in answers.items():
         empty = [reference.id for reference, row in zip(references, rows) if not row["prediction"].strip()]
         if empty:
-            shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-            notes.append(f"{len(empty)} of {len(references)} answers ({mode}) are empty and score 0: {shown}.")
+            notes.append(
+                f"{len(empty)} of {len(references)} answers ({mode}) are empty and score 0: {first_few(empty)}."
+            )
     return notes
+
+
+def notes_on_unread(references: Sequence[Reference], answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What a reader of accuracies must know: answers that say something, but not in a form that can be right."""
+    notes = []
+    for task, fault in UNREAD.items():
+        places = [place for place, reference in enumerate(references) if reference.task == task]
+        for mode, rows in answers.items():
+            said = {references[place].id: (references[place], rows[place]["prediction"]) for place in places}
+            unread = [name for name, (entry, text) in said.items() if text.strip() and not is_read(entry, text)]
+            if unread:
+                notes.append(
+                    f"{len(unread)} of {len(said)} answers ({mode}) {fault}, and count as wrong: {first_few(unread)}."
+                )
+    return notes
+
+
+def notes_on_balance(details: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the accuracy of yes/no questions must know where one true answer is much more frequent than the other."""
+    groups = details.get("yes_no_vqa", {}).get("most_frequent_answers", {})
+    found = [
+        f"{group}: {entry['share']:.1%} of the true answers are {entry['answer']}"
+        for group, entry in groups.items()
+        if entry["share"] > MOST_FREQUENT and entry["count"] >= FEWEST_QUESTIONS
+    ]
+    chance = f"; always saying so scores that, more than the {CHANCE['yes_no_vqa']:.0%} of chance."
+    return [f"Yes/no questions, {', '.join(found)}{chance}"] if found else []
 
 
 def notes_on_empty(empty: Sequence[Mapping[str, str]], num_all: int) -> list[str]:

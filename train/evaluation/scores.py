@@ -1,6 +1,7 @@
 """From answers to scores: each sample by itself, then means by type of question with intervals, chance and blind control."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -186,6 +187,35 @@ def answers_of_another_case(references: Sequence[Reference]) -> list[str]:
     return answers
 
 
+def is_read(reference: Reference, text: str) -> bool:
+    """
+    Whether an answer is of a form that can be right: to a closed question, it begins with the letter of a choice; to a yes/no
+    question, it is yes or no, and no more. Any text is, to the others.
+    """
+    if reference.task == "closed_vqa":
+        return parse_choice(text) is not None
+    if reference.task == "yes_no_vqa":
+        return any(has_same_words(text, word) for word in ("yes", "no", reference.reference))
+    return True
+
+
+def most_frequent_answers(references: Sequence[Reference]) -> dict[str, tuple[str, float, int]]:
+    """
+    By type of question, and of all, the most frequent true answer in lower case, its share, which is what always giving it
+    scores, and of how many questions.
+
+    Args:
+        references (`Sequence[Reference]`):
+            Of yes/no questions, at least one.
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in (*QUESTION_TYPES.values(), ALL_SAMPLES)}
+    for reference in references:
+        for group in {QUESTION_TYPES.get(reference.question_type, ALL_SAMPLES), ALL_SAMPLES}:
+            counts[group][reference.reference.lower().strip().rstrip(". ")] += 1
+    frequent = {group: (*found.most_common(1)[0], found.total()) for group, found in counts.items() if found}
+    return {group: (answer, number / total, total) for group, (answer, number, total) in frequent.items()}
+
+
 def types_of_one_case(references: Sequence[Reference]) -> set[int]:
     """Types of question that only one case is asked, so that there is no answer of another case to guess with."""
     cases_of: dict[int, set[str]] = {}
@@ -219,6 +249,8 @@ __all__ = [
     "exact_matches",
     "fields_for_json",
     "has_same_words",
+    "is_read",
+    "most_frequent_answers",
     "score_samples",
     "summarise",
     "types_of_one_case",

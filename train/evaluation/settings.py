@@ -16,8 +16,8 @@ from ...hub_cards.publish import check_source, check_whole, load_model
 from ...processing.processing_med3dvlm import Med3DVLMProcessor
 from ...processing.volume_io import InvalidVolumeError
 from ..checkpoints import done_by_first_process
-from ..data.cache import VolumeCache
-from ..data.dataset import ProcessedVolumes, VolumeLoader
+from ..data.cache import volume_loader
+from ..data.dataset import VolumeLoader
 from ..data.preparation_record import PREPARED
 from ..data.samples import Split, Task
 from .folders import snapshot_of
@@ -36,7 +36,7 @@ class EvaluationSettings:
         data (`str`): Folder in the layout of M3D, or a manifest.
         tasks (`tuple[Task, ...]`): What is asked; ("report",) for retrieval too.
         split (`str`, *optional*): "test" if not given.
-        num_cases (`int`, *optional*): Only the first so many cases.
+        num_cases (`int`, *optional*): Only the first so many cases of each task.
         blind (`bool`, *optional*): Whether all is asked a second time with the volume of another case.
         max_new_tokens (`int`, *optional*): Longest answer.
         max_text_length (`int`, *optional*): Tokens of a report in retrieval.
@@ -192,10 +192,7 @@ def load_for_evaluation(model: str, kind: type[Any], settings: EvaluationSetting
 
 def build_volumes(processor: Any, settings: EvaluationSettings, work: Work) -> VolumeLoader:
     """What brings the scans through the model's own image processor."""
-    options = prepared_options(settings.prepared)
-    if work.cache is None:
-        return ProcessedVolumes(processor.image_processor, options)
-    return VolumeCache(work.cache, processor.image_processor, dtype="float32", options=options)
+    return volume_loader(processor.image_processor, settings.prepared, work.cache, "float32")
 
 
 def prepared_options(prepared: bool) -> dict[str, Any]:

@@ -14,12 +14,17 @@ def bootstrap_interval(
     level: float = 0.95,
     num_resamples: int = 2000,
     seed: int = 0,
+    are_scores: bool = True,
 ) -> tuple[float, float]:
     """
     Percentile interval of the mean, by resampling with replacement (Efron 1979).
 
     Questions about one case share its volume, so their scores are not independent: with `clusters`, whole cases are drawn, and
     the interval is as wide as the number of cases, not of questions, warrants.
+
+    Scores that are all 0, or all 1, are so in each draw, however few they are. Their interval ends at the exact bound of so many
+    hits in a row (Clopper and Pearson 1934): of `n` clusters of 1, the share of which `n` hits have the probability
+    `(1 - level) / 2`.
 
     Args:
         values (`Sequence[float]`):
@@ -34,6 +39,8 @@ def bootstrap_interval(
             How often to draw.
         seed (`int`, *optional*, defaults to 0):
             Of the draws.
+        are_scores (`bool`, *optional*, defaults to `True`):
+            Whether the values are scores, of which 0 is the lowest and 1 the highest; differences are not.
 
     Returns:
         `tuple[float, float]`: the lower and the upper end; NaN for values of fewer than two clusters, which do not show how much
@@ -60,17 +67,24 @@ def bootstrap_interval(
     columns = _numbered([0] * len(values) if groups is None else groups)
     if rows.max() == 0:
         return float("nan"), float("nan")
+    num_clusters = int(rows.max()) + 1
+    if are_scores and values[0] in (0, 1) and all(value == values[0] for value in values):
+        bound = ((1 - level) / 2) ** (1 / num_clusters)
+        return (bound, 1.0) if values[0] else (0.0, 1 - bound)
     # Of each cluster (row) and group (column): the sum and the number of its values.
-    sums = np.zeros((rows.max() + 1, columns.max() + 1))
+    sums = np.zeros((num_clusters, columns.max() + 1))
     sizes = np.zeros_like(sums)
     np.add.at(sums, (rows, columns), np.asarray(values, dtype=float))
     np.add.at(sizes, (rows, columns), 1.0)
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, 100):  # in blocks: all draws at once would need gigabytes for large studies
-        drawn = generator.integers(len(sums), size=(min(100, num_resamples - start), len(sums)))
+        drawn = generator.integers(num_clusters, size=(min(100, num_resamples - start), num_clusters))
+        # How often each draw has each cluster.
+        places = drawn + num_clusters * np.arange(len(drawn))[:, None]
+        weights = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         with np.errstate(invalid="ignore"):  # a group that a draw has no sample of has no mean there
-            means[start : start + len(drawn)] = np.nanmean(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), axis=1)
+            means[start : start + len(drawn)] = np.nanmean(weights @ sums / (weights @ sizes), axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ...hub_cards.model_index import METRIC_TITLES as CARD_TITLES
 from ..data.samples import QUESTION_TYPES
 from ..files import write_atomically
 from ..scoring import RECALL_RANKS
@@ -16,17 +17,9 @@ from .scores import ALL_SAMPLES, MEAN_OF_TYPES, Score
 
 
 METRIC_TITLES = {
+    **CARD_TITLES,
     "accuracy": "accuracy",
     "original_accuracy": "accuracy, original rule",
-    "bleu_1": "BLEU-1",
-    "rouge_1": "ROUGE-1",
-    "meteor": "METEOR",
-    "bertscore": "BERTScore",
-    "rouge_l": "ROUGE-L",
-    "corpus_bleu_4": "BLEU-4 of the corpus",
-    "ratescore": "RaTEScore",
-    "green": "GREEN",
-    "radgraph_f1": "RadGraph F1",
     "exact": "same words",
     **{f"recall_at_{rank}": f"R@{rank}" for rank in RECALL_RANKS},
 }
@@ -84,7 +77,9 @@ class _Form:
     rows: Mapping[str, Mapping[str, tuple[str, str]]]  # title of a row -> title of a column -> metric, group
 
 
-def build_tables(scores: Sequence[Score], system: str, published: Sequence[PublishedScore] = ()) -> list[Table]:
+def build_tables(
+    scores: Sequence[Score], system: str, published: Sequence[PublishedScore] = (), published_note: str = ""
+) -> list[Table]:
     """
     A table for each task, in percent: the system with its 95 % intervals, its blind control and chance, and what others
     published, each marked as measured here or published.
@@ -96,12 +91,14 @@ def build_tables(scores: Sequence[Score], system: str, published: Sequence[Publi
             Its name.
         published (`Sequence`, *optional*):
             Figures that others published; those of other tasks are left out.
+        published_note (`str`, *optional*):
+            What a reader of any of them must know, for below the sources.
 
     Returns:
         `list[Table]`, in the order of the scores.
     """
     return [
-        _build_table(task, [score for score in scores if score.task == task], system, published)
+        _build_table(task, [score for score in scores if score.task == task], system, published, published_note)
         for task in dict.fromkeys(score.task for score in scores)
     ]
 
@@ -132,7 +129,9 @@ def _form_of(task: str, scores: Sequence[Score | PublishedScore]) -> _Form:
     )
 
 
-def _build_table(task: str, scores: Sequence[Score], system: str, published: Sequence[PublishedScore]) -> Table:
+def _build_table(
+    task: str, scores: Sequence[Score], system: str, published: Sequence[PublishedScore], published_note: str
+) -> Table:
     cited = [entry for entry in published if entry.task == task]
     sources = list(dict.fromkeys((entry.table, entry.source) for entry in cited))  # as `list_sources` has them
     others: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
@@ -157,12 +156,15 @@ def _build_table(task: str, scores: Sequence[Score], system: str, published: Seq
         head = (title,) if form.row_title else ()
         rows += [(*head, name, mark, *cells) for name, mark, cells in kinds if any(cells)]
     head = (form.row_title,) if form.row_title else ()
+    notes = [f"[{number}] {line}" for number, line in enumerate(list_sources(cited), start=1)]
+    if cited and published_note:
+        notes.append(published_note)
     return Table(
         name=task,
         title=f"{TITLES[task]}, %",
         header=(*head, "system", "source", *next(iter(form.rows.values()))),
         rows=tuple(rows),
-        notes=tuple(f"[{number}] {line}" for number, line in enumerate(list_sources(cited), start=1)),
+        notes=tuple(notes),
     )
 
 

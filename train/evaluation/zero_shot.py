@@ -4,9 +4,6 @@ Zero-shot classification with the dual encoder: how near the vector of a volume 
 Prompts and labels come from files, so that any finding with a label can be tested without training.
 """
 
-import csv
-import io
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +22,7 @@ from ..answering import embed_texts
 from ..data.collate import stack_volumes
 from ..data.dataset import VolumeLoader
 from ..data.m3d import read_csv_rows
-from ..data.samples import Split
-from ..files import write_atomically
-from ..phantoms.anatomy import ORGANS
-from ..phantoms.study import TRUTH_FILE
+from ..scoring import check_finite
 from .scores import fields_for_json
 from .tables import escape_cell, percent
 
@@ -233,7 +227,8 @@ def read_labels(
         absent = [name for name in classes if name not in header]
         if absent:
             raise ValueError(
-                f"{path}: no column for {', '.join(map(repr, absent))}. It has {', '.join(header) or 'none'}."
+                f"{path}: no column for {', '.join(map(repr, absent))}. It has {', '.join(header) or 'none'}. Add the column, or "
+                "give prompts for those that it has (--prompts)."
             )
         if not set(KEY_COLUMNS) & set(header):
             raise ValueError(f"{path}: expected a column 'image' or 'case', got {', '.join(header)}.")
@@ -257,12 +252,10 @@ def read_labels(
         else:
             images = images_of_cases.get(case, ())
             if not images:
-                raise ValueError(
-                    f"{where}: the case {case!r} is not among the {len(images_of_cases)} cases of the data."
-                )
+                raise ValueError(f"{where}: its case is not among the {len(images_of_cases)} cases of the data.")
         for image in images:
             if image in seen:
-                raise ValueError(f"{where}: the volume {image} occurs a second time, first in row {seen[image]}.")
+                raise ValueError(f"{where}: its volume occurs a second time, first in row {seen[image]}.")
             seen[image] = number
             volumes.append(LabelledVolume(image, case or image, known))
     if not volumes:
@@ -275,7 +268,7 @@ def _read_label(where: str, name: str, cell: str) -> int | None:
     values = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}
     if cell.strip() not in values:
         raise ValueError(
-            f"{where}: expected 1, 0 or an empty cell for {name!r}, got {cell!r}. Leave unknown ones empty."
+            f"{where}: expected 1, 0 or an empty cell for {name!r}, got something else. Leave unknown ones empty."
         )
     return values[cell.strip()]
 
@@ -286,43 +279,6 @@ def images_by_case(samples: Any) -> dict[str, list[str]]:
     for case, image in zip(samples["case"], samples["image"]):
         images.setdefault(case, {})[image] = None
     return {case: list(found) for case, found in images.items()}
-
-
-def write_phantom_labels(study: str | Path, destination: str | Path, split: Split = "test") -> Path:
-    """
-    Writes the labels that belong to `PHANTOM_PROMPTS`: which organ of each phantom holds the lesion.
-
-    Args:
-        study (`str` or `Path`):
-            Folder of a study of phantoms.
-        destination (`str` or `Path`):
-            The CSV file.
-        split (`str`, *optional*, defaults to `"test"`):
-            Whose phantoms.
-
-    Returns:
-        `Path` of the file.
-
-    Raises:
-        FileNotFoundError: the folder holds no study of phantoms.
-        ValueError: the split has no phantoms.
-    """
-    study, destination = Path(study).expanduser().absolute(), Path(destination)
-    if not (study / TRUTH_FILE).is_file():
-        raise FileNotFoundError(f"{study} is no study of phantoms: there is no {TRUTH_FILE}.")
-    lines = [json.loads(line) for line in (study / TRUTH_FILE).read_text(encoding="utf-8").splitlines()]
-    rows = [
-        [study / line["image"], line["case"], *[int(line["organ"] == organ) for organ in ORGANS]]
-        for line in lines
-        if line["split"] == split
-    ]
-    if not rows:
-        raise ValueError(f"{study} has no phantoms of the split {split!r}.")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([[*KEY_COLUMNS, *ORGANS], *rows])
-    write_atomically(text.getvalue().encode(), destination)
-    return destination
 
 
 def run_zero_shot(
@@ -379,26 +335,29 @@ def run_zero_shot(
         and its reason counts them.
 
     Raises:
-        ValueError: the rule does not fit the model or the prompts, a prompt is too long, all volumes are of one case, or a
-            volume or case for validation is among those that are scored.
+        ValueError: the rule does not fit the model or the prompts, a prompt is too long, all volumes are of one case, a volume
+            or case for validation is among those that are scored, or a vector is not finite.
     """
     if not prompts:
         raise ValueError("Expected prompts for at least one class, got none.")
     rule = _choose_rule(model, prompts, rule)
     scored = [volume.image for volume in labels.volumes]
     for_validation = [] if validation is None else [volume.image for volume in validation.volumes]
-    shared = sorted(set(scored) & set(for_validation))
-    if shared:
+    if shared := set(scored) & set(for_validation):
+        first = next(place for place, image in enumerate(scored, start=1) if image in shared)
         raise ValueError(
-            f"{len(shared)} volumes are both for validation and scored, such as {shared[0]}: remove them."
+            f"{len(shared)} volumes are both for validation and scored, the first is volume {first} of those that are scored: remove "
+            "them from one of the files."
         )
-    cases = {volume.case for volume in labels.volumes}
-    if validation is not None and (common := {volume.case for volume in validation.volumes} & cases):
+    cases = [volume.case for volume in labels.volumes]
+    if validation is not None and (common := {volume.case for volume in validation.volumes} & set(cases)):
+        first = next(place for place, case in enumerate(cases, start=1) if case in common)
         raise ValueError(
             f"{len(common)} cases are both for validation and scored, with other volumes, so that thresholds would be chosen on "
-            f"patients that are scored, such as {min(common)}: remove them from one of the files."
+            f"patients that are scored, the first is that of volume {first} of those that are scored: remove them from one of the "
+            "files."
         )
-    other = _places_of_another_case([volume.case for volume in labels.volumes])
+    other = _places_of_another_case(cases)
 
     was_training = model.training
     model.eval()
@@ -407,6 +366,9 @@ def run_zero_shot(
         image_embeds = embed_volumes(model, [*scored, *for_validation], volumes, batch_size, show_progress)
     finally:
         model.train(was_training)
+    for kind, vectors in zip(("prompts", "negative prompts", "volumes"), (*class_embeds, image_embeds)):
+        if vectors is not None:
+            check_finite(kind, vectors)
     probabilities = class_probabilities(model, image_embeds, *class_embeds, rule)
     given, chosen_on = probabilities[: len(scored)], probabilities[len(scored) :]
 
@@ -416,7 +378,7 @@ def run_zero_shot(
         if validation is not None:
             row = _add_threshold(row, given[:, place], labels.volumes, chosen_on[:, place], validation.volumes)
         rows.append(row)
-    rows.append(_mean_of(rows, given, labels.volumes))
+    rows.append(_mean_of(rows))
     notes = [f"Probabilities: {RULE_TEXTS[rule]}."]
     if labels.columns_without_prompts:
         notes.append(f"Not scored, for want of prompts: {', '.join(labels.columns_without_prompts)}.")
@@ -632,12 +594,10 @@ def auroc_interval(
     truth: Sequence[int] | np.ndarray,
     given: Sequence[float] | np.ndarray,
     clusters: Sequence[Any],
-    level: float = 0.95,
     num_resamples: int = 2000,
-    seed: int = 0,
 ) -> tuple[float, float]:
     """
-    Percentile interval of the AUROC, by resampling whole cases with replacement.
+    Percentile interval (95 %) of the AUROC, by resampling whole cases with replacement.
 
     Args:
         truth (`Sequence[int]`):
@@ -646,12 +606,8 @@ def auroc_interval(
             Probabilities.
         clusters (`Sequence`):
             Case of each volume.
-        level (`float`, *optional*, defaults to 0.95):
-            Share of resampled values that lie within.
         num_resamples (`int`, *optional*, defaults to 2000):
             How often to draw. Draws without both labels have no AUROC and are left out.
-        seed (`int`, *optional*, defaults to 0):
-            Of the draws.
 
     Returns:
         `tuple[float, float]`: the lower and the upper end; NaN if no draw has both labels, or there are fewer than two cases.
@@ -663,7 +619,7 @@ def auroc_interval(
         return math.nan, math.nan
     order = np.argsort(given, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(given[order]) != 0))  # of equal values
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     values: list[np.ndarray] = []
     for start in range(0, num_resamples, 100):  # in blocks: all draws at once would need gigabytes for large studies
         size = min(100, num_resamples - start)
@@ -677,13 +633,11 @@ def auroc_interval(
     drawn_values = np.concatenate(values)
     if not len(drawn_values):
         return math.nan, math.nan
-    low, high = np.quantile(drawn_values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn_values, [0.025, 0.975])
     return float(low), float(high)
 
 
-def _mean_of(
-    rows: Sequence[ZeroShotScore], probabilities: np.ndarray, volumes: Sequence[LabelledVolume]
-) -> ZeroShotScore:
+def _mean_of(rows: Sequence[ZeroShotScore]) -> ZeroShotScore:
     """Unweighted means over the classes that have a figure; their interval is not estimated."""
 
     def mean(values: Sequence[float | None]) -> float:
@@ -753,5 +707,4 @@ __all__ = [
     "read_labels",
     "read_prompts",
     "run_zero_shot",
-    "write_phantom_labels",
 ]

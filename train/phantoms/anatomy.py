@@ -321,32 +321,6 @@ def scan_patient(
     return store_in_other_axes(voxels, affine, generator)
 
 
-def render_volume(
-    findings: PhantomFindings, generator: np.random.Generator, **scan_options: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """
-    A scan of a new patient with the given findings.
-
-    Args:
-        findings (`PhantomFindings`): What the scan shows.
-        generator (`np.random.Generator`): Source of all draws.
-        scan_options: Options of [`scan_patient`].
-
-    Returns:
-        HU (`np.ndarray` of int16, in stored axis order) and affine (`np.ndarray` of shape `(4, 4)`, to RAS+ mm).
-
-    Example:
-
-    ```python
-    >>> findings = PhantomFindings("axial", "arterial", "liver", "upper", "cyst", "small")
-    >>> voxels, affine = render_volume(findings, np.random.default_rng(0))
-    >>> voxels.dtype, affine.shape
-    (dtype('int16'), (4, 4))
-    ```"""
-    patient = draw_patient(findings, generator)
-    return scan_patient(patient, findings.plane, generator, **scan_options)
-
-
 def draw_grid(
     patient: Patient,
     plane: str,
@@ -408,8 +382,8 @@ def paint(patient: Patient, affine: np.ndarray, shape: tuple[int, int, int]) -> 
 
     Args:
         patient (`Patient`): The patient.
-        affine (`np.ndarray` of shape `(4, 4)`): Of the grid, to RAS+ mm.
-        shape (`tuple[int, int, int]`): Of the grid.
+        affine (`np.ndarray` of shape `(4, 4)`): Maps an index of the grid to RAS+ mm.
+        shape (`tuple[int, int, int]`): Voxels of the grid along its axes.
 
     Returns:
         `np.ndarray` of float32 and the given shape.
@@ -466,8 +440,8 @@ class Canvas:
     A grid of HU on which shapes are painted, each evaluated within the box around it alone.
 
     Args:
-        affine (`np.ndarray` of shape `(4, 4)`): Of the grid, to RAS+ mm.
-        shape (`tuple[int, int, int]`): Of the grid.
+        affine (`np.ndarray` of shape `(4, 4)`): Maps an index of the grid to RAS+ mm.
+        shape (`tuple[int, int, int]`): Voxels of the grid along its axes.
     """
 
     def __init__(self, affine: np.ndarray, shape: tuple[int, int, int]):
@@ -592,6 +566,5 @@ __all__ = [
     "Shape",
     "draw_patient",
     "paint",
-    "render_volume",
     "scan_patient",
 ]

@@ -60,8 +60,8 @@ def score_retrieval(
             Pairs in a gallery; fewer if the test has fewer.
 
     Returns:
-        `list` of rows. "identical" counts an identical report as a match, "plain" only the phantom's own. "The right one of
-        two reports" compares the report with the same where two words are exchanged.
+        `list` of rows. Only the phantom's own report is a match, and in "deduplicated" rows any that is identical. "The right
+        one of two reports" compares the report with the same where two words are exchanged.
     """
     samples = read_task(study, "test", "report")
     size = min(gallery_size, len(samples))
@@ -73,16 +73,16 @@ def score_retrieval(
     other = image_embeds[[places[image] for image in with_volume_of_another_case(samples)["image"]]]
     rows = []
     for direction in ("volume to report", "report to volume"):
-        for name, key in {"identical": "recall_at_1", "plain": "plain_recall_at_1"}.items():
+        for name, key in {"R@1": "recall_at_1", "deduplicated R@1": "deduplicated_recall_at_1"}.items():
 
             def score(images: torch.Tensor, direction: str = direction, key: str = key) -> float:
                 pair = (images, text_embeds) if direction == "volume to report" else (text_embeds, images)
                 return retrieval_recall(*pair, group_ids, gallery_size=size)[key]
 
-            ids = group_ids if name == "identical" else torch.arange(len(group_ids))
+            ids = torch.arange(len(group_ids)) if name == "R@1" else group_ids
             rows.append(
                 {
-                    "score": f"R@1 of {size}, {direction}, {name}",
+                    "score": f"{name} of {size}, {direction}",
                     "value": score(image_embeds),
                     "blind": score(other),
                     "chance": chance_recall(ids, size),

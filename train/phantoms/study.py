@@ -5,9 +5,8 @@ import gzip
 import io
 import itertools
 import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,9 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from ..cores import count_usable_cores
+from ..data.layout import CAP_INDEX, CHOICE_LETTERS, VQA_COLUMNS, VQA_SPLITS, vqa_file
 from ..files import write_atomically, write_json_lines
+from ..processes import count_usable_cores, worker_pool
 from .anatomy import (
     FACTORS,
     IN_PLANE_SPACING,
@@ -37,25 +37,10 @@ from .anatomy import (
 
 SETTINGS_FILE = "phantom.json"
 TRUTH_FILE = "phantoms.jsonl"
+LABELS_FILE = "labels.csv"
 # Counts up when the same settings would give other files.
 GENERATOR_VERSION = 5
 
-LETTERS = ("A", "B", "C", "D")
-# The columns of M3D-VQA's files, in the order of M3D's own writer.
-VQA_COLUMNS = (
-    "Image Path",
-    "Text",
-    "Question Type",
-    "Question",
-    "Choice A",
-    "Choice B",
-    "Choice C",
-    "Choice D",
-    "Answer",
-    "Answer Choice",
-)
-# M3D_Cap.json calls the second split "validation", the files of M3D-VQA call it "val".
-SPLIT_NAMES = {"train": "train", "validation": "val", "test": "test"}
 # The organ on the other side; liver and spleen stand for each other, so that each organ has exactly one.
 PARTNERS = {
     "right lung": "left lung",
@@ -134,6 +119,7 @@ def write_study(
         M3D_Cap_npy/phantom/000001/text.txt                     the report
         M3D-VQA/M3D_VQA_{train,val,test}.csv                    five questions per case, with choices A to D
         M3D-VQA/M3D_VQA_yn_{train,val,test}.csv                 five yes/no questions per case, their choices empty
+        labels.csv                                              per case of the test split, which organ holds the lesion
         phantom.json                                            the settings
         phantoms.jsonl                                          per case the findings, and where the lesion lies
     ```
@@ -144,7 +130,7 @@ def write_study(
     Args:
         destination (`Path`): Folder of the study: new, empty, or begun with the same settings.
         num_cases (`int`): Cases of all splits together.
-        seed (`int`, *optional*, defaults to 0): Of all draws.
+        seed (`int`, *optional*, defaults to 0): Seed of all draws.
         num_validation (`int`, *optional*): Cases for validation; one in twenty, at most 100, if not given.
         num_test (`int`, *optional*): Cases for the test; one in ten, at most 200, if not given.
         in_plane_spacing, slice_spacing (`tuple[float, float]`, *optional*): Lowest and highest spacing in mm.
@@ -321,7 +307,7 @@ def plan_questions(findings: Sequence[PhantomFindings], generator: np.random.Gen
     questions of each type have the answer yes, whatever they ask for.
 
     Args:
-        findings (`Sequence[PhantomFindings]`): Of the cases of one split.
+        findings (`Sequence[PhantomFindings]`): Findings of the cases of one split.
         generator (`np.random.Generator`): Source of the draws.
 
     Returns:
@@ -342,7 +328,7 @@ def plan_questions(findings: Sequence[PhantomFindings], generator: np.random.Gen
                 sets = list(itertools.combinations(others, 3))
             for index, distractors in zip(members, _evenly(sets, len(members), generator)):
                 plans[index].distractors[question_type] = distractors
-            for index, letter in zip(members, _evenly(LETTERS, len(members), generator)):
+            for index, letter in zip(members, _evenly(CHOICE_LETTERS, len(members), generator)):
                 plans[index].letters[question_type] = letter
             is_yes = _evenly((True, False), len(members), generator)
             for index, yes in zip(members, is_yes):
@@ -383,7 +369,7 @@ def make_questions(
     Ten questions about one case: for each type one with choices and one to be answered with yes or no.
 
     Args:
-        findings (`PhantomFindings`): Of the case.
+        findings (`PhantomFindings`): Findings of the case.
         generator (`np.random.Generator`): Draws the wording, and the order of the wrong choices.
         plan (`QuestionPlan`, *optional*): What the questions offer; drawn for this case alone if not given.
 
@@ -405,15 +391,15 @@ def make_questions(
         answer, wrong = _answers(question_type, findings, plan.distractors[question_type])
         choices = [wrong[place] for place in generator.permutation(3)]
         letter = plan.letters[question_type]
-        choices.insert(LETTERS.index(letter), answer)
+        choices.insert(CHOICE_LETTERS.index(letter), answer)
         row: dict[str, Any] = {"Question Type": question_type, "Question": _pick(WORDINGS[question_type], generator)}
-        row |= {f"Choice {name}": choice for name, choice in zip(LETTERS, choices)}
+        row |= {f"Choice {name}": choice for name, choice in zip(CHOICE_LETTERS, choices)}
         rows.append({**row, "Answer": answer, "Answer Choice": letter})
     for question_type, wordings in YES_NO_WORDINGS.items():
         asked = plan.asked[question_type]
         question = _pick(wordings, generator).format(**_words(question_type, asked))
         row = {"Question Type": question_type, "Question": question}
-        row |= dict.fromkeys((f"Choice {name}" for name in LETTERS), "")
+        row |= dict.fromkeys((f"Choice {name}" for name in CHOICE_LETTERS), "")
         answer = "Yes" if asked == _truth(question_type, findings) else "No"
         rows.append({**row, "Answer": answer, "Answer Choice": ""})
     return rows
@@ -529,24 +515,43 @@ def write_lists(
     cases: Sequence[dict[str, Any]],
     seed: int,
 ) -> None:
-    """Writes what lists the cases: `M3D_Cap.json`, the files of questions, and last the ground truth."""
-    entries: dict[str, list[dict[str, str]]] = {split: [] for split in SPLIT_NAMES}
-    closed: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLIT_NAMES}
-    yes_no: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLIT_NAMES}
+    """Writes what lists the cases: `M3D_Cap.json`, the files of questions, the labels, and last the ground truth."""
+    entries: dict[str, list[dict[str, str]]] = {split: [] for split in VQA_SPLITS}
+    questions: dict[str, list[dict[str, Any]]] = {
+        vqa_file(split, task): [] for split in VQA_SPLITS for task in ("closed_vqa", "yes_no_vqa")
+    }
     truth = []
     for index, (of_case, plan, split, case) in enumerate(zip(findings, plans, splits, cases)):
         scan, report = paths_of_case(index, of_case)
         entries[split].append({"image": scan, "text": report})
         for row in make_questions(of_case, np.random.default_rng([seed, 2, index]), plan):
-            rows = closed if row["Answer Choice"] else yes_no
-            rows[split].append({"Image Path": scan, "Text": report, **row})
+            task = "closed_vqa" if row["Answer Choice"] else "yes_no_vqa"
+            questions[vqa_file(split, task)].append({"Image Path": scan, "Text": report, **row})
         lesion = {f"lesion_{name}": case[name] for name in ("centre", "diameter", "hu")}
         truth.append({"case": f"phantom/{index + 1:06d}", "split": split, "image": scan, **asdict(of_case), **lesion})
-    write_atomically(_as_json(entries), destination / "M3D_Cap_npy" / "M3D_Cap.json")
-    for split, name in SPLIT_NAMES.items():
-        write_atomically(_as_csv(closed[split]), destination / "M3D-VQA" / f"M3D_VQA_{name}.csv")
-        write_atomically(_as_csv(yes_no[split]), destination / "M3D-VQA" / f"M3D_VQA_yn_{name}.csv")
+    write_atomically(_as_json(entries), destination / CAP_INDEX)
+    for file, rows in questions.items():
+        write_atomically(_as_csv(rows, VQA_COLUMNS), destination / file)
+    write_labels(truth, destination / LABELS_FILE)
     write_json_lines(truth, destination / TRUTH_FILE)
+
+
+def write_labels(truth: Sequence[Mapping[str, Any]], destination: Path, split: str = "test") -> None:
+    """
+    Writes labels for zero-shot classification: which organ of each phantom of a split holds the lesion, as 1 and 0.
+
+    Args:
+        truth (`Sequence`): Lines of `phantoms.jsonl`.
+        destination (`Path`): CSV file. Its paths are those of `truth`, relative to the folder of the study.
+        split (`str`, *optional*, defaults to `"test"`): Split of the phantoms.
+    """
+    columns = ("image", "case", *ORGANS)
+    rows = [
+        {"image": line["image"], "case": line["case"], **{organ: int(line["organ"] == organ) for organ in ORGANS}}
+        for line in truth
+        if line["split"] == split
+    ]
+    write_atomically(_as_csv(rows, columns), destination)
 
 
 def _in_parallel(make: Any, findings: Sequence[PhantomFindings], num_workers: int) -> Iterator[tuple[int, Any]]:
@@ -555,20 +560,14 @@ def _in_parallel(make: Any, findings: Sequence[PhantomFindings], num_workers: in
         for index, entry in enumerate(findings):
             yield index, make(index, entry)
         return
-    # Fresh processes: a fork of one that has threads, as torch's, can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        try:
-            chunk = max(1, min(16, len(findings) // (4 * num_workers)))
-            starts = range(0, len(findings), chunk)
-            futures = [
-                pool.submit(_make_chunk, make, start, list(findings[start : start + chunk])) for start in starts
-            ]
-            for future in as_completed(futures):
-                yield from future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    chunk = max(1, min(16, len(findings) // (4 * num_workers)))
+    with worker_pool(num_workers) as pool:
+        futures = [
+            pool.submit(_make_chunk, make, start, list(findings[start : start + chunk]))
+            for start in range(0, len(findings), chunk)
+        ]
+        for future in as_completed(futures):
+            yield from future.result()
 
 
 def _make_chunk(make: Any, start: int, findings: list[PhantomFindings]) -> list[tuple[int, Any]]:
@@ -591,12 +590,12 @@ def _as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _as_csv(rows: list[dict[str, Any]]) -> bytes:
+def _as_csv(rows: list[dict[str, Any]], columns: Sequence[str]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, VQA_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
 
 
-__all__ = ["PhantomFindings", "QuestionPlan", "make_questions", "write_report", "write_study"]
+__all__ = ["PhantomFindings", "QuestionPlan", "make_questions", "write_labels", "write_report", "write_study"]

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.processing.volume_io import InvalidVolumeError
 from med3dvlm.train.data import cache as cache_module
-from med3dvlm.train.data.cache import CACHE_DTYPES, VolumeCache
+from med3dvlm.train.data.cache import CACHE_DTYPES, VolumeCache, volume_loader
+from med3dvlm.train.data.dataset import ProcessedVolumes
+from med3dvlm.train.data.preparation_record import PREPARED
 
 
 def image_processor(**overrides):
@@ -54,6 +56,15 @@ def test_first_and_later_loads_are_equal_to_the_bit(dtype, tmp_path):
     assert first.min() >= 0 and first.max() <= 1
     first.zero_()  # a caller may change what it got
     assert torch.equal(again.load(scan), cache.load(scan)) and again.load(scan).any()
+
+
+def test_volumes_are_loaded_as_was_asked(tmp_path):
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    plain = volume_loader(image_processor())
+    assert isinstance(plain, ProcessedVolumes) and torch.equal(plain.load(scan), expected_volume(scan))
+    cached = volume_loader(image_processor(), prepared=True, cache=str(tmp_path / "cache"), dtype="float32")
+    assert isinstance(cached, VolumeCache) and cached.dtype == "float32" and cached.options == PREPARED
+    assert cached.folder.parent == tmp_path / "cache"
 
 
 def test_stated_errors_hold_for_all_values():

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.train.data import check as check_module
 from med3dvlm.train.data.check import check_study, format_check_report
 
@@ -57,6 +58,32 @@ def test_scans_that_would_be_scaled_in_another_way_than_the_others_are_listed(tm
     assert problem.reason.endswith("unlike 2 other scans; if it is CT, its values have an offset: subtract it")
 
 
+@pytest.mark.parametrize("mean, is_told", [(1500, False), (500, True)])
+def test_scans_are_taken_for_ct_where_the_processor_takes_them(mean, is_told, tmp_path):
+    """An image of another kind may have a value as low as air; its mean then tells, as for `intensity_mode` "auto"."""
+    arrays = np.random.default_rng(0).integers(mean - 400, mean + 900, size=(3, *layout.SHAPE)).astype(np.int16)
+    arrays[:, 0, 0, 0] = 0
+    arrays[2, 0, 0, 0] = -250
+    for name, array in zip("abc", arrays):
+        layout.write_volume(tmp_path / f"{name}.nii.gz", array=array)
+    modes = {name: mode_of(tmp_path / f"{name}.nii.gz") for name in "abc"}
+    assert modes == {"a": "minmax", "b": "minmax", "c": "window" if is_told else "minmax"}
+    assert ("mixed_intensities" in kinds(check(tmp_path), "warning")) == is_told
+
+
+def mode_of(path):
+    processor = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))
+    return processor(str(path), return_report=True)["preprocessing_report"][0]["intensity_mode"]
+
+
+def test_scans_are_found_by_their_ending_in_capitals_too(tmp_path):
+    layout.write_volume(tmp_path / "a.nii.gz")
+    layout.write_volume(tmp_path / "b.nii.gz", array=random_array())
+    (tmp_path / "b.nii.gz").rename(tmp_path / "B.NII.GZ")
+    report = check(tmp_path)
+    assert report.num_volumes == 2 and report.is_ok
+
+
 def test_scaled_scans_are_judged_by_their_values_and_kept_as_stored(tmp_path, monkeypatch):
     kept, check_voxels = [], check_module._check_voxels
 
@@ -65,7 +92,7 @@ def test_scaled_scans_are_judged_by_their_values_and_kept_as_stored(tmp_path, mo
         check_voxels(facts, voxels, *scaling)
 
     monkeypatch.setattr(check_module, "_check_voxels", spy)
-    array = np.random.default_rng(0).integers(0, 2000, size=layout.SHAPE).astype(np.int16)
+    array = np.random.default_rng(0).integers(0, 1500, size=layout.SHAPE).astype(np.int16)
     for name, intercept in {"a": 0.0, "b": 0.0, "c": -1024.0}.items():
         image = nibabel.Nifti1Image(array + (name == "b"), np.eye(4))
         content = bytearray(image.to_bytes())

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import build_tiny_model
 
 from med3dvlm.train.data.collate import ConversationCollator, PairCollator
 from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder
-from med3dvlm.train.demo import build_tiny_model
 
 
 SHAPE = (32, 64, 96)

@@ -99,6 +99,13 @@ def test_a_manifest_that_is_not_utf8_is_refused(folder, write):
         read_manifest(path)
 
 
+def test_half_a_character_is_named_by_its_line(folder):
+    path = write_jsonl(folder, QUESTION, {**QUESTION, "answer": "cyst"})
+    path.write_text(path.read_text().replace("cyst", r"cyst \ud83d"))
+    with pytest.raises(ValueError, match="2.*half of a character"):
+        read_manifest(path)
+
+
 @pytest.mark.parametrize("answer, task", [("Yes", "yes_no_vqa"), ("no.", "yes_no_vqa"), ("Yes, a cyst", "open_vqa")])
 def test_yes_or_no_makes_a_yes_no_question(folder, answer, task):
     assert read_manifest(write_csv(folder, {**QUESTION, "answer": answer}))[0]["task"] == task

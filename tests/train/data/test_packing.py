@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
+from tiny import build_tiny_model
 
 from med3dvlm.train.data.collate import ConversationCollator
 from med3dvlm.train.data.dataset import ConversationBuilder
 from med3dvlm.train.data.packing import count_shared_tokens, share_beginnings
-from med3dvlm.train.demo import build_tiny_model
 
 
 SHAPE = (32, 64, 96)

@@ -32,17 +32,12 @@ from med3dvlm.train.data.cache import VolumeCache
 from med3dvlm.train.data.check import check_study
 from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.m3d import read_m3d_cap
-from med3dvlm.train.data.preparation_record import PREPARED
-from med3dvlm.train.data.prepare import (
-    encode_prepared_volume,
-    find_cases,
-    format_preparation_report,
-    prepare_m3d_cap,
-    read_preparation_record,
-)
+from med3dvlm.train.data.preparation_record import PREPARED, read_preparation_record
+from med3dvlm.train.data.prepare import encode_prepared_volume, format_preparation_report, prepare_m3d_cap
 from med3dvlm.train.data.reading import find_broken
 from med3dvlm.train.data.samples import SPLITS
-from med3dvlm.train.data.slices import read_slices
+from med3dvlm.train.data.slices import find_cases, read_slices
+from med3dvlm.train.data.splits import DEFAULT_FRACTIONS, draw_splits
 
 
 IMAGE_SIZE = preparation_program.IMAGE_SIZE
@@ -357,7 +352,7 @@ def test_splits_follow_from_seed_and_fractions(tmp_path):
 def test_the_split_of_a_case_does_not_depend_on_other_cases():
     fractions = {"validation": 0.1, "test": 0.2}
     names = [f"{number:06}" for number in range(1000)]
-    some, more = (prepare._draw_splits(cases, fractions, seed=3) for cases in (names[::2], names))
+    some, more = (draw_splits(cases, fractions, seed=3) for cases in (names[::2], names))
     assert all(more[case] == split for case, split in some.items())
     for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
         assert abs(list(more.values()).count(split) / 1000 - share) < 0.04
@@ -366,10 +361,10 @@ def test_the_split_of_a_case_does_not_depend_on_other_cases():
 @pytest.mark.parametrize("seed", range(20))
 def test_of_a_few_cases_one_is_in_each_split_and_for_training_first(seed):
     for count, expected in ((1, {"train"}), (2, {"train", "test"}), (3, set(SPLITS)), (5, set(SPLITS))):
-        drawn = prepare._draw_splits([str(number) for number in range(count)], prepare.DEFAULT_FRACTIONS, seed)
+        drawn = draw_splits([str(number) for number in range(count)], DEFAULT_FRACTIONS, seed)
         assert len(drawn) == count and "train" in drawn.values()
         assert set(drawn.values()) == expected or count == 2
-    both = prepare._draw_splits(["a", "b", "c"], {"validation": 0.5, "test": 0.5}, seed)
+    both = draw_splits(["a", "b", "c"], {"validation": 0.5, "test": 0.5}, seed)
     assert set(both.values()) == {"validation", "test"}
 
 

@@ -27,7 +27,7 @@ def test_volumes_are_read_where_the_system_does_not_tell_the_usable_cores(monkey
 
 
 def test_what_is_read_soon_is_read_in_this_process(monkeypatch):
-    monkeypatch.setattr(reading, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(reading, "worker_pool", None)
     images = [str(number) for number in range(100)]
     volumes = SomeBroken("40", "99")
     assert list(read_all(volumes, images, num_workers=2)) == ["40", "99"] and volumes.loaded == images

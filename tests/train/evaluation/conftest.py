@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
+from tiny import build_tiny_model
 
 from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.hub_cards.publish import publish
-from med3dvlm.train.demo import build_tiny_model
 from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.phantoms.study import write_study
 

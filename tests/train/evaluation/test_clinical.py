@@ -16,7 +16,7 @@ from med3dvlm.train.evaluation.clinical import (
     clinical_notes,
     find_labeller,
     format_labels,
-    label_f1,
+    label_reports,
     score_labels,
 )
 
@@ -226,7 +226,8 @@ def test_a_labeller_is_a_function_or_its_name(monkeypatch):
     module.find_cysts = find_cysts
     monkeypatch.setitem(sys.modules, "labellers", module)
     for labeller in (find_cysts, "labellers:find_cysts"):
-        assert label_f1(PREDICTIONS, REFERENCES, labeller)[0].f1 == pytest.approx(2 / 3)
+        labels = [label_reports(texts, labeller) for texts in (PREDICTIONS, REFERENCES)]
+        assert score_labels(*labels)[0].f1 == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match='as "module:function", got .labellers.'):
         find_labeller("labellers")
     with pytest.raises(ValueError, match="no function 'find_masses'"):
@@ -234,7 +235,7 @@ def test_a_labeller_is_a_function_or_its_name(monkeypatch):
     with pytest.raises(ImportError, match="'no_such_labeller:label' cannot be imported.*Install its package"):
         find_labeller("no_such_labeller:label")
     with pytest.raises(ValueError, match="a dict of labels for each of 3 reports"):
-        label_f1(PREDICTIONS, REFERENCES, lambda reports: [{"cyst": 1}])
+        label_reports(PREDICTIONS, lambda reports: [{"cyst": 1}])
 
 
 def test_labels_cannot_end_a_cell():

@@ -16,7 +16,10 @@ from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.evaluation import commands
 from med3dvlm.train.evaluation import settings as settings_module
-from med3dvlm.train.evaluation.zero_shot import write_phantom_labels
+from med3dvlm.train.evaluation.folders import LOCK
+from med3dvlm.train.evaluation.presentation import is_m3d
+from med3dvlm.train.files import only_one_at
+from med3dvlm.train.phantoms.study import write_labels
 
 
 def run(*arguments):
@@ -59,7 +62,7 @@ def test_another_system_answers_the_references(study, tmp_path):
     result = run(*arguments, "--name", "Oracle")
     assert result.exit_code == 0, result.output
     assert "greedy" not in result.stdout  # how another system decoded is not known
-    assert "| accuracy | Oracle | measured here | 100.0 [100.0, 100.0] |" in result.stdout
+    assert "| accuracy | Oracle | measured here | 100.0 [54.1, 100.0] |" in result.stdout  # of 6 cases
 
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
     result = run(*arguments[:4], tmp_path / "less", *arguments[5:])
@@ -129,6 +132,25 @@ def test_published_figures_stand_beside_scores_on_m3d_alone(study, tmp_path):
     assert result.exit_code == 0, result.output
     assert "| Med3DVLM | published [1] |" in result.stdout and "arXiv 2503.20047" in result.stdout
     assert "closed questions. Accuracy by type of question" in result.stdout  # what the file does not have
+    note = "Published figures are of M3D's official test split; it was not checked whether these data are that."
+    assert note in result.stdout and note in (tmp_path / "out" / "tables" / "closed_vqa.md").read_text()
+    # Nor beside data in splits that `med3dvlm prepare` drew, whatever they are called; those of an index may be M3D's, and so may
+    # those of which an earlier version kept no record.
+    own = tmp_path / "own"
+    (own / "M3D_Cap_npy").mkdir(parents=True)
+    for entry in (study / "M3D_Cap_npy").iterdir():
+        (own / "M3D_Cap_npy" / entry.name).symlink_to(entry)
+    (own / "M3D-VQA").symlink_to(study / "M3D-VQA")
+    for splits, is_comparable in ({"index": "ab"}, True), ({"fractions": {}, "seed": 0}, False), (None, True):
+        (own / "M3D_Cap_npy" / "preparation_report.json").write_text(json.dumps({"splits": splits}))
+        assert is_m3d(str(own)) is is_comparable
+        (own / "preparation_report.json").write_text(json.dumps({"splits": splits}))  # of volumes elsewhere
+        assert is_m3d(str(own)) is is_comparable
+        (own / "preparation_report.json").unlink()
+    drawn = {"splits": {"fractions": {}, "seed": 0}}
+    (own / "M3D_Cap_npy" / "preparation_report.json").write_text(json.dumps(drawn))
+    result = run(*arguments[:2], own, "-o", tmp_path / "drawn", *arguments[5:])
+    assert result.exit_code == 0 and "published" not in result.stdout, result.output
     # They are of the test, and stand beside nothing else.
     assert run("references", answers, "-d", m3d, "--tasks", "closed_vqa", "--split", "validation").exit_code == 0
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
@@ -248,7 +270,9 @@ def test_results_go_into_the_card(study, vlm, tmp_path):
     assert result.exit_code == 0, result.output
     results = ModelCard.load(model / "README.md").data.eval_results
     assert {entry.dataset_type for entry in results} == {"Drawn-phantoms"}
-    assert {entry.metric_type for entry in results} == {"accuracy", "bleu", "corpus_bleu_4", "exact_match"}
+    assert {entry.metric_type for entry in results} == {"accuracy", "bleu", "exact_match"}
+    names = {entry.metric_name for entry in results if entry.metric_type == "bleu"}
+    assert names == {"BLEU-1 (all)", "BLEU-4 of the corpus (all)"}
     assert all(entry.dataset_args == {"num_cases": 2} for entry in results)
     text = (model / "README.md").read_text()
     assert "| Accuracy | all |" in text and "| BLEU-1 | all |" in text
@@ -308,7 +332,7 @@ def test_adapters_and_other_kinds_are_refused_before_any_work(study, vlm, dual_e
     ):
         result = run("all", "-m", model, "--dual-encoder", encoder, "-d", study, "-o", tmp_path / "out")
         assert result.exit_code == 2 and message in result.stderr, result.output
-    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    labels = study / "labels.csv"
     for arguments in (
         ["vqa", "-d", study],
         ["retrieval", "-d", study],
@@ -343,7 +367,7 @@ def test_scores_of_texts_in_another_language_say_what_they_are_worth(tmp_path):
 
 
 def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
-    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    labels = study / "labels.csv"
     result = run("zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "zero", "--json")
     assert result.exit_code == 0, result.output
     saved = json.loads((tmp_path / "zero" / "zero_shot.json").read_text())
@@ -356,7 +380,7 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
     other = ["--rule", "against negatives"]
     result = run("zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "zero", *other)
     assert result.exit_code == 2 and "holds an evaluation with other settings (rule)" in result.stderr
-    result = run("dependence", "-m", dual_encoder, "-d", study, "-o", tmp_path / "dependence", "--cases", "4")
+    result = run("dependence", "-m", dual_encoder, "-d", study, "-o", tmp_path / "dependence", "--cases", "40")
     assert result.exit_code == 0, result.output
     assert {
         row["change"] for row in json.loads((tmp_path / "dependence" / "dependence.json").read_text())["rows"]
@@ -367,8 +391,10 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
         "mirrored",
         "shifted",
     }
-    settings = json.loads((tmp_path / "dependence" / "dependence.json").read_text())["settings"]
-    assert (settings["num_cases"], settings["seed"], settings["data"]) == (4, 0, str(study))
+    content = json.loads((tmp_path / "dependence" / "dependence.json").read_text())
+    settings = content["settings"]
+    assert (settings["num_cases"], settings["seed"], settings["data"]) == (40, 0, str(study))
+    assert content["num_cases"] == 6  # the split has no more
     result = run("card", dual_encoder, tmp_path / "zero")
     assert result.exit_code == 2 and "zero_shot.json does not go into cards" in result.stderr
 
@@ -379,11 +405,20 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
         result = run(*arguments, "-m", dual_encoder, "-o", notes)
         assert result.exit_code == 2 and "it holds something else" in result.stderr, result.output
     assert (notes / "README.md").read_text() == "mine" and len(list(notes.iterdir())) == 1
+    for folder, arguments in (
+        ("zero", ["zero-shot", "--labels", labels]),
+        ("dependence", ["dependence", "-d", study]),
+    ):
+        begun = (tmp_path / folder / "run.json").read_bytes()
+        with only_one_at(tmp_path / folder / LOCK, "held"):
+            result = run(*arguments, "-m", dual_encoder, "-o", tmp_path / folder)
+        assert result.exit_code == 2 and "another call is evaluating into this folder" in result.stderr, result.output
+        assert (tmp_path / folder / "run.json").read_bytes() == begun
 
 
 def test_a_mistyped_rule_is_known_before_the_folder_is_begun(study, dual_encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(settings_module, "load_for_evaluation", lambda *arguments: pytest.fail("loaded"))
-    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    labels = study / "labels.csv"
     arguments = ["zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "out"]
     result = run(*arguments, "--rule", "softmax")
     assert result.exit_code == 2 and "Expected a rule out of 'sigmoid', " in result.stderr, result.output
@@ -392,7 +427,7 @@ def test_a_mistyped_rule_is_known_before_the_folder_is_begun(study, dual_encoder
 
 def test_what_is_not_dealt_out_refuses_several_processes(study, dual_encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(settings_module, "start_processes", lambda work: SimpleNamespace(num_processes=2))
-    labels = write_phantom_labels(study, tmp_path / "labels.csv")
+    labels = study / "labels.csv"
     for arguments in (["zero-shot", "--labels", labels], ["dependence", "-d", study]):
         result = run(*arguments, "-m", dual_encoder, "-o", tmp_path / "out")
         assert result.exit_code == 2 and "Expected one process, got 2" in result.stderr, result.output
@@ -410,9 +445,26 @@ def test_dependence_compares_the_texts_of_reports(study, vlm, tmp_path):
     assert result.exit_code == 2 and "other settings (seed)" in result.stderr
 
 
+def test_labels_of_ones_own_need_prompts_of_ones_own(dual_encoder, tmp_path):
+    (tmp_path / "labels.csv").write_text("image,nodule\na.nii.gz,1\n")
+    result = run("zero-shot", "-m", dual_encoder, "--labels", tmp_path / "labels.csv", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "no column for " in result.stderr, result.output
+    assert "Add the column, or give prompts for those that it has (--prompts)" in " ".join(result.stderr.split())
+
+
+def test_blanks_between_names_do_not_count():
+    assert commands.read_names("--tasks", "closed_vqa, open_vqa ,report") == ("closed_vqa", "open_vqa", "report")
+    for text, problem in (("a, b,a", "'a' stands there twice"), ("a,,b", "one is empty"), ("", "one is empty")):
+        with pytest.raises(
+            ValueError, match=f"--metrics: expected names with commas between them, got '{text}': {problem}"
+        ):
+            commands.read_names("--metrics", text)
+
+
 def test_thresholds_are_chosen_on_cases_of_the_validation(study, dual_encoder, tmp_path):
     def labels(split):
-        path = write_phantom_labels(study, tmp_path / f"{split}.csv", split)
+        path = tmp_path / f"{split}.csv"
+        write_labels([json.loads(line) for line in (study / "phantoms.jsonl").open()], path, split)
         header, *rows = list(csv.reader(path.open(newline="")))
         with path.open("w", newline="") as file:  # by case alone
             csv.writer(file).writerows([header[1:], *(row[1:] for row in rows)])
@@ -443,8 +495,18 @@ def test_thresholds_are_chosen_on_cases_of_the_validation(study, dual_encoder, t
         (["report", "--predictions", "p", "--dtype", "int8"], "--dtype: expected one of auto"),
         (["retrieval", "--embeddings", "p", "--device", "abacus"], "--device abacus: it cannot be used here"),
         (["all", "--dual-encoder", "x"], "Expected --model"),
+        (["vqa", "--predictions", "p", "--tasks", "closed_vqa,report"], "`evaluate vqa` asks questions, got report."),
+        (["vqa", "--predictions", "p", "--tasks", "open_vqa,open_vqa"], "--tasks: expected names with commas"),
+        (["report", "--predictions", "p", "--metrics", "bleu_1,bleu_1"], "--metrics: expected names with commas"),
     ],
 )
 def test_wrong_use_is_one_line(study, tmp_path, arguments, message):
     result = run(*arguments, "-d", study, "-o", tmp_path / "out")
     assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+@pytest.mark.parametrize("arguments", [["all", "-m"], ["vqa", "-m"], ["report", "-m"]])
+def test_mistyped_metrics_are_known_before_processes_are_started(study, vlm, tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr(commands, "start_processes_if_needed", lambda *_: pytest.fail("started"))
+    result = run(*arguments, vlm, "-d", study, "-o", tmp_path / "out", "--metrics", "bleu_1,,meteor")
+    assert result.exit_code == 2 and "'bleu_1,,meteor': one is empty" in result.stderr, result.output

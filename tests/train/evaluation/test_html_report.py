@@ -44,7 +44,7 @@ def closed_task(num_cases=NUM_CASES, prediction="A. <script>alert(1)</script>", 
 
 def report_task(value, prediction="A cyst."):
     reference = Reference("report/000000", "doe-0", "0.nii.gz", "report", 0, "Describe.", "A cyst.", "")
-    return AnsweredTask([reference], [prediction], {"rouge_1": [0.4], "exact": [value]}, rank_by="rouge_1")
+    return AnsweredTask([reference], [prediction], {"rouge_1": [0.4], "exact": [value]})
 
 
 class Volumes:
@@ -263,8 +263,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         write(tmp_path, closed_task(), num_cases=0)
     with pytest.raises(ValueError, match="expected `blind_predictions` for each of 18 references, got 1"):
         closed_task(blind_predictions=["a"])
-    with pytest.raises(ValueError, match="expected `rank_by` to be one of accuracy, got 'meteor'"):
-        closed_task(rank_by="meteor")
+    with pytest.raises(ValueError, match="closed_vqa: expected scores of at least one metric, .* got none"):
+        replace(closed_task(), scores={})
     with pytest.raises(ValueError, match="of one task, got none"):
         AnsweredTask([], [], {})
     assert not list(tmp_path.iterdir())

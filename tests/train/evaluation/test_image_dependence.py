@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from tiny import IMAGE_SIZE, tiny_siglip
+from tiny import IMAGE_SIZE, build_tiny_model, tiny_siglip
 
-from med3dvlm.train.answering import answer_samples, embed_samples
+from med3dvlm.train.answering import Answer, answer_samples, embed_samples
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.evaluation import image_dependence
 from med3dvlm.train.evaluation.image_dependence import (
     ANSWERS_CHANGED,
     CHANGES,
@@ -45,7 +46,9 @@ class Blocks:
         return volume
 
 
-def make_samples(number, task="open_vqa", answer="left lung"):
+def make_samples(number, task="open_vqa"):
+    """Of a case each; the second half has another answer, so that none is that of the case half-way round."""
+    answers = ["left lung" if 2 * case < number else "left kidney" for case in range(number)]
     rows = [
         {
             "image": str(case),
@@ -53,7 +56,7 @@ def make_samples(number, task="open_vqa", answer="left lung"):
             "task": task,
             "question": "" if task == "report" else "Where?",
             "choices": [],
-            "answer": f"{answer} {case}" if task == "report" else answer,
+            "answer": f"{answers[case]} {case}" if task == "report" else answers[case],
             "answer_choice": "",
             "question_type": 0 if task == "report" else 5,
         }
@@ -177,8 +180,8 @@ def test_a_system_that_uses_its_volume_meets_every_expectation():
     samples = make_samples(20)
     wrong = ["right lung"] * 20
     changed = {OTHER_CASE: wrong, "blank": ["liver"] * 20, "shuffled": wrong, "mirrored": wrong}
-    changed["shifted"] = ["left lung."] * 19 + ["liver"]
-    rows = compare_answers(samples, ["Left lung"] * 20, changed)
+    changed["shifted"] = [f"{answer}." for answer in samples["answer"][:19]] + ["liver"]
+    rows = compare_answers(samples, [answer.capitalize() for answer in samples["answer"]], changed)
     assert [row.holds for row in rows if row.expectation] == [True] * 6
     row = find(rows, "blank", "exact")
     assert (row.original, row.changed, row.low, row.high, row.count) == (1, 0, -1, -1, 20)
@@ -204,7 +207,7 @@ def test_a_system_that_answers_from_the_question_is_found_out():
 
 
 def test_a_score_that_stays_high_without_anything_to_see_does_not_hold():
-    right, wrong = ["left lung"] * 20, ["liver"] * 20
+    right, wrong = list(make_samples(20)["answer"]), ["liver"] * 20
     half = right[:10] + wrong[10:]
     rows = compare_answers(make_samples(20), right, {OTHER_CASE: wrong, "blank": half, "shifted": half})
     assert find(rows, OTHER_CASE, "exact").holds
@@ -213,7 +216,7 @@ def test_a_score_that_stays_high_without_anything_to_see_does_not_hold():
     assert find(rows, "shifted", ANSWERS_CHANGED).holds is False and find(rows, "shifted", "exact").holds is False
     reports = compare_answers(make_samples(20, "report"), right, {OTHER_CASE: wrong, "shifted": wrong})
     assert find(reports, "shifted", ANSWERS_CHANGED).holds is None  # a report may differ in a word
-    rows = compare_answers(make_samples(20), right, {OTHER_CASE: half, "blank": half[::-1]})
+    rows = compare_answers(make_samples(20), right, {OTHER_CASE: half, "blank": wrong[:10] + right[10:]})
     assert find(rows, "blank", "exact").holds  # no better than another case
 
 
@@ -252,6 +255,61 @@ def test_a_score_with_nothing_to_fall_from_says_nothing():
     assert find(rows, OTHER_CASE, "accuracy").holds is None
 
 
+def test_the_same_report_for_all_is_at_chance_and_says_nothing():
+    """However often it is right: so would be the true report of another case."""
+    samples = make_samples(40, "report").map(
+        lambda row, place: {"answer": "No abnormality." if place % 5 else f"Cyst {place}."},
+        with_indices=True,
+        load_from_cache_file=False,
+    )
+    same = ["No abnormality."] * 40
+    metrics = {"words": lambda texts, others: [float(a.split()[0] == b.split()[0]) for a, b in zip(texts, others)]}
+    rows = compare_answers(samples, same, dict.fromkeys((OTHER_CASE, *CHANGES), same), metrics)
+    for metric, chance in (("exact", 0.8), ("words", 1.0)):
+        said = [row for row in rows if row.metric == metric and row.expectation]
+        assert len(said) == 4 and {row.holds for row in said} == {None}
+        assert {row.original for row in said} == {0.8} and f"is not above chance, {chance:.1%}" in said[0].remark
+    # A type that one case has gives nothing to guess with.
+    alone = samples.map(
+        lambda row, place: {"question_type": place // 2}, with_indices=True, load_from_cache_file=False
+    )
+    alone = alone.map(lambda row: {"task": "open_vqa", "question_type": row["question_type"] % 5 + 1}).select(
+        [0, 1, 2]
+    )
+    row = find(compare_answers(alone, ["Cyst 0."] * 3, {OTHER_CASE: ["x"] * 3}), OTHER_CASE, "exact")
+    assert "is not above chance, 0.0%" in row.remark
+
+
+def test_a_type_of_one_case_takes_no_chance_from_the_others():
+    samples = make_samples(5).map(lambda row, place: {"question_type": 3 if place == 4 else 5}, with_indices=True)
+    metrics = {"kidney": lambda texts, others: [float("kidney" in text) for text in texts]}
+    answers = list(samples["answer"])  # of the four with another case, one is given a kidney
+    row = find(compare_answers(samples, answers, {OTHER_CASE: answers}, metrics), OTHER_CASE, "kidney")
+    assert "is not above chance, 25.0%, beyond" in row.remark
+
+
+def test_logits_that_are_nan_end_the_check(monkeypatch):
+    def answer(model, processor, version, *options):
+        yield list(version), [Answer("x", 0.5), Answer("!!!", math.nan)]
+
+    model, processor = build_tiny_model((32, 64, 96))
+    monkeypatch.setattr(image_dependence, "iterate_answers", answer)
+    with pytest.raises(ValueError, match="^open_vqa/000001: the model's logits are NaN"):
+        check_image_dependence(model, processor, make_samples(2), Blocks(), ["blank"])
+
+
+def test_of_two_cases_nothing_can_be_said():
+    closed = make_samples(2, "closed_vqa").map(
+        lambda row: {"choices": ["left lung", "right lung", "liver", "spleen"], "answer_choice": "A"},
+        load_from_cache_file=False,
+    )
+    rows = compare_answers(closed, ["A."] * 2, {OTHER_CASE: ["B."] * 2, "shifted": ["A."] * 2})
+    assert [row.holds for row in rows if row.metric == "accuracy"] == [None, None]
+    assert "the score falls: cannot be said (nothing to fall from: 100.0% is not above chance" in format_dependence(
+        rows
+    )
+
+
 def test_without_a_side_nothing_can_be_said_of_mirroring():
     rows = compare_answers(make_samples(4), ["liver"] * 4, {OTHER_CASE: ["a"] * 4, "mirrored": ["b"] * 4})
     row = find(rows, "mirrored", SIDES_CHANGED)
@@ -274,8 +332,8 @@ def test_a_dual_encoder_is_checked_by_its_vectors():
     assert row.changed == pytest.approx(float((images * blank).sum(dim=1).mean()), abs=1e-6) and row.original is None
     row = find(rows, "blank", "recall_at_1, volume to report")
     ids = torch.arange(5)
-    assert row.original == pytest.approx(retrieval_recall(images, texts, ids)["plain_recall_at_1"])
-    assert row.changed == pytest.approx(retrieval_recall(blank, texts, ids)["plain_recall_at_1"])
+    assert row.original == pytest.approx(retrieval_recall(images, texts, ids)["recall_at_1"])
+    assert row.changed == pytest.approx(retrieval_recall(blank, texts, ids)["recall_at_1"])
     other = images[[(place + 2) % 5 for place in range(5)]]
     assert find(rows, OTHER_CASE, COSINE).changed == pytest.approx(float((images * other).sum(dim=1).mean()), abs=1e-6)
     assert "| retrieval | shifted | cosine |  |" in format_dependence(rows)

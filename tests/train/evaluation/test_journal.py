@@ -30,3 +30,11 @@ def test_a_damaged_line_is_named(tmp_path, line):
         stream.write(line)
     with pytest.raises(ValueError, match=rf"{journal.file.name}, line 2: damaged"):
         journal.read()
+
+
+def test_what_json_does_not_have_is_not_kept(tmp_path):
+    journal = Journal(tmp_path, "given")
+    journal.append([{"id": "a", "probability": 0.5}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.append([{"id": "b"}, {"id": "c", "probability": float("nan")}])
+    assert list(journal.read()) == ["a"]

@@ -97,7 +97,7 @@ def test_bars_refuse_what_cannot_be_drawn(tmp_path, scores, published, message):
 def test_recall_curves_show_each_direction_and_size_with_blind_and_chance(tmp_path, figures):
     curves = [
         RecallCurve("image_to_text", 4, {4: 1.0, 1: 0.5, 2: 0.75}, blind={1: 0.2, 4: 1.0}),
-        RecallCurve("image_to_text", 100, {1: 0.1, 100: 1.0}, chance={1: 0.015, 100: 1.0}),
+        RecallCurve("image_to_text", 100, {1: 0.1, 100: 1.0}),
         RecallCurve("text_to_image", 4, {1: 0.4}),
     ]
     path = draw_recall_curves(curves, tmp_path / "recall.png")
@@ -107,7 +107,7 @@ def test_recall_curves_show_each_direction_and_size_with_blind_and_chance(tmp_pa
     assert lines["gallery of 4"] == [[1, 50], [2, 75], [4, 100]]
     assert lines["gallery of 4, blind"] == [[1, 20], [4, 100]]
     assert lines["gallery of 4, chance"] == [[1, 25], [2, 50], [3, 75], [4, 100]]
-    assert lines["gallery of 100, chance"] == [[1, 1.5], [100, 100]]
+    assert lines["gallery of 100, chance"] == [pytest.approx([rank, rank]) for rank in range(1, 101)]
     assert "gallery of 100, blind" not in lines
     colors = {line.get_label(): line.get_color() for line in [*first.lines, *second.lines]}
     assert colors["gallery of 4"] == colors["gallery of 4, blind"] != colors["gallery of 100"]
@@ -167,14 +167,14 @@ def test_a_calibrated_and_an_overconfident_model():
 
 def test_calibration_shows_bins_counts_and_error(tmp_path, figures):
     trust, hits = [0.2, 0.4, 0.6, 0.8], [0, 1, 0, 1]
-    path = draw_calibration(trust, hits, tmp_path / "calibration.png", num_bins=2, title="Closed questions")
+    path = draw_calibration(trust, hits, tmp_path / "calibration.png", title="Closed questions")
     assert is_png(path)
     upper, lower = figures[0].axes
     title = figures[0]._suptitle.get_text()
-    assert title == "Closed questions\nexpected calibration error 20.0 % (4 answers)"
+    assert title == "Closed questions\nexpected calibration error 40.0 % (4 answers)"
     (model,) = [line for line in upper.lines if line.get_label() == "model"]
-    assert model.get_xydata().tolist() == [[pytest.approx(30), 50], [pytest.approx(70), 50]]
-    assert [text.get_text() for text in upper.texts] == ["2", "2"]
+    assert model.get_xydata().tolist() == [[pytest.approx(100 * x), 100 * y] for x, y in zip(trust, hits)]
+    assert [text.get_text() for text in upper.texts] == ["1"] * 4
     assert sum(patch.get_height() for patch in lower.patches) == 4
     assert upper.get_ylim()[0] == 0 and lower.get_ylim()[0] == 0 and lower.get_xlabel() == "confidence (%)"
 

@@ -86,13 +86,13 @@ def test_answers_to_something_else_are_refused(tmp_path):
     "rows, message",
     [
         (["{\n"], "line 1: not JSON"),
-        (["[1]\n"], r"line 1: expected .* got \[1\]"),
+        (["[1]\n"], r"line 1: expected .* got list\."),
         ([{"id": "open_vqa/000000"}], "line 1: expected"),
         ([{"id": "open_vqa/000000", "prediction": None}], "line 1: expected"),
-        ([{"id": "x", "prediction": ""}] * 2, "line 2: the id 'x' occurs a second time"),
+        ([{"id": "x", "prediction": ""}] * 2, "line 2: its id occurs a second time, first in line 1"),
         (
             [{"id": "x", "prediction": ""}],
-            r"1 ids are not among the 4 asked: x; 4 of 4 have no prediction: .*, \.\.\.",
+            r"1 ids are not among the 4 asked: line 1; 4 of 4 have no prediction: .*, \.\.\.",
         ),
         ([], "4 of 4 have no prediction: open_vqa/000000, closed_vqa/000000, open_vqa/000001, ..."),
     ],
@@ -105,3 +105,38 @@ def test_what_does_not_match_is_named(rows, message, tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file of predictions"):
         read_predictions(tmp_path / "none.jsonl", build_references(SAMPLES))
+
+
+@pytest.mark.parametrize(
+    "row", [{"id": 7, "report": "Mr Smith"}, ["Mr Smith"], "Mr Smith", {"id": "Mr Smith", "prediction": 5}]
+)
+def test_a_line_of_another_form_is_named_without_its_texts(row, tmp_path):
+    with pytest.raises(ValueError, match="line 1: expected .* with two texts, got ") as caught:
+        read_predictions(write(tmp_path / "p.jsonl", row if isinstance(row, dict) else json.dumps(row) + "\n"), [])
+    assert "Smith" not in str(caught.value)
+    if row == {"id": 7, "report": "Mr Smith"}:
+        assert "got id (int), report (str)." in str(caught.value)
+
+
+def test_ids_of_others_are_named_by_their_lines(tmp_path):
+    names = ["Smith_John", "open_vqa/000009", "report/Smith"]
+    rows = [{"id": name, "prediction": ""} for name in names]
+    for given, message in (
+        (rows, "3 ids are not among the 4 asked: line 1, open_vqa/000009, line 3; "),
+        ([*rows, rows[0]], "line 4: its id occurs a second time, first in line 1."),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            read_predictions(write(tmp_path / "p.jsonl", *given), build_references(SAMPLES))
+        assert "Smith" not in str(caught.value)
+
+
+def test_what_is_no_text_is_named_by_its_line(tmp_path):
+    references = build_references(SAMPLES[:1])
+    path = write(tmp_path / "p.jsonl", "\n", '{"id": "open_vqa/000000", "prediction": "a \\ud83d cyst"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: half of a character \(\\ud83d\)"):
+        read_predictions(path, references)
+    path.write_bytes(
+        '{"id": "x", "prediction": ""}\n{"id": "open_vqa/000000", "prediction": "Größe"}\n'.encode("cp1252")
+    )
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: not UTF-8 text .* Save it as UTF-8"):
+        read_predictions(path, references)

@@ -1,14 +1,21 @@
 import json
 
 import pytest
+import torch
 
+from med3dvlm.train.evaluation.clinical import CLINICAL_METRICS
+from med3dvlm.train.evaluation.predictions import Reference
 from med3dvlm.train.evaluation.published import (
+    METRICS_OF_TASK,
     PUBLISHED_RESULTS,
     PublishedScore,
     list_sources,
     read_missing,
     read_published,
 )
+from med3dvlm.train.evaluation.retrieval import score_retrieval
+from med3dvlm.train.evaluation.runner import TEXT_METRICS, corpus_score
+from med3dvlm.train.evaluation.scores import score_samples
 
 
 ROW = {
@@ -111,3 +118,17 @@ def test_figures_of_the_abstract_say_how_the_original_asks():
     assert "first 1,000 reports" in notes["report"] and "request drawn at random" in notes["report"]
     for task in ("report", "open_vqa", "closed_vqa"):
         assert "sample" in notes[task] and "decoded greedily" in notes[task]
+
+
+@pytest.mark.parametrize("task", METRICS_OF_TASK)
+def test_every_metric_that_may_be_published_can_be_measured(task):
+    if task == "retrieval":
+        scores, _ = score_retrieval(torch.eye(10), torch.eye(10), torch.arange(10), list(range(10)))
+        measured = {score.metric for score in scores}
+    else:
+        asked = [Reference(f"{task}/000000", "a", "a.nii.gz", task, 0, "?", "A cyst.", "A")]
+        names = (*TEXT_METRICS, *CLINICAL_METRICS)
+        measured = set(score_samples(asked, ["A."], dict.fromkeys(names, lambda *pairs: [1.0])))
+        if task in ("report", "open_vqa"):
+            measured.add(corpus_score(asked, {"given": ["A cyst."]}, [""]).metric)
+    assert set(METRICS_OF_TASK[task]) <= measured

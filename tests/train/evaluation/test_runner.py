@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import ModuleType
 
 import nibabel
 import pytest
@@ -13,18 +14,20 @@ from typer.testing import CliRunner
 
 from med3dvlm.hub_cards.publish import load_model
 from med3dvlm.processing.processing_med3dvlm import Med3DVLMProcessor
-from med3dvlm.train.answering import answer_samples
+from med3dvlm.train.answering import Answer, answer_samples
 from med3dvlm.train.cli import app
+from med3dvlm.train.data import cache
 from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
 from med3dvlm.train.data.study import read_task
-from med3dvlm.train.evaluation import runner, settings
-from med3dvlm.train.evaluation.folders import describe_source, read_scores
-from med3dvlm.train.evaluation.predictions import read_json_lines
+from med3dvlm.train.evaluation import runner
+from med3dvlm.train.evaluation.folders import LOCK, describe_source, read_scores
+from med3dvlm.train.evaluation.predictions import Reference, read_json_lines
 from med3dvlm.train.evaluation.presentation import present
 from med3dvlm.train.evaluation.runner import MetricOptions, evaluate_answers, evaluate_retrieval, questions_of
 from med3dvlm.train.evaluation.settings import EvaluationSettings, Work
+from med3dvlm.train.files import only_one_at
 
 
 TASKS = ("closed_vqa", "open_vqa", "report")
@@ -58,12 +61,13 @@ def test_answers_are_those_of_single_questions_and_every_one_is_kept(study, vlm,
     )
     assert [line["prediction"] for line in lines if line["task"] == "open_vqa"] == alone
     assert any(line["prediction"] != line["blind_prediction"] for line in lines)
-    assert all(0 <= line["confidence"] <= 1 for line in lines)
+    assert all(0 <= line["probability"] <= 1 for line in lines)
     calibration = result["details"]["closed_vqa"]["calibration"]
     assert (
         sum(entry["count"] for entry in calibration["bins"]) == 30 and "calibration" not in result["details"]["report"]
     )
-    assert result["num_cases"] == 6 and result["notes"] == [] and set(result["details"]) == set(TASKS)
+    assert result["num_cases"] == 6 and set(result["details"]) == set(TASKS)
+    assert all("begin with no letter of a choice, and count as wrong" in note for note in result["notes"])
 
 
 def test_scores_are_means_of_the_samples_scores(evaluated):
@@ -113,7 +117,7 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(study, vlm, evaluated
                 raise OSError("the power fails")
             return super().load(path)
 
-    monkeypatch.setattr(settings, "ProcessedVolumes", Failing)
+    monkeypatch.setattr(cache, "ProcessedVolumes", Failing)
     with pytest.raises(OSError, match="power"):
         evaluate_answers(tmp_path / "out", asked(study), vlm, metrics=METRICS, work=Work(batch_size=11))
     assert not (tmp_path / "out" / "scores.json").exists()
@@ -121,7 +125,7 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(study, vlm, evaluated
     assert 0 < answered <= 44
     evaluate_answers(tmp_path / "out", asked(study), vlm, metrics=METRICS, work=Work(batch_size=11))
     assert lines_of(tmp_path / "out") == [
-        {**line, "confidence": pytest.approx(line["confidence"], rel=1e-4)} for line in lines_of(folder)
+        {**line, "probability": pytest.approx(line["probability"], rel=1e-4)} for line in lines_of(folder)
     ]
     total = sum(len(file.read_text().splitlines()) for file in (tmp_path / "out" / "journal").iterdir())
     assert total == 2 * 66  # nothing was answered twice
@@ -496,7 +500,8 @@ def test_fewer_cases_and_empty_answers_are_said(study, vlm, tmp_path):
     assert result["notes"][0] == "Only the first 2 cases of the split 'test' were scored."
     predictions = tmp_path / "some" / "predictions.jsonl"
     fewer = asked(study, ("closed_vqa",), num_cases=2)
-    assert evaluate_answers(tmp_path / "file", fewer, predictions=predictions)["notes"] == result["notes"][:1]
+    of_given = [note for note in result["notes"] if "(blind)" not in note]
+    assert evaluate_answers(tmp_path / "file", fewer, predictions=predictions)["notes"] == of_given
     empty = tmp_path / "empty.jsonl"
     rows = [{"id": f"closed_vqa/{row:06d}", "prediction": "A." if row else " "} for row in range(30)]
     empty.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -566,3 +571,158 @@ def test_embeddings_that_are_there_are_kept(study, dual_encoder, tmp_path, monke
     monkeypatch.setattr(runner, "embed_all", counting)
     again = evaluate_retrieval(tmp_path / "whole", wanted, dual_encoder, work=Work(batch_size=2))
     assert counts == [2] and again["scores"] == whole["scores"]
+
+
+def questions(task, *answers):
+    """References to questions of a case each, closed ones with an answer's letter."""
+    return [
+        Reference(
+            f"{task}/{row:06d}", f"case {row}", "x.nii.gz", task, 3, "?", answer, answer * (task == "closed_vqa")
+        )
+        for row, answer in enumerate(answers)
+    ]
+
+
+def said(*answers, **fields):
+    return {"given": [{"prediction": answer, **fields} for answer in answers]}
+
+
+def test_answers_without_their_probability_have_no_calibration():
+    asked = questions("closed_vqa", "A", "B")
+    for fields, has_calibration in (({"probability": 0.5}, True), ({"confidence": 0.5}, False), ({}, False)):
+        _, details, _ = runner.score_all(asked, said("A.", "A.", **fields), {})
+        assert ("calibration" in details["closed_vqa"]) is has_calibration
+
+
+def test_logits_that_are_nan_end_the_evaluation_and_leave_nothing_behind(study, vlm, tmp_path, monkeypatch):
+    answers = [Answer("A.", 0.5), Answer("!!!", float("nan"))]
+    monkeypatch.setattr(runner, "iterate_answers", lambda model, processor, rows, *_: iter([(rows[:2], answers)]))
+    wanted = asked(study, ("closed_vqa",), num_cases=2, blind=False)
+    with pytest.raises(
+        ValueError, match=r"closed_vqa/000001: the model's logits are NaN.* --dtype bfloat16 or float32"
+    ):
+        evaluate_answers(tmp_path / "out", wanted, vlm, work=Work(batch_size=2))
+    assert not (tmp_path / "out" / "journal").exists()
+
+
+def test_a_second_call_on_a_folder_waits_for_its_turn(study, evaluated, tmp_path):
+    out, wanted = tmp_path / "out", asked(study)
+    options = {"predictions": evaluated[0] / "predictions.jsonl", "metrics": METRICS}
+    with only_one_at(out / LOCK, "held"):
+        with pytest.raises(BlockingIOError, match="out: another call is evaluating into this folder. Wait for it, or"):
+            evaluate_answers(out, wanted, **options)
+        assert [path.name for path in out.iterdir()] == [LOCK]
+    first = evaluate_answers(out, wanted, **options)  # a lock that stayed behind is no other content
+    begun = (out / "run.json").read_bytes()
+    with only_one_at(out / LOCK, "held"), pytest.raises(BlockingIOError, match="another call"):
+        evaluate_answers(out, replace(wanted, blind=False), **options)
+    assert (out / "run.json").read_bytes() == begun
+    assert evaluate_answers(out, wanted, **options)["scores"] == first["scores"]
+
+
+def test_answers_that_cannot_be_read_are_counted():
+    asked = [*questions("closed_vqa", *"ABC"), *questions("yes_no_vqa", "Yes", "No", "Ja")]
+    answers = said("A large cyst", "B spleen", "", "Yes, it is", "no", "ja")
+    assert runner.notes_on_unread(asked, answers) == [
+        "1 of 3 answers (given) begin with no letter of a choice, and count as wrong: closed_vqa/000000.",
+        "1 of 3 answers (given) are neither yes nor no alone, and count as wrong: yes_no_vqa/000000.",
+    ]
+    assert runner.notes_on_unread(asked, said("A", "B", "C", "yes", "No.", "Ja")) == []
+
+
+def test_an_answer_that_is_right_too_often_is_said():
+    asked = questions("yes_no_vqa", *["No"] * 17, *["Yes"] * 3)
+    _, details, _ = runner.score_all(asked, said(*["no"] * 20), {})
+    assert details["yes_no_vqa"]["most_frequent_answers"]["all"] == {"answer": "no", "share": 0.85, "count": 20}
+    assert runner.notes_on_balance(details) == [
+        "Yes/no questions, organ: 85.0% of the true answers are no, all: 85.0% of the true answers are no; always saying so "
+        "scores that, more than the 50% of chance."
+    ]
+    for number_no, number_yes in ((12, 8), (19, 0)):  # not that often, and of too few questions
+        answers = [*["No"] * number_no, *["Yes"] * number_yes]
+        _, details, _ = runner.score_all(questions("yes_no_vqa", *answers), said(*answers), {})
+        assert runner.notes_on_balance(details) == [], answers
+    assert runner.notes_on_balance({"report": {}}) == []
+
+
+def test_retrieval_takes_no_more_pairs_than_the_largest_gallery_has(study, dual_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GALLERY_SIZES", (2, 4))
+    wanted = asked(study, ("report",))
+    result = evaluate_retrieval(tmp_path / "model", wanted, dual_encoder, work=Work(batch_size=4))
+    tensors = load_file(tmp_path / "model" / "embeddings.safetensors")
+    assert tensors["image_embeds"].shape == (4, 8)
+    save_file(
+        {name: torch.cat([tensor, -tensor[:2]]) for name, tensor in tensors.items()}, tmp_path / "other.safetensors"
+    )
+    again = evaluate_retrieval(tmp_path / "file", wanted, embeddings=tmp_path / "other.safetensors")
+    for found in (result, again):
+        assert (found["num_samples"], found["num_cases"], found["num_skipped"]) == (4, 4, 0) and found["part_of_split"]
+        assert "Only the first 4 of 6 pairs were scored: no gallery has more." in found["notes"]
+    assert again["scores"] == result["scores"]
+
+
+def test_a_labeller_that_fails_costs_its_own_figures_alone(study, evaluated, tmp_path, monkeypatch):
+    module, out = ModuleType("labellers"), tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "labellers", module)
+    rows = lines_of(evaluated[0])
+    true = [row["reference"] for row in rows if row["task"] == "report"]
+
+    def label(texts):
+        calls.append(list(texts))
+        if len(calls) == fails_at:
+            raise RuntimeError("out of memory")
+        return [{"cyst": int("cyst" in text.lower())} for text in texts]
+
+    module.label = label
+    options = {
+        "predictions": evaluated[0] / "predictions.jsonl",
+        "metrics": MetricOptions(("bleu_1",), labeller="labellers:label"),
+    }
+    calls, fails_at = [], 1
+    with pytest.raises(RuntimeError, match="memory"):
+        evaluate_answers(out, asked(study, ("report",)), **options)
+    assert calls == [true] and not (out / "predictions.jsonl").exists()  # before any answer
+    with only_one_at(out / LOCK, "held"), pytest.raises(BlockingIOError):
+        evaluate_answers(out, asked(study, ("report",)), **options)
+    assert calls == [true]  # nor does a second call label what the first one does
+    calls, fails_at = [], 2
+    result = evaluate_answers(out, asked(study, ("report",)), **options)
+    assert result["scores"] and "labels" not in result["details"]["report"] and len(lines_of(out)) == len(true)
+    note = "Labels of reports failed (RuntimeError), and there are none; the log has the place."
+    assert json.loads((out / "scores.json").read_text())["notes"] == result["notes"] and result["notes"][-1] == note
+    assert note in present(out) and (out / "report.html").exists()
+    calls, fails_at = [], None
+    result = evaluate_answers(out, asked(study, ("report",)), **options)
+    assert len(calls) == 2 and result["details"]["report"]["labels"]["given"][0]["label"] == "cyst"
+    assert note not in result["notes"]
+    assert json.loads((out / "scores.json").read_text())["details"] == result["details"]
+
+
+def test_ids_of_the_first_cases_do_not_depend_on_what_else_is_asked(tmp_path):
+    write_cap(tmp_path, {"test": ["1", "2", "3", "4"]})
+    images = [f"M3D_Cap_npy/ct_case/{case}/Axial.nii.gz" for case in (4, 3, 2, 1)]
+    write_vqa(tmp_path, "M3D_VQA_test.csv", [vqa_row(Image_Path=image) for image in images])
+    wanted = EvaluationSettings(str(tmp_path), ("report", "closed_vqa"), num_cases=2)
+    both, references, is_part, _ = runner.read_asked(wanted, Work())
+    assert is_part and list(dict.fromkeys(zip(both["task"], both["case"]))) == [
+        *(("report", f"ct_case/{case}") for case in (1, 2)),
+        *(("closed_vqa", f"ct_case/{case}") for case in (4, 3)),
+    ]
+    alone = [runner.read_asked(replace(wanted, tasks=(task,)), Work())[1] for task in wanted.tasks]
+    assert references == [reference for part in alone for reference in part]
+    assert runner.notes_on(wanted, True, [], {}) == [
+        "Only the first 2 cases of each task of the split 'test' were scored."
+    ]
+    assert runner.read_samples(replace(wanted, num_cases=4))[1] is False
+
+
+def test_nan_that_an_earlier_version_kept_is_named_before_any_answer(study, vlm, tmp_path, monkeypatch):
+    wanted, out = asked(study, ("closed_vqa",), num_cases=2, blind=False), tmp_path / "out"
+    monkeypatch.setattr(runner, "load_for_evaluation", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        evaluate_answers(out, wanted, vlm)
+    (out / "journal").mkdir()
+    row = {"id": "closed_vqa/000001", "prediction": "!!!", "confidence": float("nan")}
+    (out / "journal" / "given.1.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"closed_vqa/000001: the model's logits are NaN.* in another folder"):
+        evaluate_answers(out, wanted, vlm)

@@ -1,7 +1,15 @@
 import pytest
 
 from med3dvlm.train.evaluation.predictions import Reference
-from med3dvlm.train.evaluation.scores import Score, answers_of_another_case, has_same_words, score_samples, summarise
+from med3dvlm.train.evaluation.scores import (
+    Score,
+    answers_of_another_case,
+    has_same_words,
+    is_read,
+    most_frequent_answers,
+    score_samples,
+    summarise,
+)
 
 
 def references(task, *types, answer="liver", letter=""):
@@ -88,6 +96,22 @@ def test_no_chance_where_a_type_has_one_case():
         "location": None,
         "mean of types": None,
         "all": None,
+    }
+
+
+def test_answers_of_a_form_that_cannot_be_right_are_known():
+    (closed,), (yes_no,), (open_one,) = (references(task, 3) for task in ("closed_vqa", "yes_no_vqa", "open_vqa"))
+    assert [is_read(closed, text) for text in ("B spleen", "**C**", "A large cyst", "spleen")] == [1, 1, 0, 0]
+    assert [is_read(yes_no, text) for text in ("Yes.", "no", "Liver", "Yes it is", "Maybe")] == [1, 1, 1, 0, 0]
+    assert is_read(open_one, "anything")
+
+
+def test_the_most_frequent_answers_are_those_of_each_group():
+    asked = [*references("yes_no_vqa", *[4] * 17, answer="No."), *references("yes_no_vqa", 4, 4, 3, answer="Yes")]
+    assert most_frequent_answers(asked) == {
+        "organ": ("yes", 1.0, 1),
+        "abnormality": ("no", 17 / 19, 19),
+        "all": ("no", 0.85, 20),
     }
 
 

@@ -2,9 +2,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from tiny import build_tiny_model
 
 from med3dvlm import Med3DVLMForConditionalGeneration, Med3DVLMImageProcessor, Med3DVLMProcessor
-from med3dvlm.train.demo import build_tiny_model, build_tiny_tokenizer
+from med3dvlm.train.demo import build_tiny_tokenizer
 from med3dvlm.train.evaluation.settings import EvaluationSettings, Work, build_volumes, load_for_evaluation
 from med3dvlm.train.recipe import DataRecipe
 from med3dvlm.train.stages import build_volume_loader

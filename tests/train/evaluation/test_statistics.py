@@ -37,6 +37,33 @@ def test_cases_of_unequal_size_weigh_by_their_questions():
     assert bootstrap_interval([0.25] * 7, list("aabbbcc")) == (0.25, 0.25)
 
 
+def test_scores_that_are_all_equal_end_at_the_exact_bound():
+    low, high = bootstrap_interval([1.0] * 10, [row // 2 for row in range(10)])  # 5 clusters
+    assert (low, high) == (pytest.approx(0.4782, abs=1e-4), 1.0)
+    assert low**5 == pytest.approx(0.025)  # what five hits in a row have, where the share is that
+    assert bootstrap_interval([0.0] * 5) == (0.0, pytest.approx(1 - low))
+    assert bootstrap_interval([1.0] * 10, list(range(10)), [0, 1] * 5)[0] == pytest.approx(0.025**0.1)
+    assert bootstrap_interval([1.0] * 5, level=0.8)[0] == pytest.approx(0.1**0.2)
+    assert bootstrap_interval([0.0] * 5, are_scores=False) == (0.0, 0.0)
+    assert bootstrap_interval([-1.0] * 5) == (-1.0, -1.0)
+
+
+def test_draws_are_those_of_the_gathered_clusters():
+    generator = np.random.default_rng(8)
+    values, cases, types = generator.random(90), generator.integers(0, 30, 90), generator.integers(0, 3, 90)
+    rows = {case: row for row, case in enumerate(dict.fromkeys(cases.tolist()))}
+    sums, sizes = np.zeros((len(rows), 3)), np.zeros((len(rows), 3))
+    for value, case, kind in zip(values, cases.tolist(), types):
+        sums[rows[case], kind] += value
+        sizes[rows[case], kind] += 1
+    draws, means = np.random.default_rng(0), []
+    for _ in range(20):
+        drawn = draws.integers(len(rows), size=(100, len(rows)))
+        means.append(np.nanmean(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), axis=1))
+    expected = np.quantile(np.concatenate(means), [0.025, 0.975])
+    assert bootstrap_interval(values, cases.tolist(), types.tolist()) == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_same_seed_gives_the_same_interval_and_no_values_give_none():
     values = np.random.default_rng(2).random(30).tolist()
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)

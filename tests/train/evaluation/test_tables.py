@@ -35,7 +35,8 @@ def test_tables_have_the_forms_of_the_paper_with_controls_and_published_figures_
         published("report", "meteor", "all", 0.2, system="A | B"),
         published("report", "bertscore", "all", 0.8, table="Table 2"),
     ]
-    closed, report, retrieval = build_tables(SCORES, "ours", others)
+    closed, report, retrieval = build_tables(SCORES, "ours", others, "Not checked.")
+    assert [table.notes[-1:] for table in (closed, report, retrieval)] == [("Not checked.",), ("Not checked.",), ()]
     assert closed.header == ("metric", "system", "source", "plane", "mean of types", "all")
     assert closed.rows == (
         ("accuracy", "ours", "measured here", "50.0 [25.0, 75.0]", "50.0", "50.0 [25.0, 75.0]"),

@@ -26,9 +26,9 @@ from med3dvlm.train.evaluation.zero_shot import (
     read_labels,
     read_prompts,
     run_zero_shot,
-    write_phantom_labels,
 )
 from med3dvlm.train.phantoms.anatomy import ORGANS
+from med3dvlm.train.phantoms.study import write_labels
 
 
 PROMPTS = [
@@ -219,8 +219,30 @@ def test_the_interval_of_the_auroc_is_that_of_resampled_cases():
 def test_a_case_is_not_both_for_validation_and_scored():
     model, processor = build()
     rows = labelled([1, 0, 1, 0, 1, 0, 1, 0]).volumes  # of two volumes a case
-    with pytest.raises(ValueError, match=r"1 cases are both for validation and scored, .* such as case 2: remove"):
+    with pytest.raises(
+        ValueError, match=r"1 cases are both for .* that of volume 5 of those that are scored: remove"
+    ) as caught:
         run_zero_shot(model, processor, PROMPTS, Labels(rows[:5]), Noise(), validation=Labels(rows[5:]))
+    assert "case 2" not in str(caught.value)
+    with pytest.raises(
+        ValueError, match=r"2 volumes are both for .* the first is volume 4 of those that are scored"
+    ) as caught:
+        secret = [LabelledVolume(f"Smith/{place}", "", {}) for place in range(7)]
+        run_zero_shot(model, processor, PROMPTS, Labels(secret[:5]), Noise(), validation=Labels(secret[3:]))
+    assert "Smith" not in str(caught.value)
+
+
+def test_vectors_that_are_not_finite_are_refused():
+    model, processor = build()
+
+    class Broken(Noise):
+        def load(self, path):
+            return super().load(path) * (torch.nan if path == "2" else 1)
+
+    with pytest.raises(
+        ValueError, match=r"volumes: 1 of 4 vectors are not finite \(rows 2\).*float16 may have overflowed"
+    ):
+        run_zero_shot(model, processor, PROMPTS, labelled([1, 0, 1, 0]), Broken())
 
 
 def test_names_of_classes_cannot_end_a_cell():
@@ -286,7 +308,7 @@ def test_labels_are_read_by_image_or_by_case(tmp_path):
         ("2", "x", 1),
         ("3", "y", 0),
     ]
-    with pytest.raises(ValueError, match="row 3: the case 'y' is not among the 1 cases"):
+    with pytest.raises(ValueError, match="row 3: its case is not among the 1 cases of the data"):
         read_labels(path, ["liver"], {"x": ["1"]})
     with pytest.raises(ValueError, match="has no column 'image'"):
         read_labels(path, ["liver"])
@@ -294,16 +316,23 @@ def test_labels_are_read_by_image_or_by_case(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of labels"):
         read_labels(tmp_path / "none.csv", ["liver"])
     for text, message in {
-        "image,lung\na,1\n": "no column for 'liver'. It has image, lung",
+        "image,lung\na,1\n": r"no column for 'liver'. It has image, lung. Add .* \(--prompts\)",
         "path,liver\na,1\n": "a column 'image' or 'case', got path, liver",
-        "image,liver\na,-1\n": "row 2: expected 1, 0 or an empty cell for 'liver', got '-1'",
-        "image,liver\na,1\na,0\n": "row 3: the volume .*a occurs a second time, first in row 2",
+        "image,liver\na,-1\n": r"row 2: expected 1, 0 or an empty cell for 'liver', got something else\.",
+        "image,liver\na,1\na,0\n": "row 3: its volume occurs a second time, first in row 2",
         "image,liver\n ,1\n": "row 2: expected the path of a volume",
         "image,liver\na\n": "row 2: expected 2 cells",
         "image,liver\n": "expected rows with labels, got none",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_labels(write(tmp_path / "bad.csv", text), ["liver"])
+
+
+def test_cells_that_are_no_labels_are_not_shown(tmp_path):
+    path = write(tmp_path / "labels.csv", "image,liver\na,0\nb,Mr Smith\n")
+    with pytest.raises(ValueError, match=r"labels\.csv, row 3: expected 1, 0 or an empty cell") as caught:
+        read_labels(path, ["liver"])
+    assert "Smith" not in str(caught.value)
 
 
 def test_labels_are_read_as_manifests_are(tmp_path):
@@ -329,8 +358,8 @@ def test_the_example_for_phantoms_fits_its_labels(tmp_path):
         {"image": f"{place}.nii.gz", "case": f"phantom/{place}", "split": split, "organ": organ}
         for place, (split, organ) in enumerate([("test", "liver"), ("train", "spleen"), ("test", "left lung")])
     ]
-    write(tmp_path / "phantoms.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    labels = read_labels(write_phantom_labels(tmp_path, tmp_path / "labels.csv"), ORGANS)
+    write_labels(lines, tmp_path / "labels.csv")
+    labels = read_labels(tmp_path / "labels.csv", ORGANS)
     assert [row.case for row in labels.volumes] == ["phantom/0", "phantom/2"]
     assert [[name for name, label in row.labels.items() if label] for row in labels.volumes] == [
         ["liver"],
@@ -339,7 +368,3 @@ def test_the_example_for_phantoms_fits_its_labels(tmp_path):
     assert labels.volumes[0].image == str(tmp_path / "0.nii.gz")
     with (tmp_path / "labels.csv").open() as file:
         assert next(csv.reader(file)) == ["image", "case", *ORGANS]
-    with pytest.raises(ValueError, match="no phantoms of the split 'validation'"):
-        write_phantom_labels(tmp_path, tmp_path / "labels.csv", "validation")
-    with pytest.raises(FileNotFoundError, match="no study of phantoms"):
-        write_phantom_labels(tmp_path / "none", tmp_path / "labels.csv")

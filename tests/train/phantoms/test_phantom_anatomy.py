@@ -20,7 +20,6 @@ from med3dvlm.train.phantoms.anatomy import (
     Shape,
     draw_patient,
     paint,
-    render_volume,
     scan_patient,
 )
 
@@ -32,6 +31,12 @@ FINDINGS = PhantomFindings("axial", "portal venous", "liver", "upper", "calcific
 def prepare(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     processor = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))
     return processor(nibabel.Nifti1Image(voxels, affine), return_tensors="pt")["pixel_values"][0, 0].numpy()
+
+
+def render_volume(findings: PhantomFindings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A scan of a new patient, and its affine."""
+    generator = np.random.default_rng(seed)
+    return scan_patient(draw_patient(findings, generator), findings.plane, generator)
 
 
 def centre_of_lesion(findings: PhantomFindings, seed: int) -> np.ndarray:
@@ -68,7 +73,7 @@ def test_lesions_lie_on_their_side_of_what_the_model_sees(organ: str, plane: str
         if plane != "oblique":  # a tilt shifts the upper and lower organs along W
             assert (width < 0.47) == on_right, (width, seed)
             assert (depth > 0.55) == ("lung" in organ)
-        voxels, affine = render_volume(findings, np.random.default_rng(seed))
+        voxels, affine = render_volume(findings, seed)
         assert voxels.dtype == np.int16 and voxels.min() == -1000
         assert nibabel.affines.voxel_sizes(affine).max() >= 8  # the slices are thick
 
@@ -212,7 +217,7 @@ def test_a_lesion_is_scanned_at_its_place_to_the_millimetre(plane: str) -> None:
 
 
 def test_equal_seeds_give_equal_scans_and_others_do_not() -> None:
-    first, again, other = (render_volume(FINDINGS, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    first, again, other = (render_volume(FINDINGS, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
     assert not np.array_equal(first[1], other[1])

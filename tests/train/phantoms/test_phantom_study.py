@@ -13,17 +13,10 @@ import nibabel
 import numpy as np
 import pytest
 
+from med3dvlm.train.data.layout import CHOICE_LETTERS, VQA_COLUMNS
 from med3dvlm.train.phantoms import study
 from med3dvlm.train.phantoms.anatomy import FACTORS, KINDS, ORGANS, PHASES, PhantomFindings
-from med3dvlm.train.phantoms.study import (
-    LETTERS,
-    VQA_COLUMNS,
-    draw_findings,
-    make_questions,
-    plan_questions,
-    write_report,
-    write_study,
-)
+from med3dvlm.train.phantoms.study import draw_findings, make_questions, plan_questions, write_report, write_study
 
 
 # Coarse voxels, so that a scan takes a few milliseconds.
@@ -97,11 +90,24 @@ def test_layout_is_that_of_m3d(folder: Path) -> None:
 
 def test_rows_of_both_files_are_consistent(folder: Path) -> None:
     for row in read_rows(folder / "M3D-VQA" / "M3D_VQA_train.csv"):
-        choices = [row[f"Choice {letter}"] for letter in LETTERS]
+        choices = [row[f"Choice {letter}"] for letter in CHOICE_LETTERS]
         assert len(set(choices)) == 4 and row[f"Choice {row['Answer Choice']}"] == row["Answer"]
     for row in read_rows(folder / "M3D-VQA" / "M3D_VQA_yn_train.csv"):
         assert row["Answer"] in ("Yes", "No") and row["Answer Choice"] == ""
-        assert {row[f"Choice {letter}"] for letter in LETTERS} == {""}
+        assert {row[f"Choice {letter}"] for letter in CHOICE_LETTERS} == {""}
+
+
+def test_labels_say_which_organ_of_each_test_case_holds_the_lesion(folder: Path) -> None:
+    truth = [json.loads(line) for line in (folder / "phantoms.jsonl").read_text().splitlines()]
+    with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = {case["image"]: case for case in truth if case["split"] == "test"}
+    assert len(rows) == 4 and {row["image"] for row in rows} == set(expected)
+    for row in rows:
+        case = expected[row["image"]]
+        assert (folder / row["image"]).is_file() and row["case"] == case["case"]
+        assert [organ for organ in ORGANS if row[organ] == "1"] == [case["organ"]]
+        assert {row[organ] for organ in ORGANS} == {"0", "1"}
 
 
 def test_splits_share_no_case(folder: Path) -> None:
@@ -200,14 +206,14 @@ def test_right_letters_are_balanced_for_each_type(many: Any) -> None:
         counts = Counter(
             row["Answer Choice"] for row in rows if row["Question Type"] == question_type and row["Answer Choice"]
         )
-        assert set(counts) == set(LETTERS) and max(counts.values()) - min(counts.values()) <= 12
+        assert set(counts) == set(CHOICE_LETTERS) and max(counts.values()) - min(counts.values()) <= 12
 
 
 def test_each_choice_is_right_in_a_quarter_of_the_questions_that_offer_it(many: Any) -> None:
     _, rows = many
     for question_type in range(1, 6):
         closed = [row for row in rows if row["Question Type"] == question_type and row["Answer Choice"]]
-        offered = Counter(row[f"Choice {letter}"] for row in closed for letter in LETTERS)
+        offered = Counter(row[f"Choice {letter}"] for row in closed for letter in CHOICE_LETTERS)
         right = Counter(row["Answer"] for row in closed)
         assert set(offered) == set(right)
         for choice, count in offered.items():
@@ -219,7 +225,7 @@ def test_two_organs_offered_as_locations_are_right_equally_often(many: Any) -> N
     _, rows = many
     answers: dict[frozenset[str], Counter[str]] = {}
     for row in (row for row in rows if row["Question Type"] == 5 and row["Answer Choice"]):
-        organs = frozenset(row[f"Choice {letter}"].partition(" of the ")[2] for letter in LETTERS)
+        organs = frozenset(row[f"Choice {letter}"].partition(" of the ")[2] for letter in CHOICE_LETTERS)
         assert len(organs) == 2
         answers.setdefault(organs, Counter())[row["Answer"].partition(" of the ")[2]] += 1
     assert set(answers) == {frozenset(pair) for pair in itertools.combinations(ORGANS, 2)}
@@ -269,14 +275,14 @@ def test_a_blind_reader_who_learnt_the_training_split_stays_near_chance() -> Non
             by_text[row["Answer"]] += 1
             by_wording[row["Question"], row["Answer Choice"]] += 1
         for row in closed[0]:
-            choices = frozenset(row[f"Choice {letter}"] for letter in LETTERS)
+            choices = frozenset(row[f"Choice {letter}"] for letter in CHOICE_LETTERS)
             by_wording[choices, row["Answer"]] += 1
         hits = np.zeros(3)
         for row in closed[1]:
-            choices = {letter: row[f"Choice {letter}"] for letter in LETTERS}
+            choices = {letter: row[f"Choice {letter}"] for letter in CHOICE_LETTERS}
             offered = frozenset(choices.values())
             hits[0] += max(choices.values(), key=by_text.__getitem__) == row["Answer"]
-            hits[1] += max(LETTERS, key=lambda x: by_wording[row["Question"], x]) == row["Answer Choice"]
+            hits[1] += max(CHOICE_LETTERS, key=lambda x: by_wording[row["Question"], x]) == row["Answer Choice"]
             hits[2] += max(choices.values(), key=lambda x: by_wording[offered, x]) == row["Answer"]
         assert np.all(hits / len(closed[1]) < 0.31), (question_type, hits / len(closed[1]))
         yes_no = [
