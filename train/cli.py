@@ -634,7 +634,7 @@ def bench(
 
     Example: med3dvlm bench --section encoder --variant nano --variant small --scale 1 --scale 0.5
     """
-    with bad_input_is_an_answer():
+    with bad_input_is_an_answer(image_size="--image-size"):
         check_device(device)
         with step("importing"):
             import torch

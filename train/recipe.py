@@ -47,17 +47,20 @@ FREE_SETTINGS = (
     "save_total_limit",
     "torch_empty_cache_steps",
 )
-# What a run may have of its own and still have the numbers of a recipe's description: places, and what is written down.
+# What a run may have of its own and still have the numbers of a recipe's description: places, and what is validated and
+# written down.
 NOT_OF_DESCRIPTION = (
     "description",
     "begun_from",
-    "changed",
+    "num_devices",
     "num_answers",
     "data.root",
     "data.cache",
     "data.volumes",
     "model.start_from",
     "training.output_dir",
+    "training.eval_steps",
+    "training.per_device_eval_batch_size",
     *(f"training.{name}" for name in FREE_SETTINGS),
 )
 
@@ -256,9 +259,18 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]} (at `{error.full_key}`)") from error
     assert isinstance(recipe, Recipe)
-    recipe.begun_from = recipe.begun_from or origin
-    is_of_this_run = merged.get("description") != described.get("description")  # given with its other values
-    recipe.changed = {} if is_of_this_run else {**recipe.changed, **_changes(described, merged)}
+    packaged = packaged_recipes()
+    recipe.begun_from = recipe.begun_from or (origin if origin in packaged else _packaged_recipe_of(merged) or origin)
+    if recipe.begun_from in packaged:  # whatever a saved recipe says of itself
+        described, recipe.changed = _read_with_base(packaged[recipe.begun_from], ())[0], {}
+    if merged.get("description") == described.get("description"):
+        recipe.changed = {**recipe.changed, **_changes(described, merged)}
+        if "num_devices" not in merged:
+            recipe.num_devices = described.get("num_devices")
+    else:  # given with its other values, and the devices of the others are not its own
+        recipe.changed = {}
+        if merged.get("num_devices") == described.get("num_devices"):
+            recipe.num_devices = None
     for name in PLACES:
         place = getattr(recipe.model, name)
         if isinstance(place, str) and place.startswith("~"):  # which no shell expands behind `model.start_from=`
@@ -515,9 +527,19 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, Dic
     if "description" in content:  # its own: what the base was begun from is no part of it
         values.pop("begun_from", None)
         values.pop("changed", None)
+        values.pop("num_devices", None)
     merged = OmegaConf.merge(values, content)
     assert isinstance(merged, DictConfig)
     return (merged, merged, name) if "description" in content else (merged, described, origin)
+
+
+def _packaged_recipe_of(values: DictConfig) -> str:
+    """The recipe of this package whose stage and description these are, as in a file that an earlier version saved; or none."""
+    for name, path in packaged_recipes().items():
+        recipe, _, origin = _read_with_base(path, ())
+        if origin == name and all(recipe.get(key) == values.get(key) for key in ("description", "stage")):
+            return name
+    return ""
 
 
 def _changes(described: DictConfig, merged: DictConfig) -> dict[str, str]:
@@ -527,7 +549,9 @@ def _changes(described: DictConfig, merged: DictConfig) -> dict[str, str]:
     changes = {
         key: without_absolute_paths(value)
         for key, value in _leaves(OmegaConf.to_container(merged))
-        if key not in NOT_OF_DESCRIPTION and (key not in before or before[key] != value)
+        if key not in NOT_OF_DESCRIPTION
+        and not key.startswith("changed.")
+        and (key not in before or before[key] != value)
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
 

@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from ..hub_cards.model_card import OF_PICTURES
 from ..hub_cards.publish import publish, replaced_when_complete
-from ..hub_cards.training_record import TRAINING_NAME, describe_training
+from ..hub_cards.training_record import TRAINING_NAME, describe_training, read_training_record
 from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
 from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
@@ -113,14 +113,18 @@ def run_recipe(recipe: Recipe) -> Path:
     Raises:
         FileNotFoundError: the data, or what the run starts from, is not there.
         ImportError: the recipe needs DeepSpeed, which is not installed.
-        ValueError: data, models and recipe do not fit each other, or the output folder holds another run.
+        ValueError: data, models and recipe do not fit each other, the output folder holds another run, or the record of a
+            training beside a model is damaged.
         RuntimeError: training ended before its last step, and not because of a signal.
         BlockingIOError: another run is at work in the output folder.
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
     check_places(recipe)
     check_deepspeed(recipe)
-    recipe = choose_precision(recipe)
+    for name in PLACES:
+        if isinstance(place := getattr(recipe.model, name), str):
+            read_training_record(place)  # a damaged one is to be known now, not when the result is published
+    stated, recipe = recipe, choose_precision(recipe)
     arguments = build_training_arguments(recipe)
     if arguments.device.type == "cpu":
         keep_freed_memory()
@@ -135,23 +139,27 @@ def run_recipe(recipe: Recipe) -> Path:
         return output_dir / PUBLISHED
     set_seed(arguments.seed)
     with only_run_in(output_dir):
-        return train_and_publish(recipe, arguments, samples, settings, left_out)
+        return train_and_publish(recipe, stated, arguments, samples, settings, left_out)
 
 
 def train_and_publish(
     recipe: Recipe,
+    stated: Recipe,
     arguments: TrainingArguments,
     samples: Mapping[Split, datasets.Dataset],
     settings: dict[str, Any],
     left_out: Sequence[Mapping[str, str]],
 ) -> Path:
-    """What [`run_recipe`] does once all that it needs is read, and the output folder is its own."""
+    """
+    What [`run_recipe`] does once all that it needs is read, and the output folder is its own. `stated` is the recipe as it was
+    given, with what depends on the machine left open; it is saved, so that another machine may choose.
+    """
     output_dir = Path(str(arguments.output_dir))
     # Before anything is loaded: another run's folder is refused here.
     resume_from = prepare_resume(arguments, settings, lambda before: bring_up_to_date(before, settings))
     if arguments.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, output_dir / RECIPE)
+        save_recipe(stated, output_dir / RECIPE)
 
     stop, guard = StopOnSignal(), CheckpointGuard(settings)
     trainer = build_trainer(recipe, arguments, samples, [stop, guard], resume_from is not None, left_out)
@@ -575,7 +583,10 @@ def describe_recipe(recipe: Recipe, arguments: TrainingArguments) -> str:
     from, what was changed, and the samples or volumes in a step of all devices.
     """
     batch_size = stated = global_batch_size(arguments)
-    if recipe.num_devices is not None:
+    of_a_device = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+    if recipe.num_devices is not None and not any(
+        name in recipe.changed for name in of_a_device
+    ):  # else it is not known
         per_device = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         stated = per_device * recipe.num_devices
     if not recipe.changed and batch_size == stated:

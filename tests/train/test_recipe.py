@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from transformers import TrainingArguments
 
 from med3dvlm import DCFormerConfig, Med3DVLMConfig
@@ -126,9 +127,20 @@ def test_what_differs_from_the_recipe_of_the_description_is_known_and_saved(tmp_
     # What says of itself what it is has nothing changed.
     (tmp_path / "described.yaml").write_text("base: saved.yaml\ndescription: Numbers of our own.\n")
     described = load_recipe(tmp_path / "described.yaml")
-    assert (described.begun_from, described.changed) == ("described.yaml", {})
+    assert (described.begun_from, described.changed, described.num_devices) == ("described.yaml", {}, None)
     for name in ("paper/projector", tmp_path / "saved.yaml"):
-        assert load_recipe(name, ["description=Ours.", "training.learning_rate=1"]).changed == {}
+        ours = load_recipe(name, ["description=Ours.", "training.learning_rate=1"])
+        assert (ours.changed, ours.num_devices) == ({}, None)
+    # What a saved recipe says of itself is not believed: one of an earlier version says nothing, one may be edited.
+    saved = OmegaConf.to_container(OmegaConf.load(tmp_path / "saved.yaml"))
+    for edit in ({}, {"begun_from": "paper/projector", "changed": {}, "num_devices": 8}):
+        older = {name: value for name, value in saved.items() if name not in ("begun_from", "changed", "num_devices")}
+        OmegaConf.save(OmegaConf.create({**older, **edit}), tmp_path / "older.yaml")
+        older_recipe = load_recipe(tmp_path / "older.yaml")
+        assert (older_recipe.begun_from, older_recipe.changed) == (recipe.begun_from, recipe.changed)
+        assert older_recipe.num_devices == 8
+    back = load_recipe(tmp_path / "saved.yaml", ["training.learning_rate=1e-4"])
+    assert back.changed == {}
 
 
 def test_base_is_found_beside_the_recipe(tmp_path):

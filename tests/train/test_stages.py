@@ -162,13 +162,23 @@ def tensors(folder, name="model.safetensors"):
 
 def test_the_command_trains_and_writes_for_tensorboard_unless_told_otherwise(manifest, tmp_path):
     assert build_training_arguments(load_recipe("paper/contrastive")).report_to == ["tensorboard"]
-    values = [value for value in QUICK if "report_to" not in value]
+    values = [value for value in QUICK if "report_to" not in value and "bf16" not in value]
     places = [f"data.root={manifest}", f"training.output_dir={tmp_path}", "training.max_steps=1"]
     result = CliRunner().invoke(app, ["train", "phantom/language", *places, *values, LANGUAGE, "--json"])
     published = tmp_path / "published"
     assert json.loads(result.stdout) == {"recipe": "phantom/language", "published": str(published)}
     assert AutoModelForCausalLM.from_pretrained(published).config.hidden_size == 32
     assert list(tmp_path.glob("runs/**/events.out.tfevents.*"))
+    saved = OmegaConf.load(tmp_path / "recipe.yaml").training
+    assert saved.bf16 == "auto" and saved.use_cpu  # another machine may choose
+
+
+def test_a_damaged_record_of_what_came_before_is_known_before_anything_is_read(tmp_path):
+    (tmp_path / "training.json").write_text("{")
+    places = [f"model.start_from={tmp_path}", f"model.language_model={tmp_path}", f"data.root={tmp_path}"]
+    recipe = load_recipe("phantom/projector", [*places, f"training.output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match=r"training\.json: expected a JSON object"):
+        run_recipe(recipe)
 
 
 def test_contrastive_stage_publishes_a_dual_encoder(contrastive):
@@ -198,7 +208,7 @@ def test_a_description_stands_alone_where_nothing_but_places_differs_and_the_bat
         f"{begun}changed: `model.text_encoder=bert`, `training.num_train_epochs=20`, `training.learning_rate=0.0002`; "
         "global batch 512."
     )
-    accumulated = "changed: `training.gradient_accumulation_steps=8`; global batch 512 instead of 4096."
+    accumulated = "changed: `training.gradient_accumulation_steps=8`; global batch 512."
     assert told(1, "training.gradient_accumulation_steps=8") == begun + accumulated
 
 

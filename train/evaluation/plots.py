@@ -373,7 +373,7 @@ def draw_calibration(
     )
     lower.set_ylim(bottom=0)
     lower.set_ylabel("answers (number)")
-    lower.set_xlabel("confidence (%)")
+    lower.set_xlabel("probability of the answer (%)")
     lower.set_xlim(0, 100)
     lower.legend(fontsize=8)
     for axes in (upper, lower):
