@@ -24,12 +24,11 @@ def build_vision_config(vision_config: dict | PreTrainedConfig | None) -> PreTra
     Raises:
         ValueError: the `model_type` is not that of a volume encoder.
     """
-    fields: dict[str, Any] = {"model_type": "dcformer"}
     if isinstance(vision_config, PreTrainedConfig):
-        fields["model_type"] = vision_config.model_type
+        model_type = vision_config.model_type
     else:
-        fields.update(vision_config or {})
-    model_type = fields.pop("model_type")
+        fields = dict(vision_config or {})
+        model_type = fields.pop("model_type", "dcformer")
     if model_type not in VISION_CONFIGS:
         raise ValueError(
             f"`vision_config.model_type` must be one of {sorted(VISION_CONFIGS)}, the encoders of a volume, got "

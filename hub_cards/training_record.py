@@ -33,7 +33,7 @@ def describe_training(settings: Mapping[str, Any], starts_from: Mapping[str, str
     Example:
 
     ```python
-    >>> describe_training({"stage": "projector", "data": {"root": "/home/me/phantoms"}}, {})["settings"]
+    >>> describe_training({"stage": "projector", "data": {"root": "/data/phantoms"}}, {})["settings"]
     {'stage': 'projector', 'data': {'root': 'phantoms'}}
     ```"""
     before = {name: read_training_record(place) for name, place in starts_from.items()}

@@ -1,4 +1,4 @@
-"""Writing JSON that appears whole or not at all, and keeping a folder to one process."""
+"""Writing JSON that appears whole or not at all, what no file can hold, and keeping a folder to one process."""
 
 import json
 import os
@@ -33,6 +33,15 @@ def write_json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_atomically("".join(lines).encode(), path)
+
+
+def find_surrogate(text: str) -> str | None:
+    """The first lone surrogate of a text, such as `"\\ud83d"`: JSON may spell it, and no file can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])[1:-1]
+    return None
 
 
 @contextmanager
@@ -76,4 +85,4 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-__all__ = ["only_one_at", "write_atomically", "write_json_atomically", "write_json_lines"]
+__all__ = ["find_surrogate", "only_one_at", "write_atomically", "write_json_atomically", "write_json_lines"]

@@ -3,9 +3,9 @@ validation adds to the loss: retrieval for the dual encoder, written answers for
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -125,7 +125,8 @@ class StudyTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
         if self.args.world_size > 1 and self.is_world_process_zero():
-            warn_of_copies(len(loader.dataset), self.args.eval_batch_size, self.args.world_size)  # type: ignore[arg-type]
+            num_samples = len(cast(Sized, loader.dataset))
+            warn_of_copies(num_samples, self.args.eval_batch_size, self.args.world_size)
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

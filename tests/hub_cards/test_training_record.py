@@ -16,14 +16,14 @@ from med3dvlm.hub_cards.training_record import (
 
 
 def test_a_record_has_settings_and_those_of_what_came_before_but_no_places(tmp_path):
-    settings = {"stage": "projector", "data": {"root": "/home/me/phantoms", "tasks": ["report"]}, "seed": 0}
+    settings = {"stage": "projector", "data": {"root": "/data/me/phantoms", "tasks": ["report"]}, "seed": 0}
     first = describe_training(settings, {})
     assert first["tool"].startswith("med3dvlm ") and first["before"] == {}
     assert first["settings"] == {**settings, "data": {"root": "phantoms", "tasks": ["report"]}}
     (tmp_path / "training.json").write_text(json.dumps(first))
     second = describe_training({"stage": "finetune"}, {"start_from": tmp_path, "language_model": "Qwen/Qwen2.5-7B"})
     assert second["before"] == {"start_from": first}
-    assert "/home" not in json.dumps(second)
+    assert "/data" not in json.dumps(second)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_a_description_stands_alone_where_nothing_but_places_differs_and_the_bat
     begun = "Begun from the recipe `paper/contrastive`; "
     assert told(8) == told(8, "training.learning_rate=1e-4") == "Numbers of Xin et al. 2025, Section 3.4."
     assert told(1) == f"{begun}global batch 64 instead of 512."
-    changes = ("training.learning_rate=2e-4", "model.text_encoder=/home/me/bert", "training.num_train_epochs=20")
+    changes = ("training.learning_rate=2e-4", "model.text_encoder=/data/me/bert", "training.num_train_epochs=20")
     assert told(8, *changes) == (
         f"{begun}changed: `model.text_encoder=bert`, `training.num_train_epochs=20`, `training.learning_rate=0.0002`; "
         "global batch 512."

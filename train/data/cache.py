@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..files import write_atomically
 from .dataset import ProcessedVolumes, VolumeLoader
-from .preparation_record import PREPARED, check_not_prepared
+from .preparation_record import check_not_prepared, prepared_options
 from .slices import open_scan
 
 
@@ -171,7 +171,7 @@ def volume_loader(
     Raises:
         ValueError: `dtype` is no precision of a cache.
     """
-    options = PREPARED if prepared else {}
+    options = prepared_options(prepared)
     if cache is None:
         return ProcessedVolumes(image_processor, options)
     return VolumeCache(Path(cache).expanduser(), image_processor, dtype, options)

@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..files import find_surrogate
 from ..naming import name_a_few
 from .m3d import (
     SKIP_HINT,
@@ -235,13 +236,8 @@ def _read_json_line(where: str, line: str) -> dict[str, Any]:
         cells = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}, is not valid JSON: {error}.") from error
-    try:
-        json.dumps(cells, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise ValueError(
-            f"{where}: half of a character ({half}), which no file can hold. Write the whole one."
-        ) from error
+    if (half := find_surrogate(json.dumps(cells, ensure_ascii=False))) is not None:
+        raise ValueError(f"{where}: half of a character ('{half}'), which no file can hold. Write the whole one.")
     if not isinstance(cells, dict):
         raise ValueError(f'{where}: expected an object such as {{"image": ..., "report": ...}} on each line.')
     _check_columns(where, cells)

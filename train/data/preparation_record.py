@@ -29,6 +29,11 @@ NOT_OURS = (
 PREPARED: dict[str, Any] = {"intensity_mode": "none", "do_crop_foreground": False}
 
 
+def prepared_options(prepared: bool) -> dict[str, Any]:
+    """Options of the image processor for volumes that were prepared before, or none."""
+    return dict(PREPARED) if prepared else {}
+
+
 def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
     """
     What a prepared volume says of its making: `settings` (a fingerprint), `source` (its state), `preprocessing_report` and
@@ -107,6 +112,7 @@ __all__ = [
     "PREPARED",
     "check_not_prepared",
     "is_of_slices",
+    "prepared_options",
     "read_preparation_record",
     "states_directions",
 ]

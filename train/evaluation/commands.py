@@ -580,7 +580,7 @@ def evaluate_dependence_command(
 
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
-            from ..data.preparation_record import check_not_prepared
+            from ..data.preparation_record import check_not_prepared, prepared_options
             from .folders import DEPENDENCE, describe_source, only_call_in, open_folder
             from .image_dependence import check_image_dependence, format_dependence
             from .runner import MetricOptions, build_text_metrics, check_blind_control, read_samples
@@ -589,7 +589,6 @@ def evaluate_dependence_command(
                 find_model,
                 load_for_evaluation,
                 model_type_of,
-                prepared_options,
                 start_single_process,
             )
         hush_progress_bars()

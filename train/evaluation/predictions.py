@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.samples import QUESTION_TYPES, TASKS
+from ..files import find_surrogate
 from ..prompts import format_answer, format_question
 
 
@@ -172,15 +173,6 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     ) from error
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-
-
-def find_surrogate(text: str) -> str | None:
-    """The first lone surrogate of a text, such as `"\\ud83d"`: JSON may spell it, and no encoding of text has it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return ascii(text[error.start])[1:-1]
-    return None
 
 
 def first_few(names: Sequence[str], number: int = 3) -> str:

@@ -85,9 +85,8 @@ def present(
         plots |= draw_answers(scores, answered, output, others)
         volumes: VolumeLoader | None = None
         orientation = "none"
-        if (
-            found := find_on_disk(model, result["settings"])
-        ) is not None:  # what prepares volumes as the model gets them
+        found = find_on_disk(model, result["settings"])
+        if found is not None:  # what prepares volumes as the model gets them
             image_processor = Med3DVLMImageProcessor.from_pretrained(found)
             orientation = image_processor.orientation
             cache = None if work is None else work.cache

@@ -30,7 +30,7 @@ from ..data.dataset import text_group_id
 from ..data.layout import vqa_file
 from ..data.m3d import missing_text
 from ..data.manifest import find_manifest
-from ..data.preparation_record import check_not_prepared
+from ..data.preparation_record import check_not_prepared, prepared_options
 from ..data.reading import find_broken
 from ..data.samples import SPLITS, Task
 from ..data.study import first_cases, read_task
@@ -86,7 +86,6 @@ from .settings import (
     device_of_process,
     find_model,
     load_for_evaluation,
-    prepared_options,
     start_processes,
 )
 from .statistics import describe_answers

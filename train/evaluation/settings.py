@@ -18,7 +18,6 @@ from ...processing.volume_io import InvalidVolumeError
 from ..checkpoints import done_by_first_process
 from ..data.cache import volume_loader
 from ..data.dataset import VolumeLoader
-from ..data.preparation_record import PREPARED
 from ..data.samples import Split, Task
 from .folders import snapshot_of
 
@@ -195,11 +194,6 @@ def build_volumes(processor: Any, settings: EvaluationSettings, work: Work) -> V
     return volume_loader(processor.image_processor, settings.prepared, work.cache, "float32")
 
 
-def prepared_options(prepared: bool) -> dict[str, Any]:
-    """Options of the image processor for volumes that were prepared before, or none."""
-    return dict(PREPARED) if prepared else {}
-
-
 __all__ = [
     "EvaluationSettings",
     "Work",
@@ -212,7 +206,6 @@ __all__ = [
     "find_model",
     "load_for_evaluation",
     "model_type_of",
-    "prepared_options",
     "start_processes",
     "start_single_process",
 ]
