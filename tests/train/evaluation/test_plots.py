@@ -176,7 +176,8 @@ def test_calibration_shows_bins_counts_and_error(tmp_path, figures):
     assert model.get_xydata().tolist() == [[pytest.approx(100 * x), 100 * y] for x, y in zip(trust, hits)]
     assert [text.get_text() for text in upper.texts] == ["1"] * 4
     assert sum(patch.get_height() for patch in lower.patches) == 4
-    assert upper.get_ylim()[0] == 0 and lower.get_ylim()[0] == 0 and lower.get_xlabel() == "confidence (%)"
+    assert upper.get_ylim()[0] == 0 and lower.get_ylim()[0] == 0
+    assert lower.get_xlabel() == "probability of the answer (%)"
 
 
 @pytest.mark.parametrize(
