@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from .settings import EvaluationSettings, Work
 
 
-# What answers are compared with in a check whether a model uses its volume.
-DEPENDENCE_METRICS = ("bleu_1", "rouge_1")
-
 evaluate_app = typer.Typer(
     name="evaluate",
     help="Score a model, or the answers of any system, beside chance and the blind control.",
@@ -460,6 +457,7 @@ def evaluate_zero_shot_command(
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
     prepared: PreparedOption = False,
+    skip_broken: SkipBrokenOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -475,66 +473,13 @@ def evaluate_zero_shot_command(
             data or "", ("report",), split=split, dtype=dtype, prepared=prepared, max_text_length=max_text_length
         )
         with step("importing"):
-            from dataclasses import asdict
-
-            from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
-            from ..data.study import read_task
-            from .folders import ZERO_SHOT, describe_source, only_call_in, open_folder
-            from .settings import build_volumes, check_kind, find_model, load_for_evaluation, start_single_process
-            from .zero_shot import (
-                PHANTOM_PROMPTS,
-                find_rule,
-                format_zero_shot,
-                images_by_case,
-                read_labels,
-                read_prompts,
-                run_zero_shot,
-            )
+            from .one_process import evaluate_zero_shot
+            from .zero_shot import find_rule
         hush_progress_bars()
-        work = make_work(batch_size, device, cache)
-        start_single_process(work)
+        work = make_work(batch_size, device, cache, skip_broken)
         chosen_rule = None if rule is None else find_rule(rule)
-        classes = read_prompts(prompts or PHANTOM_PROMPTS)
-        names = [entry.name for entry in classes]
-
-        def images_of(part: Any) -> Any:
-            return None if data is None else lambda: images_by_case(read_task(data, part, "report"))
-
-        labelled = read_labels(labels, names, images_of(settings.split))
-        held = None if validation is None else read_labels(validation, names, images_of("validation"))
-        folder = find_model(source)
-        check_kind(folder, DCFormerSiglipModel)
-        described = {
-            **asdict(settings),
-            "model": describe_source(source, folder),
-            "prompts": [asdict(entry) for entry in classes],
-            "labels": describe_source(str(labels)),
-            "validation": None if validation is None else describe_source(str(validation)),
-            "rule": rule,
-        }
-        with only_call_in(out):
-            open_folder(out, described)
-            loaded, processor = load_for_evaluation(folder, DCFormerSiglipModel, settings, work)
-            result = run_zero_shot(
-                loaded,
-                processor,
-                classes,
-                labelled,
-                build_volumes(processor, settings, work),
-                held,
-                chosen_rule,
-                max_text_length,
-                batch_size,
-                work.progress,
-            )
-            text = format_zero_shot(result)
-            content = write_result(
-                out / ZERO_SHOT,
-                f"# Zero-shot classification, {Path(source).name}\n\n{text}\n",
-                result.to_dict(),
-                described,
-            )
-        typer.echo(json.dumps(content) if as_json else text)
+        content = evaluate_zero_shot(out, settings, source, labels, prompts, validation, chosen_rule, work)
+        typer.echo(json.dumps(content) if as_json else (out / "README.md").read_text(encoding="utf-8"))
 
 
 @evaluate_app.command("dependence")
@@ -564,6 +509,7 @@ def evaluate_dependence_command(
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
     prepared: PreparedOption = False,
+    skip_broken: SkipBrokenOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -575,31 +521,9 @@ def evaluate_dependence_command(
     with bad_input_is_an_answer():
         require_eval_extra()
         source = check_model_name(model)
-        with step("importing"):
-            from dataclasses import asdict
-
-            from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
-            from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
-            from ..data.preparation_record import check_not_prepared, prepared_options
-            from .folders import DEPENDENCE, describe_source, only_call_in, open_folder
-            from .image_dependence import check_image_dependence, format_dependence
-            from .runner import MetricOptions, build_text_metrics, check_blind_control, read_samples
-            from .settings import (
-                build_volumes,
-                find_model,
-                load_for_evaluation,
-                model_type_of,
-                start_single_process,
-            )
-        hush_progress_bars()
-        work = make_work(batch_size, device, cache)
-        start_single_process(work)
-        folder = find_model(source)
-        is_dual = model_type_of(folder) == DCFormerSiglipModel.config_class.model_type
-        asked = read_names("--tasks", tasks) if tasks else ("report",) if is_dual else ("report", "closed_vqa")
         settings = make_settings(
             data,
-            asked,
+            read_names("--tasks", tasks) if tasks else (),
             split=split,
             num_cases=cases,
             max_new_tokens=max_new_tokens,
@@ -607,46 +531,12 @@ def evaluate_dependence_command(
             dtype=dtype,
             prepared=prepared,
         )
-        samples, _ = read_samples(settings)
-        check_blind_control(settings, samples)
-        check_not_prepared(samples[0]["image"], prepared_options(prepared))
-        # Hardly a report is right in every word, so that by `exact` alone nothing could fall.
-        metrics = {} if is_dual else build_text_metrics(MetricOptions(DEPENDENCE_METRICS), settings.tasks)
-        described = {
-            **asdict(settings),
-            "model": describe_source(source, folder),
-            "metrics": list(metrics),
-            "seed": seed,
-        }
-        with only_call_in(out):
-            open_folder(out, described)
-            kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
-            loaded, processor = load_for_evaluation(folder, kind, settings, work)
-            rows = check_image_dependence(
-                loaded,
-                processor,
-                samples,
-                build_volumes(processor, settings, work),
-                text_metrics=metrics,
-                max_new_tokens=max_new_tokens,
-                max_text_length=max_text_length,
-                batch_size=batch_size,
-                seed=seed,
-                show_progress=work.progress,
-                prepared=prepared,
-            )
-            text = format_dependence(rows)
-            content = write_result(
-                out / DEPENDENCE,
-                f"# Image dependence, {Path(source).name}\n\n{text}\n",
-                {
-                    "model": source,
-                    "num_cases": len(set(samples["case"])),
-                    "rows": [row.to_dict() for row in rows],
-                },
-                described,
-            )
-        typer.echo(json.dumps(content) if as_json else text)
+        with step("importing"):
+            from .one_process import evaluate_dependence
+        hush_progress_bars()
+        work = make_work(batch_size, device, cache, skip_broken)
+        content = evaluate_dependence(out, settings, source, seed, work)
+        typer.echo(json.dumps(content) if as_json else (out / "README.md").read_text(encoding="utf-8"))
 
 
 @evaluate_app.command("card")
@@ -818,17 +708,6 @@ def read_questions(tasks: str) -> tuple[str, ...]:
             "--tasks: `evaluate vqa` asks questions, got report. `med3dvlm evaluate report` takes the reports."
         )
     return names
-
-
-def write_result(path: Path, text: str, result: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes a result with its settings and versions, and `README.md` beside it; returns what is in the file."""
-    from ..files import write_atomically, write_json_atomically
-    from .folders import versions
-
-    content = {**result, "settings": settings, "versions": versions()}
-    write_json_atomically(content, path)
-    write_atomically(text.encode(), path.with_name("README.md"))
-    return content
 
 
 def require_eval_extra() -> None:

@@ -382,25 +382,26 @@ def find_unreadable(
     output: Path,
     settings: EvaluationSettings,
     model: str,
-    samples: datasets.Dataset,
+    images: Sequence[str],
     work: Work,
+    base: Path,
     empty: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
     """
     The images that cannot be read, the same ones in all processes: those in the folder's listing, which the first process makes
-    by reading all of them, unless there is one. What was left out as `empty` stands in it too. None without `work.skip_broken`.
+    by reading all of them, unless there is one. Its paths are relative to the folder `base`. What was left out as `empty` stands
+    in it too. None without `work.skip_broken`.
     """
     if not work.skip_broken:
         return []
 
     def find() -> list[str]:
         volumes = build_volumes(Med3DVLMProcessor.from_pretrained(model), settings, work)
-        images = list(dict.fromkeys(samples["image"]))
         return find_broken(
             volumes,
-            images,
+            list(dict.fromkeys(images)),
             output / SKIPPED,
-            base=folder_of(settings.data),
+            base=base,
             is_resumed=True,
             progress=work.progress,
             left_out=empty,
@@ -429,7 +430,10 @@ def leave_out_broken(
     Raises:
         ValueError: nothing is left of a task, or there is no sound volume of another case.
     """
-    broken = [] if folder is None else find_unreadable(output, settings, folder, samples, work, empty)
+    broken: list[str] = []
+    if folder is not None:
+        images = list(samples["image"])
+        broken = find_unreadable(output, settings, folder, images, work, folder_of(settings.data), empty)
     blind = with_volume_of_another_case(samples, broken) if settings.blind else None
     note, kept = leave_out(output, samples, broken)
     blind = None if blind is None else blind.select(kept)

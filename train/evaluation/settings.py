@@ -81,19 +81,20 @@ def start_processes(work: Work) -> PartialState:
     return PartialState(cpu=choose_device(work) == "cpu", timeout=LONGEST_WAIT)
 
 
-def start_single_process(work: Work) -> None:
+def start_single_process(work: Work) -> PartialState:
     """
-    For an evaluation whose work is not dealt out.
+    The process of an evaluation whose work is not dealt out.
 
     Raises:
         ValueError: it was started in several processes.
     """
-    num_processes = start_processes(work).num_processes
-    if num_processes > 1:
+    state = start_processes(work)
+    if state.num_processes > 1:
         raise ValueError(
-            f"Expected one process, got {num_processes}: this evaluation is not dealt out, each would do all of the work and write "
+            f"Expected one process, got {state.num_processes}: this evaluation is not dealt out, each would do all of the work and write "
             "the same files. Start it without torchrun or accelerate."
         )
+    return state
 
 
 def choose_device(work: Work) -> str:

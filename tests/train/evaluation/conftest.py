@@ -7,6 +7,7 @@ from tiny import build_tiny_model
 
 from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.hub_cards.publish import publish
+from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.phantoms.study import write_study
 
@@ -27,6 +28,17 @@ def vlm(tmp_path_factory):
     model, processor = build_tiny_model(IMAGE_SIZE)
     publish(model, folder, processor=processor)
     return str(folder)
+
+
+@pytest.fixture
+def with_broken_scans(tmp_path):
+    """A manifest for a test of five cases with a report each; the scans of two are no volumes."""
+    manifest = write_example_manifest(tmp_path / "example")
+    text = manifest.read_text().replace(",train,", ",test,").replace(",validation,", ",test,")
+    manifest.write_text(text)
+    for number in (2, 4):
+        (manifest.parent / f"scan_{number}.nii.gz").write_bytes(b"no volume")
+    return manifest
 
 
 @pytest.fixture

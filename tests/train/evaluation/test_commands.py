@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
-from med3dvlm.train.evaluation import commands
+from med3dvlm.train.evaluation import commands, one_process
 from med3dvlm.train.evaluation import settings as settings_module
 from med3dvlm.train.evaluation.folders import LOCK
 from med3dvlm.train.evaluation.presentation import is_m3d
@@ -417,7 +417,7 @@ def test_zero_shot_and_dependence_write_folders(study, dual_encoder, tmp_path):
 
 
 def test_a_mistyped_rule_is_known_before_the_folder_is_begun(study, dual_encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(settings_module, "load_for_evaluation", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(one_process, "load_for_evaluation", lambda *arguments: pytest.fail("loaded"))
     labels = study / "labels.csv"
     arguments = ["zero-shot", "-m", dual_encoder, "--labels", labels, "-o", tmp_path / "out"]
     result = run(*arguments, "--rule", "softmax")

@@ -222,17 +222,6 @@ def test_a_repository_is_evaluated_in_one_revision(study, vlm, evaluated, on_the
         evaluate_answers(tmp_path / "out", wanted, "org/med3dvlm", **options)
 
 
-@pytest.fixture
-def with_broken_scans(tmp_path):
-    """A manifest for a test of five cases with a report each; the scans of two are no volumes."""
-    manifest = write_example_manifest(tmp_path / "example")
-    text = manifest.read_text().replace(",train,", ",test,").replace(",validation,", ",test,")
-    manifest.write_text(text)
-    for number in (2, 4):
-        (manifest.parent / f"scan_{number}.nii.gz").write_bytes(b"no volume")
-    return manifest
-
-
 def listed(folder):
     return [json.loads(line)["image"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
 
