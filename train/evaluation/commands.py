@@ -474,11 +474,9 @@ def evaluate_zero_shot_command(
         )
         with step("importing"):
             from .one_process import evaluate_zero_shot
-            from .zero_shot import find_rule
         hush_progress_bars()
         work = make_work(batch_size, device, cache, skip_broken)
-        chosen_rule = None if rule is None else find_rule(rule)
-        content = evaluate_zero_shot(out, settings, source, labels, prompts, validation, chosen_rule, work)
+        content = evaluate_zero_shot(out, settings, source, labels, prompts, validation, rule, work)
         typer.echo(json.dumps(content) if as_json else (out / "README.md").read_text(encoding="utf-8"))
 
 

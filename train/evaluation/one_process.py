@@ -42,7 +42,6 @@ from .settings import (
 from .zero_shot import (
     PHANTOM_PROMPTS,
     Labels,
-    Rule,
     find_rule,
     format_zero_shot,
     images_by_case,
@@ -66,7 +65,7 @@ def evaluate_zero_shot(
     labels: Path,
     prompts: Path | None = None,
     validation: Path | None = None,
-    rule: Rule | None = None,
+    rule: str | None = None,
     work: Work | None = None,
 ) -> dict[str, Any]:
     """
@@ -87,7 +86,7 @@ def evaluate_zero_shot(
         validation (`Path`, *optional*):
             Labels of other volumes, on which thresholds are chosen; of cases of the split "validation" if they name no files.
         rule (`str`, *optional*):
-            How similarities become probabilities, see [`run_zero_shot`].
+            One of `RULES`: how similarities become probabilities, see [`run_zero_shot`].
         work ([`Work`], *optional*):
             How it is done.
 
@@ -208,7 +207,8 @@ def evaluate_dependence(
     check_not_prepared(samples[0]["image"], prepared_options(settings.prepared))
     metrics = {} if is_dual else build_text_metrics(DEPENDENCE_METRICS, settings.tasks)
     identity = {"model": describe_source(model, folder), "metrics": list(metrics), "seed": seed}
-    with begin(output, settings, identity, references, state, empty) as folder_settings:
+    # What lacks a text is listed with the volumes: a listing that is there already would keep them from being read.
+    with begin(output, settings, identity, references, state) as folder_settings:
         num_all = len(references) + len(empty)
         samples, references, _, skipped_note = leave_out_broken(
             output, settings, folder, samples, references, work, empty

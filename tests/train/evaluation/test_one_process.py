@@ -2,6 +2,7 @@ import csv
 import json
 
 import pytest
+from m3d_layout import write_cap
 
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.evaluation import one_process
@@ -77,6 +78,19 @@ def test_dependence_leaves_scans_and_samples_out(with_broken_scans, dual_encoder
     (note,) = result["notes"]
     assert note.startswith("2 volumes (2 cases) cannot be read") and note in (tmp_path / "out/README.md").read_text()
     assert len((tmp_path / "out" / "references.jsonl").read_text().splitlines()) == 5
+
+
+def test_dependence_reads_all_scans_though_a_text_is_missing(dual_encoder, tmp_path):
+    root, out = tmp_path / "m3d", tmp_path / "out"
+    write_cap(root, {"test": ["1", "2", "3", "4"]})  # two volumes of each
+    (root / "M3D_Cap_npy/ct_case/1/text.txt").unlink()
+    (root / "M3D_Cap_npy/ct_case/3/Axial.nii.gz").unlink()
+    wanted = EvaluationSettings(str(root), ("report",), prepared=True)
+    result = evaluate_dependence(out, wanted, dual_encoder, work=Work(skip_broken=True))
+    assert (result["num_cases"], result["num_samples"], result["num_skipped"]) == (3, 5, 3)
+    assert listed(out) == [None, None, "M3D_Cap_npy/ct_case/3/Axial.nii.gz"]
+    assert result["notes"][0] == "2 of 8 samples lack a text and were left out; skipped.jsonl lists them."
+    assert result["notes"][1].startswith("1 volumes (1 cases) cannot be read")
 
 
 def test_dependence_of_other_data_is_refused(study, dual_encoder, tmp_path):
