@@ -25,6 +25,15 @@ QWEN2_5_7B: dict[str, object] = {
     "eos_token_id": 151645,
 }
 
+# What language models do to the scores of the next token: Granite, Cohere, Gemma 2 and Falcon-H1.
+SCALES_OF_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+
+
+def find_scales_of_logits(text_config: PreTrainedConfig) -> list[str]:
+    """The fields of a language model, with their values, that scale or cap the scores of its head."""
+    values = {name: getattr(text_config, name, None) for name in SCALES_OF_LOGITS}
+    return [f"`{name}` {value}" for name, value in values.items() if value not in (None, 1)]
+
 
 @strict
 class Med3DVLMConfig(PreTrainedConfig):
@@ -141,6 +150,12 @@ class Med3DVLMConfig(PreTrainedConfig):
                 f"`image_token_id` {self.image_token_id} lies outside the vocabulary of {text_config.vocab_size} "
                 "tokens: take an id of the tokenizer, or enlarge `text_config.vocab_size`."
             )
+        if scales := find_scales_of_logits(text_config):
+            raise ValueError(
+                "`text_config`: expected a language model whose scores are the product of hidden state and head, as Qwen2's and "
+                f"Llama's are; {text_config.model_type!r} has {' and '.join(scales)}, which Med3DVLM's head does not have. Choose "
+                "another language model."
+            )
         if len(self.vision_feature_layers) != 2:
             raise ValueError(
                 "`vision_feature_layers` must name two hidden states, the low-level and the high-level stream, got "
@@ -173,4 +188,4 @@ class Med3DVLMConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["QWEN2_5_7B", "Med3DVLMConfig"]
+__all__ = ["QWEN2_5_7B", "Med3DVLMConfig", "find_scales_of_logits"]

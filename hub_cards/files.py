@@ -1,5 +1,6 @@
-"""Writing files that appear whole or not at all."""
+"""Writing files that appear whole or not at all, and telling them apart."""
 
+import hashlib
 import json
 import os
 import uuid
@@ -31,4 +32,13 @@ def write_json_atomically(content: Mapping[str, Any], path: Path) -> None:
     write_atomically(json.dumps(content, indent=1).encode(), path)
 
 
-__all__ = ["write_atomically", "write_json_atomically"]
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+__all__ = ["sha256_of", "write_atomically", "write_json_atomically"]

@@ -14,13 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
+from ..configuration.transformers_version import REQUIREMENT
 from ..modeling_med3dvlm.modeling_dcformer import DCFormerModel
 from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_vit3d import Vit3DModel
 from ..processing.image_processing_med3dvlm import HU_OF_AIR, HU_OF_DENSE_BONE, resolve_hu_range
 from .model_index import CARD_NAME, RESULTS, read_card, section_of
-from .places import is_owned_repository
+from .places import has_form_of_repository, is_owned_repository
 
 
 # Template, task on the Hub and title of each kind of model.
@@ -44,9 +45,11 @@ PART_NAMES = {
     "lm_head": "language-model head",
 }
 # Metadata that a card gets anew: those of `CardFields`, and those that follow from the model.
-FIELDS_IN_METADATA = ("license", "language", "base_model", "datasets")
+FIELDS_IN_METADATA = ("license", "license_name", "license_link", "language", "base_model", "datasets")
 MADE_METADATA = (*FIELDS_IN_METADATA, "library_name", "pipeline_tag", "tags")
-NO_LICENSE = "unknown"
+NO_LICENSE, OTHER_LICENSE = "unknown", "other"
+LICENSE_PATTERN = re.compile(r"[a-z0-9.-]+")
+LANGUAGE_PATTERN = re.compile(r"[a-z]{2,3}|code|multilingual")
 NOT_STATED = "Not stated."
 PROVENANCE = "Training data and provenance"
 # Ends the section on provenance where the folder has the record of a training, see `training_record.describe_training`.
@@ -80,6 +83,9 @@ class CardFields(TypedDict, total=False):
         Heading; by default the kind of model.
     license (`str`):
         Identifier of the licence of the weights on the Hub; `"unknown"` by default, and required for an upload.
+    license_name (`str`), license_link (`str`):
+        Of a licence that the Hub does not know, with `license="other"`: its name, which is required then, such as
+        "qwen-research", and where its text is.
     base_model (`str` or `list[str]`):
         Repositories that the weights were trained from; by default that of the text model, if it is known.
     datasets (`list[str]`):
@@ -95,6 +101,8 @@ class CardFields(TypedDict, total=False):
     repo_id: str | None
     title: str | None
     license: str
+    license_name: str | None
+    license_link: str | None
     base_model: str | list[str] | None
     datasets: list[str] | None
     language: str | list[str]
@@ -163,6 +171,49 @@ def stated_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def renew_fields(old: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Those of [`CardFields`] that are given, and of older ones what is not; a licence that is given anew has no older name or
+    link.
+    """
+    if any(given.get(name, old.get(name)) != old.get(name) for name in ("license", "license_name")):
+        old = {name: value for name, value in old.items() if name not in ("license_name", "license_link")}
+    return {**old, **given}
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """
+    Checks the metadata among the fields of a card, so far as it can be done without the Hub.
+
+    Args:
+        fields (`Mapping`):
+            Of [`CardFields`].
+
+    Raises:
+        ValueError: the Hub would refuse the licence, a base model or a language.
+    """
+    license = str(fields.get("license") or NO_LICENSE)
+    has_name, has_link = (bool(fields.get(name)) for name in ("license_name", "license_link"))
+    if not LICENSE_PATTERN.fullmatch(license):
+        raise ValueError(
+            f"`license` must be an identifier of the Hub, such as apache-2.0, got {license!r}. Of a licence that it does not "
+            "know, it is `other`."
+        )
+    if license == OTHER_LICENSE and not has_name:
+        raise ValueError("`license` other says nothing without a name: pass `license_name`, such as qwen-research.")
+    if license != OTHER_LICENSE and (has_name or has_link):
+        raise ValueError(
+            f"`license_name` and `license_link` go with `license` other alone, got {license!r}. Pass `license` other, or an "
+            "empty text for `license_name` and `license_link`."
+        )
+    for name in _listed(fields.get("base_model")):
+        if not has_form_of_repository(str(name)):
+            raise ValueError(f"`base_model` must be a repository of the Hub, such as org/name, got {name!r}.")
+    for code in _listed(fields.get("language")):
+        if not LANGUAGE_PATTERN.fullmatch(str(code)):
+            raise ValueError(f"`language` must be a code of two or three letters (ISO 639), such as en, got {code!r}.")
+
+
 def create_model_card(
     model: PreTrainedModel,
     processor: Any,
@@ -170,6 +221,8 @@ def create_model_card(
     repo_id: str | None = None,
     title: str | None = None,
     license: str = NO_LICENSE,
+    license_name: str | None = None,
+    license_link: str | None = None,
     base_model: str | list[str] | None = None,
     datasets: list[str] | None = None,
     language: str | list[str] = "en",
@@ -185,7 +238,7 @@ def create_model_card(
             One of our models.
         processor ([`Med3DVLMProcessor`] or [`Med3DVLMImageProcessor`]):
             What prepares its inputs; an encoder's is an image processor.
-        repo_id, title, license, base_model, datasets, language, training_data, notes (*optional*):
+        repo_id, title, license, license_name, license_link, base_model, datasets, language, training_data, notes (*optional*):
             See [`CardFields`].
         has_training_record (`bool`, *optional*, defaults to `False`):
             Whether the folder has a `training.json`.
@@ -195,13 +248,24 @@ def create_model_card(
 
     Raises:
         TypeError: `model` is none of ours.
-        ValueError: the metadata do not survive being written and read.
+        ValueError: the metadata are none that the Hub takes, see [`check_fields`], or do not survive being written and read.
     """
     kind, pipeline_tag, default_title = card_kind(model)
+    check_fields(
+        {
+            "license": license,
+            "license_name": license_name,
+            "license_link": license_link,
+            "base_model": base_model,
+            "language": language,
+        }
+    )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         license=license,
+        license_name=license_name or None,
+        license_link=license_link or None,
         language=language,
         base_model=base_model or find_base_model(model.config),
         datasets=datasets,
@@ -213,6 +277,7 @@ def create_model_card(
         **_facts(model),
         title=title or default_title,
         notes="".join(f"\n> {line}".rstrip() for line in notes.splitlines()) + "\n" if notes else "",
+        transformers=REQUIREMENT,
         usage=usage_example(model, processor, repo_id or "path/to/this/folder"),
         parameters=parameter_table(model),
         input_contract=describe_inputs(model.config, image_processor, saw_pictures(training_data)),
@@ -425,6 +490,10 @@ def usage_example(model: PreTrainedModel, processor: Any, repo_id: str) -> str:
     return "\n".join(lines)
 
 
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     """What the template of the model's kind asks of the configuration."""
     config = model.config
@@ -467,12 +536,14 @@ __all__ = [
     "CardFields",
     "OldCard",
     "card_kind",
+    "check_fields",
     "create_model_card",
     "describe_image_tokens",
     "describe_inputs",
     "find_base_model",
     "parameter_table",
     "read_old_card",
+    "renew_fields",
     "saw_pictures",
     "stated_fields",
     "usage_example",

@@ -47,8 +47,10 @@ METRIC_TITLES = {
     "ratescore": "RaTEScore",
     "green": "GREEN",
     "radgraph_f1": "RadGraph F1",
-    "exact": "Exact match",
+    "exact": "Every word right",
 }
+# Names that cards have from earlier versions: a figure under one and under that of today are the same.
+FORMER_TITLES = {"Exact match": METRIC_TITLES["exact"]}
 
 
 def add_results_to_card(
@@ -378,7 +380,9 @@ def _result_key(result: Mapping[str, Any]) -> str:
 
 
 def _metric_key(metric: Mapping[str, Any]) -> str:
-    return json.dumps([metric.get(name) for name in ("type", "name", "config", "args", "verified")], default=str)
+    title, bracket, group = str(metric.get("name")).partition(" (")
+    name = FORMER_TITLES.get(title, title) + bracket + group
+    return json.dumps([name, *(metric.get(key) for key in ("type", "config", "args", "verified"))], default=str)
 
 
 def _replace_key(metadata: str, new_index: list[dict[str, Any]]) -> str:

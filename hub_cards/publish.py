@@ -20,18 +20,19 @@ from transformers.utils import CONFIG_NAME, logging
 from typing_extensions import Unpack
 
 from ..modeling_med3dvlm.modeling_dcformer import DCFormerBackbone
-from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
-from .files import write_json_atomically
+from .files import sha256_of, write_json_atomically
 from .model_card import (
     CARD_KINDS,
     CONVERSION_BEGINS,
     CardFields,
     OldCard,
     card_kind,
+    check_fields,
     create_model_card,
     read_old_card,
+    renew_fields,
     stated_fields,
 )
 from .model_index import CARD_NAME, MODEL_INDEX, carry_over
@@ -109,7 +110,8 @@ def publish(
         private (`bool`, *optional*):
             Whether the repository must be private; a new one is as the owner's settings say by default.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a model that `destination` holds, once the new one is complete.
+            Whether to replace a model that `destination` holds, once the new one is complete; on the Hub also needed where a
+            repository has a card alone.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
             Largest file of weights.
         training_record (`Mapping`, *optional*):
@@ -124,22 +126,23 @@ def publish(
     Raises:
         TypeError: `model` or `processor` is none of ours.
         FileExistsError: `destination` holds files, and `overwrite` is not set or they are no model; on the Hub, it holds
-            a model, and `overwrite` is not set.
-        OSError: `model` is a path or a name where there is nothing.
+            a model or a card, and `overwrite` is not set.
+        OSError: `model` is a path or a name where there is nothing, or nobody is logged in at the Hub.
         ValueError: model and processor do not fit each other, one of them is missing, the weights of the model at a
-            path do not fit its configuration, its card cannot be read, a model for the Hub has no licence, or the repository
-            for a `private` one exists and is public.
+            path do not fit its configuration, its card cannot be read, the Hub refuses what the card is to say, a model for the
+            Hub has no licence, or the repository for a `private` one exists and is public.
 
     Example:
 
     ```python
-    >>> from med3dvlm.hub_cards.publish import publish
+    >>> from med3dvlm import publish
 
     >>> publish(model, "published", processor=processor, notes="Random weights, to try things out.")  # doctest: +SKIP
     ```"""
     source = Path(model) if isinstance(model, (str, os.PathLike)) else None
     old_card = None if source is None else read_current_card(source)
     fields = merge_fields(old_card, stated_fields(card_fields), source)
+    check_fields(fields)
     if training_record is None and old_card is not None and source is not None:
         training_record = read_training_record(source)
     if push_to_hub and not fields.get("license"):
@@ -151,8 +154,14 @@ def publish(
         raise ValueError(
             f"Expected the name of a repository on the Hub with its owner, such as org/med3dvlm, got {str(destination)!r}."
         )
-    if not push_to_hub:  # before a large model is loaded
+    api = HfApi()
+    # All of it before a large model is loaded.
+    if not push_to_hub:
         check_destination(Path(destination), overwrite)
+    else:
+        api.whoami()  # raises where nobody is logged in
+        if api.repo_exists(str(destination)):
+            check_repository(api, str(destination), private, overwrite)
     is_as_scored = processor is None and tokenizer is None
     if isinstance(model, (str, os.PathLike)):
         place = os.fspath(model)
@@ -170,7 +179,7 @@ def publish(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_companions(folder, model, processor, card)
         if old_card is not None:
-            metadata = kept_metadata(old_card, fields, is_as_scored)
+            metadata = kept_metadata(old_card, is_as_scored)
             carry_over(folder / CARD_NAME, metadata, old_card.results if is_as_scored else "")
         if old_card is not None and source is not None and (source / CONVERSION_NAME).is_file():
             shutil.copyfile(source / CONVERSION_NAME, folder / CONVERSION_NAME)
@@ -181,11 +190,13 @@ def publish(
         with replaced_when_complete(Path(destination)) as folder:
             write(folder)
         return os.fspath(destination)
-    api = HfApi()
-    url = api.create_repo(str(destination), private=private, exist_ok=True)
-    check_repository(api, url.repo_id, private, overwrite)  # before a large model is written
+    card.validate()  # by the Hub
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
+        if old_card is not None:  # whose further metadata have been carried over
+            ModelCard.load(Path(temporary) / CARD_NAME).validate()
+        url = api.create_repo(str(destination), private=private, exist_ok=True)
+        check_repository(api, url.repo_id, private, overwrite)  # another may have made it meanwhile
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=temporary,
@@ -234,25 +245,20 @@ def digest_of_files(folder: Path) -> str:
 
 def merge_fields(old_card: OldCard | None, given: dict[str, Any], source: Path | None) -> dict[str, Any]:
     """
-    The fields of a card: what is given, and of the older card what is not. Training data that are given anew are followed by
-    what the older card says of a conversion, if there is a record of one.
+    The fields of a card: what is given, and of the older card what is not, see [`renew_fields`]. Training data that are given
+    anew are followed by what the older card says of a conversion, if there is a record of one.
     """
     old = {} if old_card is None else old_card.fields
-    fields = {**old, **given}
+    fields = renew_fields(old, given)
     _, begin, rest = old.get("training_data", "").partition(CONVERSION_BEGINS)
     if "training_data" in given and begin and source is not None and (source / CONVERSION_NAME).is_file():
         fields["training_data"] = "\n\n".join(part for part in (given["training_data"], begin + rest) if part)
     return fields
 
 
-def kept_metadata(old_card: OldCard, fields: Mapping[str, Any], is_as_scored: bool) -> dict[str, Any]:
-    """Further metadata of an older card that hold still: no scores of other inputs, no name of a licence that was replaced."""
-    is_relicensed = fields.get("license") != old_card.fields.get("license")
-    return {
-        name: value
-        for name, value in old_card.metadata.items()
-        if (is_as_scored or name != MODEL_INDEX) and not (is_relicensed and name.startswith("license_"))
-    }
+def kept_metadata(old_card: OldCard, is_as_scored: bool) -> dict[str, Any]:
+    """Further metadata of an older card that hold still: no scores of other inputs."""
+    return {name: value for name, value in old_card.metadata.items() if is_as_scored or name != MODEL_INDEX}
 
 
 def write_companions(folder: Path, model: PreTrainedModel, processor: Any, card: ModelCard) -> None:
@@ -470,7 +476,7 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None, overwrite: 
     Checks a repository before an upload: creating one that exists already changes nothing about it.
 
     Raises:
-        FileExistsError: it holds files of a model, and they must not be replaced.
+        FileExistsError: it holds files of a model, or a card, and they must not be replaced.
         ValueError: it is public, and must be private.
     """
     info = api.model_info(repo_id)
@@ -479,7 +485,7 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None, overwrite: 
             f"{repo_id} exists and is public: make it private first, in its settings on the Hub, or choose another name."
         )
     names = [sibling.rfilename for sibling in info.siblings or ()]
-    replaced = next(iter(filter_repo_objects(names, allow_patterns=[CONFIG_NAME, *STALE_ON_HUB])), None)
+    replaced = next(iter(filter_repo_objects(names, allow_patterns=[CONFIG_NAME, CARD_NAME, *STALE_ON_HUB])), None)
     if replaced is not None and not overwrite:
         raise FileExistsError(
             f"{repo_id} holds {replaced}, which publishing would replace: choose another name, or pass `overwrite=True`."

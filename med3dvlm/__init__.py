@@ -5,7 +5,7 @@ when it is first used.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .hub_cards.registration import install as _install_registration
 
@@ -19,6 +19,7 @@ _MODULE_OF: dict[str, str] = {
     "DCFormerModel": "modeling_med3dvlm.modeling_dcformer",
     "DCFormerSiglipConfig": "configuration.configuration_dcformer_siglip",
     "DCFormerSiglipModel": "modeling_med3dvlm.modeling_dcformer_siglip",
+    "InvalidVolumeError": "processing.volume_io",
     "Med3DVLMConfig": "configuration.configuration_med3dvlm",
     "Med3DVLMForConditionalGeneration": "modeling_med3dvlm.modeling_med3dvlm",
     "Med3DVLMImageProcessor": "processing.image_processing_med3dvlm",
@@ -28,17 +29,41 @@ _MODULE_OF: dict[str, str] = {
     "Vit3DConfig": "configuration.configuration_vit3d",
     "Vit3DModel": "modeling_med3dvlm.modeling_vit3d",
     "contrastive_loss": "modeling_med3dvlm.contrastive_loss",
+    "publish": "hub_cards.publish",
 }
+
+if TYPE_CHECKING:  # what `_MODULE_OF` says, for type checkers and editors
+    from .configuration.configuration_dcformer import DCFormerConfig as DCFormerConfig
+    from .configuration.configuration_dcformer_siglip import DCFormerSiglipConfig as DCFormerSiglipConfig
+    from .configuration.configuration_med3dvlm import Med3DVLMConfig as Med3DVLMConfig
+    from .configuration.configuration_vit3d import Vit3DConfig as Vit3DConfig
+    from .hub_cards.publish import publish as publish
+    from .modeling_med3dvlm.contrastive_loss import contrastive_loss as contrastive_loss
+    from .modeling_med3dvlm.modeling_dcformer import DCFormerBackbone as DCFormerBackbone
+    from .modeling_med3dvlm.modeling_dcformer import DCFormerModel as DCFormerModel
+    from .modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel as DCFormerSiglipModel
+    from .modeling_med3dvlm.modeling_med3dvlm import (
+        Med3DVLMForConditionalGeneration as Med3DVLMForConditionalGeneration,
+    )
+    from .modeling_med3dvlm.modeling_med3dvlm import Med3DVLMModel as Med3DVLMModel
+    from .modeling_med3dvlm.modeling_vit3d import Vit3DModel as Vit3DModel
+    from .processing.image_processing_med3dvlm import CT_WINDOWS as CT_WINDOWS
+    from .processing.image_processing_med3dvlm import Med3DVLMImageProcessor as Med3DVLMImageProcessor
+    from .processing.pipeline_med3dvlm import Med3DVLMPipeline as Med3DVLMPipeline
+    from .processing.processing_med3dvlm import Med3DVLMProcessor as Med3DVLMProcessor
+    from .processing.volume_io import InvalidVolumeError as InvalidVolumeError
 
 __all__ = ["__version__", *_MODULE_OF]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

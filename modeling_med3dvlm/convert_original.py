@@ -25,8 +25,8 @@ from typing_extensions import Unpack
 from ..configuration.configuration_dcformer import DCFORMER_VARIANTS, DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
 from ..configuration.configuration_vit3d import Vit3DConfig
-from ..hub_cards.files import write_json_atomically
-from ..hub_cards.model_card import CardFields, create_model_card
+from ..hub_cards.files import sha256_of, write_json_atomically
+from ..hub_cards.model_card import CardFields, check_fields, create_model_card
 from ..hub_cards.places import has_form_of_owned_repository
 from ..hub_cards.publish import (
     CONVERSION_NAME,
@@ -52,7 +52,6 @@ from .original_source import (
     open_source,
     read_json,
     read_tensor,
-    sha256_of,
 )
 
 
@@ -107,10 +106,11 @@ def convert(
         FileExistsError: the destination holds files that are not to be replaced.
         FileNotFoundError: there is no source, or a part of it is missing.
         ValueError: the source is none of the known artefacts, a tensor is missing, left over or of another shape, or
-            something that the files do not say was not given.
+            something that the files do not say was not given; or the Hub refuses what the card is to say.
     """
     destination = Path(destination).absolute()
     check_new(destination, overwrite)
+    check_fields(card_fields)
     opened = open_source(Path(source))
     plan = make_plan(opened, config, tokenizer)
     if lora_alpha is not None and not opened.has_adapters:

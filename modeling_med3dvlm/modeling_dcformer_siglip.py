@@ -110,8 +110,11 @@ class DCFormerSiglipModel(DCFormerSiglipPreTrainedModel):
 
     def __init__(self, config: DCFormerSiglipConfig):
         super().__init__(config)
-        self.vision_model = VISION_MODELS[config.vision_config.model_type]._from_config(config.vision_config)
-        self.text_model = AutoModel.from_config(config.text_config)
+        # Not in the precision that a part's configuration remembers: the parts would not fit each other.
+        dtype = torch.get_default_dtype()
+        vision_class = VISION_MODELS[config.vision_config.model_type]
+        self.vision_model = vision_class._from_config(config.vision_config, dtype=dtype)
+        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype)
         self.text_model.pooler = None  # a pooler of the text encoder would never be trained: the vector is taken here
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)

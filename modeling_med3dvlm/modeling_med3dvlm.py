@@ -27,6 +27,8 @@ from .strict_loading import StrictLoadingMixin
 
 # What language models call their keys and values, as an argument and in their outputs: renamed by transformers 5.24.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# How a new turn alone is told from a whole chat, for messages.
+MASK_OF_ALL = "an `attention_mask` of the cache's tokens and these"
 
 KEYS_OF_HEAD = r"^lm_head\."
 
@@ -120,6 +122,27 @@ def length_of(cache: Any) -> Any:
     return cache.get_seq_length() if isinstance(cache, Cache) else 0
 
 
+def holds_read_tokens(
+    input_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    **model_kwargs: Any,
+) -> bool:
+    """
+    Whether a prompt of `generate` begins with the tokens whose keys and values are in the cache, which are then left out, or
+    holds the new tokens alone. As where transformers reads a prompt: embeddings are whole, and ids as many as the mask's. A
+    mask of ones is dropped before; then the positions tell.
+    """
+    if inputs_embeds is not None or input_ids is None:
+        return True
+    if attention_mask is not None:
+        return attention_mask.shape[1] == input_ids.shape[1]
+    assert position_ids is not None  # `generate` makes them
+    length = position_ids.shape[-1]
+    return length < input_ids.shape[1] or (length == input_ids.shape[1] and not bool(position_ids[..., 0].any()))
+
+
 def stage_to_tokens(hidden_state: torch.Tensor) -> torch.Tensor:
     """(B, C, D, H, W) -> (B, D * H * W, C), tokens in raster order with depth slowest; tokens stay as they are."""
     return hidden_state.flatten(2).transpose(1, 2) if hidden_state.ndim == 5 else hidden_state
@@ -144,9 +167,12 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
 
     def __init__(self, config: Med3DVLMConfig):
         super().__init__(config)
-        self.vision_tower = VISION_MODELS[config.vision_config.model_type]._from_config(config.vision_config)
+        # Not in the precision that a part's configuration remembers: the parts would not fit each other.
+        dtype = torch.get_default_dtype()
+        vision_class = VISION_MODELS[config.vision_config.model_type]
+        self.vision_tower = vision_class._from_config(config.vision_config, dtype=dtype)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, dtype=dtype)
         text_config = config.text_config.get_text_config(decoder=True)
         takes_cache = CACHE_NAME in inspect.signature(self.language_model.forward).parameters
         if not takes_cache or set(getattr(text_config, "layer_types", None) or ()) == {"linear_attention"}:
@@ -250,22 +276,28 @@ class Med3DVLMModel(Med3DVLMPreTrainedModel):
         image_token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
 
-    def check_placeholders(self, mask: torch.Tensor, image_tokens: torch.Tensor, is_continued: bool = False) -> None:
+    def check_placeholders(self, mask: torch.Tensor, image_tokens: torch.Tensor, past_length: int = 0) -> None:
         """
-        Raises where placeholders, the True places of `mask`, and image tokens differ in number; in a text that is continued,
-        where image tokens are more: the other placeholders are those of volumes that were read before.
+        Raises where placeholders, the True places of `mask`, and image tokens differ in number. `past_length` is the number of
+        tokens before those of `mask`, whose keys and values are in the cache.
         """
         num_placeholders, num_image_tokens = mask.sum(), image_tokens.shape[0] * image_tokens.shape[1]
+        place, remedy = "", "Build both with the model's own processor, and do not truncate the placeholders."
+        if past_length:
+            place = f" after the {past_length} tokens in the cache"
+            remedy = (
+                "Volumes of earlier turns are in the cache: pass only those of the new turn, with the whole chat, or with the "
+                f"new turn and {MASK_OF_ALL}."
+            )
         torch_compilable_check(
-            num_placeholders >= num_image_tokens if is_continued else num_placeholders == num_image_tokens,
+            num_placeholders == num_image_tokens,
             lambda: (
-                f"The text has {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), the "
-                f"{image_tokens.shape[0]} volumes have {num_image_tokens} image tokens ({image_tokens.shape[1]} each). "
-                "Build both with the model's own processor, and do not truncate the placeholders."
+                f"The text has {int(num_placeholders)} image placeholders (id {self.config.image_token_id}){place}, the "
+                f"{image_tokens.shape[0]} volumes have {num_image_tokens} image tokens ({image_tokens.shape[1]} each). {remedy}"
             ),
         )
 
-    def check_no_placeholder(self, input_ids: torch.LongTensor, cache: Cache | None) -> None:
+    def check_no_placeholder(self, input_ids: torch.LongTensor, cache: Cache | None = None) -> None:
         """Raises where a text that starts here has placeholders but came without volumes: it would be read blind."""
         past_length = length_of(cache)
         num_placeholders = (input_ids == self.config.image_token_id).sum()
@@ -417,26 +449,49 @@ class Med3DVLMForConditionalGeneration(Med3DVLMPreTrainedModel, GenerationMixin)
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """
-        Repeats the inputs for several answers to one text. Before that, volumes and placeholders are compared: transformers
-        leaves out volumes that are too many, here and where it reads a prompt in chunks.
+        Repeats the inputs for several answers to one text (beams, `num_return_sequences`). Before that, volumes and the
+        placeholders that are still to be read are compared: transformers leaves out volumes that are too many, here and where
+        it reads a prompt in chunks, and counts placeholders that are in the cache already. A text that would be cut to nothing,
+        because it is taken for one that begins with the tokens in the cache, is refused.
         """
-        image_features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        mm_encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None) or {}
+        inputs_embeds = model_kwargs.get("inputs_embeds")
+        past_length = int(length_of(model_kwargs.get(CACHE_NAME)))
+        start = past_length if past_length and holds_read_tokens(input_ids, **model_kwargs) else 0
+        if inputs_embeds is None and input_ids is not None and 0 < input_ids.shape[1] <= start:
+            raise ValueError(
+                f"The cache holds {past_length} tokens, the text has {input_ids.shape[1]}: pass the whole chat, or the new turn "
+                f"with {MASK_OF_ALL}."
+            )
+        if (image_features := mm_encoder_outputs.get("image")) is not None:
+            mask = self.model.find_placeholders(input_ids if inputs_embeds is None else None, inputs_embeds)[:, start:]
+            image_tokens = image_features.pooler_output
+            self.model.check_placeholders(mask, image_tokens, past_length)
+            if expand_size > 1:
+                volumes_of_texts = mask.sum(1) // image_tokens.shape[1]
+                groups = image_tokens.split(volumes_of_texts.tolist())
+                image_features = copy.copy(image_features)  # the caller's features serve the next question too
+                image_features.pooler_output = torch.cat([group for group in groups for _ in range(expand_size)])
+        elif inputs_embeds is None and input_ids is not None:
+            self.model.check_no_placeholder(input_ids[:, start:])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
         if image_features is not None:
-            inputs_embeds = model_kwargs.get("inputs_embeds")
-            is_continued = length_of(model_kwargs.get(CACHE_NAME)) > 0
-            mask = self.model.find_placeholders(input_ids if inputs_embeds is None else None, inputs_embeds)
-            self.model.check_placeholders(mask, image_features.pooler_output, is_continued)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+            model_kwargs["mm_encoder_outputs"] = {**mm_encoder_outputs, "image": image_features}
+        return input_ids, model_kwargs
 
-    def _expand_multimodal_outputs(
-        self, input_ids: torch.LongTensor, mm_encoder_output: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """
-        Repeats the image tokens for several answers to one text (beams, `num_return_sequences`). transformers writes them
-        into what it is given: here a copy, since the caller's features serve the next question too.
-        """
-        own = {modality: copy.copy(features) for modality, features in mm_encoder_output.items()}
-        return super()._expand_multimodal_outputs(input_ids, own, *args, **kwargs)
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        """Refuses an assistant that reads volumes: transformers gives it none, and it would draft blind."""
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if assistant is not None and assistant.config.model_type == self.config.model_type:
+            raise ValueError(
+                "Expected a language model that reads text alone as `assistant_model`, got a Med3DVLM, to which no volumes would "
+                "be given. Take a smaller model of the language model's family, or `prompt_lookup_num_tokens`."
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,6 +1,5 @@
 """Files of weights that the original implementation or the Hub wrote: what is in them, and their tensors one by one."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -306,15 +305,6 @@ def read_tensor(reader: Reader, tensor: StoredTensor, lora_alpha: float | None) 
     return delta.add_(weight).to(weight.dtype)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's content, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def few(names: Iterable[str], most: int = 5) -> str:
     """The first names of many."""
     names = list(names)
@@ -345,5 +335,4 @@ __all__ = [
     "open_source",
     "read_json",
     "read_tensor",
-    "sha256_of",
 ]

@@ -9,8 +9,8 @@ from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 
 class Med3DVLMPipeline(ImageTextToTextPipeline):
     r"""
-    The image-text-to-text pipeline, for volumes in place of pictures: a path of a NIfTI file, its bytes, a nibabel
-    image, an array or a tensor, in chat messages or beside a text.
+    The image-text-to-text pipeline, for volumes in place of pictures: a path of a NIfTI file, its bytes, also in base64 as
+    `data:...;base64,...`, a nibabel image, an array or a tensor, in chat messages or beside a text.
 
     Example:
 

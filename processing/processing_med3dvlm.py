@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
 
 from .image_processing_med3dvlm import Med3DVLMImageProcessorKwargs, check_option_names
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     # Nothing imports the pipeline when a model is loaded or saved; named here, its file travels with this one.
     from .pipeline_med3dvlm import Med3DVLMPipeline  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 PROMPT_FORMATS = ("chat", "original")
 PROCESSOR_ARGUMENTS = (
@@ -131,7 +134,8 @@ class Med3DVLMProcessor(ProcessorMixin):
         image_processor ([`Med3DVLMImageProcessor`]):
             Prepares the volumes.
         tokenizer (`PreTrainedTokenizerBase`):
-            Prepares the texts.
+            Prepares the texts. Its `padding_side` is set, as generation or a dual encoder needs it; in a call of the processor
+            that side holds unless the call names another. A warning tells where the tokenizer's own was changed.
         image_seq_length (`int`, *optional*):
             Placeholders one volume takes, `config.image_seq_length` of the model. Left out for a dual encoder, whose
             texts have no placeholders and are padded on the right.
@@ -194,15 +198,15 @@ class Med3DVLMProcessor(ProcessorMixin):
                     f"`tokenizer.add_tokens([{image_token!r}], special_tokens=True)`, and give its id to the model's "
                     "configuration as `image_token_id`."
                 )
-            # The next token follows the last one of every text only when the padding stands before.
-            tokenizer.padding_side = "left"
             if chat_template is None and prompt_format == "original":
                 chat_template = ORIGINAL_TEMPLATE.replace("<image>", image_token)
             elif chat_template is None and "<|im_start|>" in tokenizer.get_vocab():
                 chat_template = CHAT_TEMPLATE.replace("<image>", image_token)
-        elif tokenizer is not None:
-            # A dual encoder reads the first token of a text, or the average.
-            tokenizer.padding_side = "right"
+        # The next token follows the last one of every text only when the padding stands before; a dual encoder reads the first
+        # token of a text, or the average.
+        self._padding_side = "right" if image_seq_length is None else "left"
+        if tokenizer is not None:
+            tokenizer.padding_side = self._padding_side
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Set here, because loading drops it: a processor saved without it would load as a bare tokenizer.
         self.auto_map = {"AutoProcessor": "processing_med3dvlm.Med3DVLMProcessor"}
@@ -214,6 +218,14 @@ class Med3DVLMProcessor(ProcessorMixin):
         Raises:
             ValueError: in the original's format, a text was cut off right behind its placeholders.
         """
+        if "padding_side" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
+            kwargs["padding_side"] = self._padding_side
+            changed = getattr(self.tokenizer, "padding_side", self._padding_side)  # perhaps by another processor
+            if changed != self._padding_side and text is not None:
+                logger.warning_once(
+                    f"The tokenizer's `padding_side` was changed to {changed!r}; this processor pads on its own, "
+                    f"{self._padding_side!r}. For the other, pass `padding_side={changed!r}` in the call."
+                )
         inputs = super().__call__(images=images, text=text, **kwargs)
         if self.prompt_format == "original" and self.image_token is not None and "input_ids" in inputs:
             for row, ids in enumerate(inputs["input_ids"]):  # rows of a tensor or lists: written in place
@@ -240,12 +252,14 @@ class Med3DVLMProcessor(ProcessorMixin):
         Checks that every placeholder has a volume and every volume a placeholder.
 
         Raises:
-            ValueError: an option is not known, neither `images` nor `text` was given, or the counts differ; with a
-                list of volumes for each text, in any one of them.
+            ValueError: an option is not known, `videos` or `audio` was given, or neither `images` nor `text`, or the counts
+                differ; with a list of volumes for each text, in any one of them.
         """
         kinds = self.valid_processor_kwargs.__annotations__
         options = {name for kind in ("text_kwargs", "images_kwargs") for name in kinds[kind].__annotations__}
         check_option_names(kwargs, {*options, *kinds, "common_kwargs", "return_metadata", "videos", "audio"})
+        if foreign := [name for name in ("videos", "audio") if kwargs.get(name) is not None]:
+            raise ValueError(f"Got `{foreign[0]}`, but Med3DVLM reads volumes and texts: pass a volume as `images`.")
         if images is None and text is None:
             raise ValueError("Expected `images`, `text` or both, got neither.")
         if text is None or self.image_token is None:

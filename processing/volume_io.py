@@ -1,5 +1,6 @@
 """Reading and orienting 3D volumes: NIfTI files, nibabel images, arrays and tensors, without copies of the voxels."""
 
+import base64
 import gzip
 import io
 import math
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -85,8 +87,8 @@ def open_volume(source: Any) -> Volume:
 
     Args:
         source (`str`, `Path`, `bytes`, nibabel image, `np.ndarray`, `torch.Tensor` or [`Volume`]):
-            A NIfTI file (`.nii`, `.nii.gz`), its content, an image, or a plain array of shape
-            `(depth, height, width)` or `(1, depth, height, width)`.
+            A NIfTI file (`.nii`, `.nii.gz`), its content, also in base64 as `data:...;base64,...`, an image, or a plain array
+            of shape `(depth, height, width)` or `(1, depth, height, width)`.
 
     Returns:
         [`Volume`]. A [`Volume`] is returned as it is.
@@ -105,6 +107,8 @@ def open_volume(source: Any) -> Volume:
     ```"""
     if isinstance(source, Volume):
         return source
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _open_file(_decode_data_uri(source))
     if isinstance(source, (str, Path)):
         return _open_file(_existing_file(source))
     if isinstance(source, (bytes, bytearray)):
@@ -506,6 +510,23 @@ def _read_to_the_checksum(stream: IO[bytes]) -> None:
     """Reads a gzip stream to its end, where the checksum of what came before is compared."""
     while stream.read(2**20):
         pass
+
+
+def _decode_data_uri(source: str) -> bytes:
+    """
+    The bytes of an address `data:...;base64,...`, as chats carry files (RFC 2397), also where it is percent-encoded or its lines
+    are broken. What it holds is not shown: it may be a patient's.
+    """
+    kind, _, content = source.partition(",")
+    try:
+        if not kind.lower().endswith(";base64"):
+            raise ValueError("there is no `;base64,`")
+        return base64.b64decode("".join(unquote(content).split()), validate=True)
+    except ValueError as error:
+        raise InvalidVolumeError(
+            f"data address of {len(source)} characters: expected `data:...;base64,` and the content of a NIfTI file in base64: "
+            f"{error}. Encode it again, or pass the file's path or its bytes."
+        ) from error
 
 
 def _existing_file(source: str | Path) -> Path:

@@ -27,7 +27,7 @@ from med3dvlm.train.data.cache import CACHE_DTYPES, VolumeCache
 from med3dvlm.train.data.collate import ConversationCollator
 from med3dvlm.train.data.dataset import ConversationBuilder, ProcessedVolumes, StudyDataset, VolumeLoader
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 CT = Path(__file__).parents[2] / "shared" / "data" / "ct_body_hu.nii.gz"

@@ -13,7 +13,7 @@ import time
 import torch
 
 from med3dvlm import Med3DVLMConfig, Med3DVLMForConditionalGeneration, Med3DVLMImageProcessor, Med3DVLMProcessor
-from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 def main(folder: str) -> None:

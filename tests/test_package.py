@@ -1,5 +1,7 @@
 """What installing and importing the package gives."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,59 @@ def run(code):
 def test_every_public_name_is_there(name):
     assert getattr(med3dvlm, name) is not None
     assert name in dir(med3dvlm)
+
+
+def test_type_checkers_see_the_same_public_names():
+    tree = ast.parse((ROOT / "med3dvlm" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {}
+    for statement in block.body:
+        (alias,) = statement.names
+        assert alias.asname == alias.name  # which makes it public in a package with `py.typed`
+        seen[alias.name] = statement.module
+    assert seen == med3dvlm._MODULE_OF
+
+
+def test_one_version_stands_everywhere():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{med3dvlm.__version__}"\n' in project
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == med3dvlm.__version__
+
+
+# The original's own files, which may import all, and which nothing in the folders below may import: they are not shipped.
+OF_THE_ORIGINAL = re.compile(r"(original_\w+|convert_original)")
+# What the files of a folder may import of this package, by CONTRIBUTING.md.
+MAY_IMPORT = {
+    "configuration": (),
+    "modeling_med3dvlm": ("configuration",),
+    "processing": (),
+    "hub_cards": ("configuration", "modeling_med3dvlm", "processing"),
+    "train/data": ("processing", "train.prompts", "train.files", "train.processes", "train.naming"),
+    "train/benchmarks": ("configuration", "modeling_med3dvlm", "processing", "train.files", "train.processes"),
+}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_what_contributing_says(folder):
+    package = folder.replace("/", ".").split(".")
+    allowed = (".".join(package), *MAY_IMPORT[folder])
+    paths = [path for path in (ROOT / folder).glob("*.py") if not OF_THE_ORIGINAL.fullmatch(path.stem)]
+    assert paths
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            level = getattr(node, "level", 0)
+            module = getattr(node, "module", None)
+            # Of `from ..folder import name`, the name may be a module too.
+            names = [".".join(filter(None, (module, alias.name))) for alias in node.names]
+            if level == 0:
+                assert not [name for name in names if name.split(".")[0] == "med3dvlm"], (path, names)
+                continue
+            for name in names:
+                target = ".".join([*package[: len(package) - level + 1], name])
+                assert any(target == place or target.startswith(f"{place}.") for place in allowed), (path, target)
+                assert not any(map(OF_THE_ORIGINAL.fullmatch, target.split("."))), (path, target)
 
 
 def test_unknown_name_is_refused():

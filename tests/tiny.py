@@ -13,7 +13,7 @@ from med3dvlm import (
     Med3DVLMProcessor,
     Vit3DConfig,
 )
-from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 IMAGE_SIZE = (32, 64, 96)  # (depth, height, width)

@@ -55,6 +55,7 @@ PROJECTORS: dict[str, list[str]] = {
 STEPS = {"language": 1600, "contrastive": 600, "projector": 500}
 RETRIEVAL_SCORES = ("deduplicated R@1 of 100, volume to report", "deduplicated R@1 of 100, report to volume")
 BLIND = ", blind"
+NUM_ASKED = 100  # held-out cases that are asked about
 ANSWER_SCORES = ("open VQA, mean", "closed VQA, mean", "report, ROUGE-1")
 
 
@@ -64,7 +65,6 @@ def run_ablations(
     seeds: list[int],
     steps: dict[str, int],
     overrides: list[str],
-    num_asked: int | None = 100,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """
     Trains and scores every variant with every seed.
@@ -80,8 +80,6 @@ def run_ablations(
             Training steps by stage, see `STEPS`.
         overrides (`list[str]`):
             What else replaces values of the recipes, for all variants.
-        num_asked (`int`, *optional*, defaults to 100):
-            Held-out cases that are asked about.
 
     Returns:
         For "encoders" and "projectors", and each variant, a `dict` of scores for each seed.
@@ -106,16 +104,16 @@ def run_ablations(
         encoders = {}
         for name, changes in ENCODERS.items():
             encoders[name] = train("contrastive", name, changes, seed)
-            results["encoders"].setdefault(name, []).append(cached_scores(encoders[name], study, cache, None))
+            results["encoders"].setdefault(name, []).append(cached_scores(encoders[name], study, cache))
         base = encoders["DCFormer + SigLIP"]
         for name, changes in PROJECTORS.items():
             starts = [f"model.start_from={base}", f"model.language_model={language_model}"]
             published = train("projector", name, [*starts, *changes], seed)
-            results["projectors"].setdefault(name, []).append(cached_scores(published, study, cache, num_asked))
+            results["projectors"].setdefault(name, []).append(cached_scores(published, study, cache))
     return results
 
 
-def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | None) -> dict[str, float]:
+def cached_scores(published: Path, study: Path, cache: Path) -> dict[str, float]:
     """Scores of a published model on the held-out phantoms and those of the blind control, kept beside it."""
     from ..hub_cards.publish import load_model
     from ..modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
@@ -130,7 +128,7 @@ def cached_scores(published: Path, study: Path, cache: Path, num_asked: int | No
         if isinstance(model, DCFormerSiglipModel):
             rows = score_retrieval(model, processor, study, volumes)
         else:
-            rows, _ = score_answers(model, processor, study, volumes, num_asked)
+            rows, _ = score_answers(model, processor, study, volumes, NUM_ASKED)
         known = {row["score"]: row["value"] for row in rows}
         known |= {f"{row['score']}{BLIND}": row["blind"] for row in rows}
         write_json_atomically(known, path)

@@ -45,12 +45,11 @@ def answer_samples(
     volumes: VolumeLoader,
     max_new_tokens: int = 128,
     batch_size: int = 16,
-    show_progress: bool = False,
 ) -> list[str]:
     """
     Asks the model what each sample asks, and returns what it says, in the order of the samples: see [`iterate_answers`].
     """
-    batches = iterate_answers(model, processor, samples, volumes, max_new_tokens, batch_size, show_progress)
+    batches = iterate_answers(model, processor, samples, volumes, max_new_tokens, batch_size)
     return [answer.text for _, answers in batches for answer in answers]
 
 

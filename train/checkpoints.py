@@ -37,7 +37,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from .files import only_one_at, write_json_atomically
+from .files import differences, only_one_at, write_json_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -450,18 +450,6 @@ def check_same_run(
             f"{checkpoint} was written by a run with other settings ({'; '.join(different)}), so that going on would "
             "not be the same training. Resume with the expected values, or choose another `output_dir` to start anew."
         )
-
-
-def differences(
-    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Where two settings differ: the key, with dots between levels, and both values; None for one that is not there."""
-    for key in dict.fromkeys([*first, *second]):
-        one, other = first.get(key), second.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            yield f"{prefix}{key}", one, other
 
 
 def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

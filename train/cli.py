@@ -39,11 +39,19 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line; exit code 2 with one clear line for wrong use and bad input, 130 when interrupted."""
+    """
+    Runs the command line; exit code 2 with one clear line for wrong use and bad input, 1 where data were checked or prepared and
+    have faults, 130 when interrupted.
+    """
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+LicenseNameOption = Annotated[str | None, typer.Option(help="With --license other: its name, such as qwen-research.")]
+LicenseLinkOption = Annotated[str | None, typer.Option(help="With --license other: where its text is.")]
+LICENSE_OPTIONS = {"license": "--license", "license_name": "--license-name", "license_link": "--license-link"}
 
 
 @app.command()
@@ -111,39 +119,14 @@ def ask(
             from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
             from ..processing.image_processing_med3dvlm import format_preprocessing_report
-            from .data.preparation_record import MADE_BY, PREPARED, read_preparation_record
         hush_progress_bars()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
         check_answers_questions(model)
-        is_prepared = str(scan).endswith(".nii.gz") and read_preparation_record(scan) is not None
-        if is_prepared:
-            if "hu_range" in options or options.get("intensity_mode", "none") != "none":
-                raise ValueError(
-                    f"{scan}: written by `{MADE_BY}`, so it is cropped and scaled already, and is taken as it is: leave out "
-                    "--intensity-mode and --hu-range, or ask about the scan it was made from."
-                )
-            options.update(PREPARED)
-
         # The scan first: one that cannot be used is refused before a large model is loaded.
         with step(f"preparing {scan}"):
             processor = AutoProcessor.from_pretrained(model)
-            if processor.image_token in question:
-                raise ValueError(f"The question must not contain {processor.image_token!r}, which stands for a scan.")
-            content = [{"type": "image", "path": str(scan)}, {"type": "text", "text": question}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={**options, "return_report": True},
-            )
-            (report,) = inputs.pop("preprocessing_report")
-            if is_prepared:
-                report["warnings"].append(
-                    f"Written by `{MADE_BY}`: cropped and scaled before, so at most resized now."
-                )
+            inputs, report = _prepare_question(processor, scan, question, options)
         warnings = [in_options_of_the_command(warning, **options_here) for warning in report["warnings"]]
         typer.echo(f"\n{format_preprocessing_report({**report, 'warnings': warnings})}\n", err=True)
         with step(f"loading {model}"):
@@ -158,6 +141,47 @@ def ask(
             new_tokens = generated[0, inputs["input_ids"].shape[1] :]
             answer = processor.tokenizer.decode(new_tokens, skip_special_tokens=True)
             typer.echo(json.dumps({"question": question, "answer": answer, "model": model, "preprocessing": report}))
+
+
+def _prepare_question(
+    processor: Any, scan: Path, question: str, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """
+    Inputs of the model, and the report of what was done to the scan, by the given options of the image processor.
+
+    Raises:
+        ValueError: the scan or the question cannot be used, or the options would scale a prepared volume once more.
+    """
+    from .data.preparation_record import MADE_BY, PREPARED, is_of_slices, read_preparation_record
+
+    if processor.image_token in question:
+        raise ValueError(f"The question must not contain {processor.image_token!r}, which stands for a scan.")
+    record = read_preparation_record(scan)
+    if record is not None:
+        if "hu_range" in options or options.get("intensity_mode", "none") != "none":
+            raise ValueError(
+                f"{scan}: written by `{MADE_BY}`, so it is cropped and scaled already, and is taken as it is: leave out "
+                "--intensity-mode and --hu-range, or ask about the scan it was made from."
+            )
+        options = {**options, **PREPARED}
+    content = [{"type": "image", "path": str(scan)}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={**options, "return_report": True},
+    )
+    (report,) = inputs.pop("preprocessing_report")
+    if record is not None:
+        report["warnings"].append(f"Written by `{MADE_BY}`: cropped and scaled before, so at most resized now.")
+        if is_of_slices(record):
+            report["warnings"].append("Made of slices: lengths are pixels, left and right a convention.")
+            # Its affine counts pixels, which is not what these say.
+            report["is_orientation_known"] = False
+            report.update(dict.fromkeys(("source_spacing", "oriented_spacing", "spacing", "affine")))
+    return inputs, report
 
 
 def parse_hu_range(text: str | None) -> str | list[float] | None:
@@ -191,7 +215,10 @@ def publish(
     private: Annotated[
         bool, typer.Option("--private", help="With --push: publish to a private repository only.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a model that is there, on the Hub also the card of a repository."),
+    ] = False,
     license: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +226,8 @@ def publish(
             show_default="that of the folder's card",
         ),
     ] = None,
+    license_name: LicenseNameOption = None,
+    license_link: LicenseLinkOption = None,
     base_model: Annotated[
         list[str] | None, typer.Option(help="Repository the weights come from; may be repeated.")
     ] = None,
@@ -219,12 +248,13 @@ def publish(
 
     Writes weights (safetensors), processor, tokenizer, chat template, a model card and the code that loads them, which
     needs nothing but torch, transformers and, to read files, nibabel. A folder appears only when it is complete. What the
-    card of a published folder says, results of evaluations among it, goes along unless it is given anew. Adapters, as of the
-    stage finetune, go through med3dvlm merge, which publishes the whole.
+    card of a published folder says, results of evaluations among it, is carried over unless you give a new value. Adapters, as of
+    the stage finetune, go through med3dvlm merge, which publishes the whole.
 
     Example: med3dvlm publish published/med3dvlm org/med3dvlm --push --license apache-2.0
     """
-    with bad_input_is_an_answer(overwrite="--overwrite", license="--license"):
+    options_here = {**LICENSE_OPTIONS, "base_model": "--base-model", "language": "--language"}
+    with bad_input_is_an_answer(overwrite="--overwrite", **options_here):
         model = check_model_name(model)
         if private and not push:
             raise ValueError("--private concerns a repository on the Hub: add --push, or leave it out.")
@@ -233,6 +263,8 @@ def publish(
         hush_progress_bars()
         fields: dict[str, Any] = {
             "license": license,
+            "license_name": license_name,
+            "license_link": license_link,
             "base_model": base_model or None,
             "datasets": dataset or None,
             "language": language or None,
@@ -310,6 +342,8 @@ def merge(
         str | None,
         typer.Option(help="Licence of the weights, as the Hub names it.", show_default="that of the adapter's card"),
     ] = None,
+    license_name: LicenseNameOption = None,
+    license_link: LicenseLinkOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -319,13 +353,20 @@ def merge(
 
     Example: med3dvlm merge runs/finetune/published published/med3dvlm
     """
-    with bad_input_is_an_answer(overwrite="--overwrite", license="--license"):
+    with bad_input_is_an_answer(overwrite="--overwrite", **LICENSE_OPTIONS):
         require_extra("train", "peft")
         with step("importing"):
             from .merge import merge_adapter
         hush_progress_bars()
         with step(f"merging {adapter}"):
-            place = merge_adapter(adapter, destination, overwrite=overwrite, license=license)
+            place = merge_adapter(
+                adapter,
+                destination,
+                overwrite=overwrite,
+                license=license,
+                license_name=license_name,
+                license_link=license_link,
+            )
         typer.echo(json.dumps({"adapter": adapter, "published": place}) if as_json else place)
 
 
@@ -360,6 +401,8 @@ def convert(
     license: Annotated[
         str | None, typer.Option(help="Licence of the weights, as the Hub names it.", show_default="unknown")
     ] = None,
+    license_name: LicenseNameOption = None,
+    license_link: LicenseLinkOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -372,13 +415,10 @@ def convert(
 
     Example: med3dvlm convert downloads/Med3DVLM-Qwen-2.5-7B published/med3dvlm-original
     """
-    options_here = {
-        name: f"--{name.replace('_', '-')}" for name in ("config", "tokenizer", "lora_alpha", "overwrite", "license")
-    }
-    with bad_input_is_an_answer(**options_here):
-        if to_original and (
-            config is not None or tokenizer is not None or lora_alpha is not None or license is not None
-        ):
+    options_here = {name: f"--{name.replace('_', '-')}" for name in ("config", "tokenizer", "lora_alpha", "overwrite")}
+    with bad_input_is_an_answer(**options_here, **LICENSE_OPTIONS):
+        of_our_folder = (config, tokenizer, lora_alpha, license, license_name, license_link)
+        if to_original and any(option is not None for option in of_our_folder):
             raise ValueError(
                 "--to-original takes no other option than --overwrite: all the others concern our folder."
             )
@@ -398,6 +438,8 @@ def convert(
                     lora_alpha=lora_alpha,
                     overwrite=overwrite,
                     license=license or "unknown",
+                    license_name=license_name,
+                    license_link=license_link,
                 )
         if as_json:
             typer.echo(json.dumps({**record, "destination": str(destination)}))
@@ -449,7 +491,7 @@ def prepare_m3d_cap_command(
 
     The steps are those of the original preparation. A call that was interrupted, or killed, is continued by the same call.
     Whatever is left out, a slice, a series or a case, stands with its reason in preparation_report.csv and .json. Exit code
-    0 only if nothing failed.
+    1 if something failed, 2 for wrong use.
 
     Example: med3dvlm prepare m3d-cap M3D_Cap_raw data/M3D_Cap_npy --splits M3D_Cap_raw/M3D_Cap.json
     """
@@ -494,7 +536,10 @@ def prepare_check_command(
         bool, typer.Option("--fast", help="Read headers only: damage, NaN and values are not found.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Volumes read at a time.", show_default="one for each core, up to 8")
+        int | None,
+        typer.Option(
+            min=1, help="Threads that read volumes, not processes.", show_default="one for each core, up to 8"
+        ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file for all that was found.")] = None,
     as_json: JsonOption = False,
@@ -504,7 +549,7 @@ def prepare_check_command(
 
     Every volume is read: whether it is one 3D volume, finite, not constant, and a prepared one of the right size and in
     [0, 1]. Missing files, empty reports and answers, answers that contradict their choice, and volumes, cases or identical
-    voxels in two splits are errors. Exit code 2 if there is one; warnings are fine.
+    voxels in two splits are errors. Exit code 1 if there is one, 2 for wrong use; warnings are fine.
 
     Example: med3dvlm prepare check data --report check.json
     """
@@ -523,7 +568,7 @@ def prepare_check_command(
         )
         typer.echo(json.dumps(found.to_dict()) if as_json else format_check_report(found))
         if not found.is_ok:
-            raise typer.Exit(code=2)
+            raise typer.Exit(code=1)
 
 
 @app.command()

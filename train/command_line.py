@@ -120,14 +120,14 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(
-            f'This needs {", ".join(missing)}: in a clone of this package\'s repository, pip install ".[{extra}]".'
+            f'Missing packages: {", ".join(missing)}. In a clone of this repository run: pip install ".[{extra}]"'
         )
 
 
 def check_model_name(model: str) -> str:
     """
     Raises:
-        FileNotFoundError: `model` can only be a folder, and there is none of that name, or no model in it.
+        FileNotFoundError: `model` is neither a folder nor of the form `org/name`, or it is a folder without a model in it.
     """
     path = Path(model).expanduser()
     if path.is_dir():

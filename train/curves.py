@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .figures import new_figure, save_png
 from .files import write_atomically
 
 
@@ -47,7 +48,7 @@ def save_curves(log_history: Sequence[dict[str, Any]], destination: str | Path, 
         logger.warning("No curves: nothing was logged. Choose `logging_steps` below the number of steps.")
         return []
     picture, table = (Path(destination) / name for name in ("curves.png", "curves.csv"))
-    write_atomically(draw(series, title), picture)
+    save_png(draw(series, title), picture)
     write_atomically(to_csv(series).encode(), table)
     return [picture, table]
 
@@ -127,22 +128,16 @@ def find_chance(name: str, series: dict[str, dict[int, float]]) -> float | None:
     return None
 
 
-def draw(series: dict[str, dict[int, float]], title: str) -> bytes:
-    """The picture as PNG. Draws without a display, and leaves matplotlib's global state alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def draw(series: dict[str, dict[int, float]], title: str) -> Any:
+    """The picture, as a `matplotlib.figure.Figure`."""
     panels = arrange_panels(series)
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(5.2 * columns, 0.5 + 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * columns, 0.5 + 3.4 * rows)
     figure.suptitle(title, wrap=True)
     for index, (heading, names) in enumerate(panels.items()):
         draw_panel(figure.add_subplot(rows, columns, index + 1), heading, names, series)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    return figure
 
 
 def draw_panel(axes: Any, heading: str, names: list[str], series: dict[str, dict[int, float]]) -> None:

@@ -1,6 +1,5 @@
 """The demonstration `med3dvlm demo`: the whole way from scans to scores on phantoms, in minutes and without a download."""
 
-import io
 import json
 import subprocess
 import sys
@@ -11,8 +10,6 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
@@ -22,20 +19,7 @@ from ..processing.processing_med3dvlm import Med3DVLMProcessor
 RESEARCH_NOTE = "For research only: not a medical device."
 # A real MRI of a head that comes with nibabel. Found by its path: `nibabel.testing` knows it, but needs pytest.
 SCAN = Path(nibabel.__file__).parent / "tests" / "data" / "anatomical.nii"
-
-
-def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of 260 tokens made without any file: one for each byte, and the special ones of a conversation."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(ByteLevel.alphabet()))}
-    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-    for token in special_tokens:
-        vocabulary[token] = len(vocabulary)
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
-    )
-    tokenizer.add_tokens(special_tokens, special_tokens=True)
-    return tokenizer
-
+NUM_DRAWN = 3  # phantoms in the picture of answers
 
 # Runs in a process of its own, where importing our package fails as it would where it was never installed.
 CLEAN_PROCESS = """
@@ -100,6 +84,7 @@ def run_demo(output: Path, num_cases: int | None = None, seed: int = 0, full: bo
     from .merge import merge_adapter
     from .phantoms.study import write_study
     from .recipe import STAGES, load_recipe
+    from .run_files import SUMMARY
     from .stages import run_recipe
 
     start = time.perf_counter()
@@ -132,10 +117,11 @@ def run_demo(output: Path, num_cases: int | None = None, seed: int = 0, full: bo
             *([] if full else QUICK[stage]),
         ]
         stages[stage] = run_recipe(load_recipe(f"phantom/{stage}", overrides))
-        numbers = json.loads((output / stage / "summary.json").read_text(encoding="utf-8"))
+        numbers = json.loads((output / stage / SUMMARY).read_text(encoding="utf-8"))
+        memory = numbers["peak_memory_gib"]
         report(
             f"Stage {stage}: {numbers['train']['train_runtime']:.0f} s, {numbers['samples_per_second']:.0f} samples/s, "
-            f"peak memory {numbers['peak_memory_gib']:.1f} GiB, curves in {output / stage / 'curves.png'}"
+            f"{'' if memory is None else f'peak memory {memory:.1f} GiB, '}curves in {output / stage / 'curves.png'}"
         )
     notes = f"Trained on {num_cases} phantoms: it knows drawn scans, not patients. {RESEARCH_NOTE}"
     model_folder = Path(
@@ -220,22 +206,16 @@ def score_models(
     return format_table(rows + answer_rows), records
 
 
-def draw_answers(
-    study: Path, model_folder: Path, records: list[dict[str, Any]], path: Path, num_cases: int = 3
-) -> Path:
+def draw_answers(study: Path, model_folder: Path, records: list[dict[str, Any]], path: Path) -> Path:
     """Draws slices of a few phantoms through their lesion, as the model gets them, with its answers beside the truth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from .data.samples import QUESTION_TYPES
-    from .files import write_atomically
+    from .figures import new_figure, save_png
 
     processor = Med3DVLMImageProcessor.from_pretrained(model_folder)
     truth = [json.loads(line) for line in (study / "phantoms.jsonl").read_text(encoding="utf-8").splitlines()]
-    asked = list(dict.fromkeys(record["case"] for record in records))[:num_cases]
-    figure, axes = plt.subplots(len(asked), 4, figsize=(15, 3.6 * len(asked)), squeeze=False)
+    asked = list(dict.fromkeys(record["case"] for record in records))[:NUM_DRAWN]
+    figure = new_figure(15, 3.6 * len(asked))
+    axes = figure.subplots(len(asked), 4, squeeze=False)
     for row, case in enumerate(asked):
         entry = next(entry for entry in truth if entry["case"] == case)
         inputs = processor(str(study / entry["image"]), return_report=True)
@@ -255,17 +235,11 @@ def draw_answers(
                 lines.append(textwrap.fill(f"{name}: {record['answer']} ({mark})", 62))
         axes[row][3].text(0, 1, "\n".join(lines), va="top", fontsize=8)
         axes[row][3].set_axis_off()
-    figure.tight_layout()
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=90)
-    plt.close(figure)
-    write_atomically(content.getvalue(), path)
-    return path
+    return save_png(figure, path, dpi=90)
 
 
 __all__ = [
     "WITHOUT_SIMILAR_REPORTS",
-    "build_tiny_tokenizer",
     "run_demo",
     "score_models",
 ]

@@ -1,6 +1,7 @@
-"""Writing JSON that appears whole or not at all, what no file can hold, and keeping a folder to one process."""
+"""Writing JSON that appears whole or not at all, what no file can hold, where settings differ, and keeping a folder to one process."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,32 @@ def write_json_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_atomically("".join(lines).encode(), path)
+
+
+def without_nan(value: Any) -> Any:
+    """A value that JSON is to hold, with `None` for each number in it that is NaN or infinite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two settings differ: the key, with dots between levels, and both values; None for one that is not there."""
+    for key in dict.fromkeys([*first, *second]):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}", one, other
+
+
+def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Keys, with dots between levels, at which two settings differ."""
+    return [key for key, _, _ in differences(first, second)]
 
 
 def find_surrogate(text: str) -> str | None:
@@ -85,4 +112,13 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-__all__ = ["find_surrogate", "only_one_at", "write_atomically", "write_json_atomically", "write_json_lines"]
+__all__ = [
+    "differences",
+    "differing_keys",
+    "find_surrogate",
+    "only_one_at",
+    "without_nan",
+    "write_atomically",
+    "write_json_atomically",
+    "write_json_lines",
+]

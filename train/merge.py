@@ -9,7 +9,14 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..hub_cards.model_card import BASE_BEGINS, NOT_STATED, OF_TRAINING_RECORD, stated_fields
+from ..hub_cards.model_card import (
+    BASE_BEGINS,
+    NOT_STATED,
+    OF_TRAINING_RECORD,
+    check_fields,
+    renew_fields,
+    stated_fields,
+)
 from ..hub_cards.model_index import CARD_NAME, read_card
 from ..hub_cards.places import is_owned_repository, is_repository
 from ..hub_cards.publish import check_destination, publish, read_current_card, replaced_when_complete
@@ -100,7 +107,7 @@ def publish_adapter(
         card = ADAPTER_CARD.format(
             base=base, here=destination, notes=notes, training_data=training_data, training_record=of_record
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if training_record is not None:
             write_json_atomically(training_record, folder / TRAINING_NAME)
 
@@ -131,7 +138,8 @@ def merge_adapter(
     Raises:
         FileExistsError: the destination holds files that are not to be replaced.
         FileNotFoundError: there is no adapter, or its base model is not where its configuration says.
-        ValueError: the adapter does not fit the base model, is damaged, or holds numbers that are not finite.
+        ValueError: the adapter does not fit the base model, is damaged, or holds numbers that are not finite; or the Hub refuses
+            what the card is to say.
     """
     from peft import PeftConfig, PeftModel
 
@@ -149,7 +157,8 @@ def merge_adapter(
     )
     if not Path(base).is_dir() and not is_owned_repository(base):
         raise FileNotFoundError(missing_base)
-    fields = {**describe_merged(adapter, base), **stated_fields(card_fields)}
+    fields = renew_fields(describe_merged(adapter, base), stated_fields(card_fields))
+    check_fields(fields)
     weights, record = read_adapter_weights(adapter), read_training_record(adapter)
     try:
         model = Med3DVLMForConditionalGeneration.from_pretrained(base, dtype="auto")
@@ -218,7 +227,8 @@ def read_adapter_card(adapter: str) -> dict[str, Any]:
     if card is None or text is None:
         return {}
     metadata, _ = card
-    fields = {name: metadata.get(name) for name in ("license", "language", "datasets")}
+    names = ("license", "license_name", "license_link", "language", "datasets")
+    fields = {name: metadata.get(name) for name in names}
     return {name: value for name, value in {**fields, **text.groupdict()}.items() if value}
 
 

@@ -8,36 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.trainers import WordPieceTrainer
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from ..configuration.configuration_dcformer import DCFormerConfig
 from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig
-from ..configuration.configuration_med3dvlm import Med3DVLMConfig
+from ..configuration.configuration_med3dvlm import Med3DVLMConfig, find_scales_of_logits
 from ..hub_cards.remote_code import forget_local_folders
+from ..modeling_med3dvlm.modeling_dcformer import DCFormerModel
 from ..modeling_med3dvlm.modeling_dcformer_siglip import VISION_MODELS, DCFormerSiglipModel
 from ..modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
 from ..modeling_med3dvlm.modeling_projector import PROJECTORS
+from ..modeling_med3dvlm.modeling_vit3d import Vit3DModel
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor
-from .demo import build_tiny_tokenizer
 from .recipe import ModelRecipe
+from .tokenizers import IMAGE_TOKEN, build_tiny_tokenizer, train_word_piece_tokenizer
 from .whitening import whiten_text_projection
 
 
 logger = logging.get_logger(__name__)
 
-IMAGE_TOKEN = "<image>"
-
 # The linear layers of a language model's blocks, by the names that Qwen2 and Llama give them.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-# What language models do to the scores of the next token: Granite, Cohere, Gemma 2 and Falcon-H1.
-SCALES_OF_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
 
 
 @contextmanager
@@ -157,7 +153,7 @@ def warn_of_unused(recipe: ModelRecipe) -> None:
         logger.warning(f"{', '.join(unused)}: not used, {recipe.start_from} brings its own.")
 
 
-def load_volume_encoder(source: str) -> Any:
+def load_volume_encoder(source: str) -> DCFormerModel | Vit3DModel:
     """
     A published volume encoder, or that of a published dual encoder.
 
@@ -243,16 +239,13 @@ def check_head(language_model: Any) -> None:
         ValueError: the scores of the next token are not the product of the last hidden state and the head's weight: the loss
             would not be the language model's own.
     """
-    config = language_model.config.get_text_config(decoder=True)
-    faults = [
-        f"`{name}` {value}" for name in SCALES_OF_LOGITS if (value := getattr(config, name, None)) not in (None, 1)
-    ]
+    faults = find_scales_of_logits(language_model.config.get_text_config(decoder=True))
     if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
         faults.append("a bias in its head")
     if faults:
         raise ValueError(
             f"`model.language_model`: expected one whose scores are the product of hidden state and head, as Qwen2's and "
-            f"Llama's are; {type(language_model).__name__} has {' and '.join(faults)}, which Med3DVLM's head has not. Choose "
+            f"Llama's are; {type(language_model).__name__} has {' and '.join(faults)}, which Med3DVLM's head does not have. Choose "
             "another language model."
         )
 
@@ -403,23 +396,6 @@ def vision_config_fields(vision: dict[str, Any]) -> Any:
     return DCFormerConfig.from_variant(variant, **fields)
 
 
-def train_word_piece_tokenizer(texts: Iterable[str], size: int) -> BertTokenizer:
-    """A BERT tokenizer of at most `size` tokens, trained on the texts: the same in every process and at every start."""
-    special_tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    texts = list(texts)
-    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(special_tokens)}).backend_tokenizer
-    words = {
-        word
-        for text in set(texts)
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
-    }
-    letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
-    # The trainer numbers these letters as it meets them in a hash table, in another order each time, and where two merges
-    # are equally frequent the numbers decide. Special tokens have their numbers before.
-    tokenizer.train_from_iterator(texts, WordPieceTrainer(vocab_size=size, special_tokens=[*special_tokens, *letters]))
-    return BertTokenizer(vocab=tokenizer.get_vocab(with_added_tokens=False))
-
-
 def _tokenizer_size(recipe: ModelRecipe) -> int:
     if recipe.tokenizer_size is None:
         raise ValueError(
@@ -429,7 +405,6 @@ def _tokenizer_size(recipe: ModelRecipe) -> int:
 
 
 __all__ = [
-    "IMAGE_TOKEN",
     "LORA_TARGETS",
     "add_lora",
     "build_dual_encoder",
@@ -440,6 +415,5 @@ __all__ = [
     "load_vision_language_model",
     "load_volume_encoder",
     "made_whole",
-    "train_word_piece_tokenizer",
     "vision_config_fields",
 ]

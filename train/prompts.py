@@ -42,9 +42,12 @@ REPORT_PROMPTS: tuple[str, ...] = (
 )
 
 
+# What may stand around the letter of a choice and around its text.
+MARKS = "*()[]:., \xa0\t\n\v\f\r"
 # The letter of a choice at the beginning of an answer, perhaps in brackets or in bold, and what tells it from a word.
 DASH = r"[-\u2013\u2014]"
-CHOICE = re.compile(rf"\s*[*(\[]*([A-Da-d])(?:[):,\]*]|\.(?!\w\.)|\s+{DASH}|{DASH}(?:\s|$)|\s*$|(?<![Aa])\s)")
+BREAK = r"[ \xa0]*[\t\n\v\f\r]"
+CHOICE = re.compile(rf"\s*[*(\[]*([A-Da-d])(?:[):,\]*]|\.(?!\w\.)|\s+{DASH}|{DASH}(?:\s|$)|\s*$|{BREAK}|(?<![Aa])\s)")
 
 
 def format_question(sample: Mapping[str, Any], generator: torch.Generator | None = None) -> str:
@@ -169,8 +172,9 @@ def words_of(text: str) -> list[str]:
 def parse_choice(text: str) -> str | None:
     """
     The letter that an answer to a closed question begins with, such as `"B"` in `"B. spleen"`, `"(b) spleen"`, `"**B** spleen"`,
-    `"B spleen"`, `"B - spleen"` or `"B"`. An A with nothing but a blank after it is a word, as in `"A large cyst"`; what begins as
-    `"C.T."` does is an abbreviation, and a dash without a blank beside it makes a word, as in `"B-cell lymphoma"`.
+    `"B spleen"`, `"B - spleen"` or `"B"`. An A with nothing but a blank before the next word is a word, as in `"A large cyst"`
+    and `"A (small) cyst"`; what begins as `"C.T."` does is an abbreviation, and a dash without a blank beside it makes a word, as in
+    `"B-cell lymphoma"`.
 
     Returns:
         `str` or `None`, when the answer begins with no letter of a choice.
@@ -179,7 +183,17 @@ def parse_choice(text: str) -> str | None:
     return match.group(1).upper() if match else None
 
 
+def text_after_choice(text: str) -> str | None:
+    """
+    What follows the letter that [`parse_choice`] finds, without `MARKS` at its ends, such as `"spleen"` in `"(b) spleen"`; empty
+    where nothing does, and `None` where there is no letter.
+    """
+    match = CHOICE.match(text)
+    return text[match.end() :].strip(MARKS) if match else None
+
+
 __all__ = [
+    "MARKS",
     "REPORT_PROMPTS",
     "build_messages",
     "build_text_messages",
@@ -187,5 +201,6 @@ __all__ = [
     "format_answer",
     "format_question",
     "parse_choice",
+    "text_after_choice",
     "words_of",
 ]

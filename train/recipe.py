@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +31,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 PLACES = ("start_from", "vision", "text_encoder", "language_model")
 # What may differ between a run and its continuation, because no weight depends on it.
 FREE_SETTINGS = (
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataloader_persistent_workers",
@@ -37,6 +40,8 @@ FREE_SETTINGS = (
     "ddp_timeout",
     "disable_tqdm",
     "eval_accumulation_steps",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
     "log_level",
     "logging_steps",
     "logging_strategy",
@@ -52,6 +57,7 @@ FREE_SETTINGS = (
 NOT_OF_DESCRIPTION = (
     "description",
     "begun_from",
+    "changed",
     "num_devices",
     "num_answers",
     "data.root",
@@ -181,7 +187,8 @@ class Recipe:
             `"contrastive"`, `"projector"` or `"finetune"`; or `"language"`, which trains a language model on the texts of
             a study alone, for `model.language_model` of the stage `projector`.
         description (`str`):
-            What it is, and where its numbers come from. A model card has it where `changed` is empty.
+            What it is, and where its numbers come from. A model card has it where `changed` is empty and the global
+            batch is that of the recipe, on `num_devices` if it names them; else the card says what differs.
         begun_from (`str`):
             Name of the recipe that `description` is of; set by [`load_recipe`].
         changed (`dict[str, str]`):
@@ -242,35 +249,13 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     merged: Any
     merged, described, origin = _read_with_base(find_recipe(source), ())
     try:
-        for override in overrides or []:
-            key, equals, _ = override.partition("=")
-            if not equals or not key.strip():
-                raise ValueError(f"Expected an override `key=value`, such as training.seed=1, got {override!r}.")
-            parent = key.strip().rpartition(".")[0]
-            name = OmegaConf.select(merged, parent) if parent else None
-            if isinstance(name, str):
-                raise ValueError(
-                    f"`{key.strip()}`: `{parent}` is the name {name!r}, which has no fields; to replace it, give all fields, "
-                    f"{parent}={{...}}."
-                )
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        merged = _apply_overrides(merged, overrides or [])
         _check_keys(OmegaConf.to_container(merged), Recipe, "")
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]} (at `{error.full_key}`)") from error
     assert isinstance(recipe, Recipe)
-    packaged = packaged_recipes()
-    recipe.begun_from = recipe.begun_from or (origin if origin in packaged else _packaged_recipe_of(merged) or origin)
-    if recipe.begun_from in packaged:  # whatever a saved recipe says of itself
-        described, recipe.changed = _read_with_base(packaged[recipe.begun_from], ())[0], {}
-    if merged.get("description") == described.get("description"):
-        recipe.changed = {**recipe.changed, **_changes(described, merged)}
-        if "num_devices" not in merged:
-            recipe.num_devices = described.get("num_devices")
-    else:  # given with its other values, and the devices of the others are not its own
-        recipe.changed = {}
-        if merged.get("num_devices") == described.get("num_devices"):
-            recipe.num_devices = None
+    _note_origin(recipe, merged, described, origin)
     for name in PLACES:
         place = getattr(recipe.model, name)
         if isinstance(place, str) and place.startswith("~"):  # which no shell expands behind `model.start_from=`
@@ -401,6 +386,11 @@ def _check_stage(recipe: Recipe) -> None:
             )
         if recipe.trained or recipe.lora:
             raise ValueError("The stage 'contrastive' trains the whole dual encoder: leave out `trained` and `lora`.")
+        if recipe.training.get("label_smoothing_factor"):
+            raise ValueError(
+                "The stage 'contrastive' has no labels to smooth: leave out `training.label_smoothing_factor`, or set "
+                "it to 0."
+            )
     else:
         if not recipe.model.start_from:
             raise ValueError(
@@ -415,14 +405,18 @@ def _check_stage(recipe: Recipe) -> None:
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
     if not training.get("output_dir"):
         raise ValueError("`training.output_dir` is empty: say where the run is kept, training.output_dir=FOLDER.")
     training_fields = _training_fields()
-    for name in training:
+    for name, value in training.items():
         if name not in training_fields:
             near = difflib.get_close_matches(str(name), training_fields, n=1)
             hint = f" Did you mean `training.{near[0]}`?" if near else ""
-            raise ValueError(f"`training.{name}` is no field of transformers.TrainingArguments.{hint}")
+            raise ValueError(f"`training.{name}` is not a field of transformers.TrainingArguments.{hint}")
+        if (name, value) != ("bf16", "auto"):
+            _check_type(f"training.{name}", value, training_fields[name])
     if uploads := [name for name in training if name.startswith(("push_to_hub", "hub_")) and training[name]]:
         raise ValueError(
             f"{', '.join(f'`training.{name}`' for name in uploads)}: a run is not uploaded while it trains, expected none of these "
@@ -430,6 +424,31 @@ def _check_training(training: Mapping[str, Any]) -> None:
             "repository unless told otherwise. Leave them out, and publish the result: med3dvlm publish FOLDER org/name --push "
             "--license LICENCE."
         )
+    if training.get("resume_from_checkpoint"):
+        raise ValueError(
+            "`training.resume_from_checkpoint`: leave it out, a run goes on by itself in its `training.output_dir`; to "
+            "begin from other weights, name them in `model.start_from`."
+        )
+    if training.get("auto_find_batch_size"):
+        raise ValueError(
+            "`training.auto_find_batch_size`: out of memory, Trainer would begin again with weights that have been "
+            "trained, in a batch other than the recipe says. Leave it out, and set a smaller "
+            "`training.per_device_train_batch_size`, or training.activation_checkpointing=true."
+        )
+    if training.get("fsdp") and training.get("deepspeed"):
+        raise ValueError(
+            "`training.fsdp` and `training.deepspeed` exclude each other: leave out `training.fsdp`, since DeepSpeed "
+            "shares out the weights with training.deepspeed=zero3; or set training.deepspeed=null."
+        )
+    if training.get("dataloader_prefetch_factor") is not None and not training.get("dataloader_num_workers"):
+        raise ValueError(
+            "`training.dataloader_prefetch_factor` is for workers, and `training.dataloader_num_workers` is 0: set "
+            "training.dataloader_prefetch_factor=null."
+        )
+    trackers = trackers_of(training)
+    choices = [*INTEGRATION_TO_CALLBACK] if len(trackers) > 1 else [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    for tracker in trackers:
+        _check_choice("training.report_to", tracker, choices)
     strategy = training.get("train_sampling_strategy", SAMPLING_STRATEGIES[0])
     _check_choice("training.train_sampling_strategy", strategy, SAMPLING_STRATEGIES)
 
@@ -440,23 +459,27 @@ def _check_configurations(recipe: Recipe) -> None:
 
     from ..configuration.configuration_dcformer_siglip import DCFormerSiglipConfig, build_vision_config
     from ..configuration.configuration_med3dvlm import Med3DVLMConfig
-    from .models import vision_config_fields
+    from .models import LORA_TARGETS, vision_config_fields
 
     model = recipe.model
     builders: dict[str, Any] = {}
+    if recipe.lora:
+        from peft import LoraConfig
+
+        builders["lora"] = lambda: LoraConfig(**{"target_modules": LORA_TARGETS, **recipe.lora})
     if recipe.stage == "contrastive":
         if isinstance(model.vision, dict):
-            builders["vision"] = lambda: build_vision_config(vision_config_fields(model.vision))
-        builders["dual_encoder"] = lambda: DCFormerSiglipConfig(**model.dual_encoder)
+            builders["model.vision"] = lambda: build_vision_config(vision_config_fields(model.vision))
+        builders["model.dual_encoder"] = lambda: DCFormerSiglipConfig(**model.dual_encoder)
     elif recipe.stage != "language":
         # Which layers there are, the volume encoder says, which is not known yet.
         fields = {name: value for name, value in model.projector.items() if name != "vision_feature_layers"}
-        builders["projector"] = lambda: Med3DVLMConfig(**fields)
+        builders["model.projector"] = lambda: Med3DVLMConfig(**fields)
     for name, build in builders.items():
         try:
             build()
         except (StrictDataclassError, TypeError, ValueError) as error:
-            raise ValueError(f"`model.{name}`: {error.__cause__ or error}") from error
+            raise ValueError(f"`{name}`: {error.__cause__ or error}") from error
 
 
 def check_places(recipe: Recipe) -> None:
@@ -482,25 +505,36 @@ def check_places(recipe: Recipe) -> None:
 def check_deepspeed(recipe: Recipe) -> None:
     """
     Raises:
-        ImportError: the recipe needs DeepSpeed, which is not installed.
+        ImportError: the recipe needs DeepSpeed or the package of a tracker, which is not installed.
     """
     if recipe.training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise ImportError(
             f"`training.deepspeed` {recipe.training['deepspeed']!r} needs the package deepspeed, which is not installed. On Linux "
             'install it, pip install ".[train]"; elsewhere train without it: training.deepspeed=null training.bf16=auto.'
         )
+    # The command line asks for TensorBoard itself; whether Azure ML and Flyte are there, transformers does not tell.
+    not_asked = ("all", "none", "tensorboard", "azure_ml", "flyte")
+    if trackers := [name for name in trackers_of(recipe.training) if name not in not_asked]:
+        from transformers.integrations import get_available_reporting_integrations
+
+        if missing := [name for name in trackers if name not in get_available_reporting_integrations()]:
+            raise ImportError(
+                f"`training.report_to` {missing[0]!r} needs the package of that name, which is not installed. Install "
+                "it, or report elsewhere, training.report_to=tensorboard."
+            )
 
 
 def trackers_of(training: Mapping[str, Any]) -> list[str]:
     """What a run reports to, by the names of transformers: TensorBoard, unless `training.report_to` says otherwise."""
     names = training.get("report_to", "tensorboard") or "none"
-    return [names] if isinstance(names, str) else list(names)
+    return list(names) if isinstance(names, (list, tuple)) else [names]
 
 
-def _training_fields() -> list[str]:
+def _training_fields() -> dict[str, Any]:
+    """The fields of `TrainingArguments`, with their types."""
     from transformers import TrainingArguments
 
-    return [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    return {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, DictConfig, str]:
@@ -533,6 +567,46 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, Dic
     return (merged, merged, name) if "description" in content else (merged, described, origin)
 
 
+def _apply_overrides(merged: Any, overrides: list[str]) -> Any:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"Expected an override `key=value`, such as training.seed=1, got {override!r}.")
+        parent = key.strip().rpartition(".")[0]
+        name = OmegaConf.select(merged, parent) if parent else None
+        if isinstance(name, str):
+            raise ValueError(
+                f"`{key.strip()}`: `{parent}` is the name {name!r}, which has no fields; to replace it, give all "
+                f"fields, {parent}={{...}}."
+            )
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+    named = OmegaConf.select(OmegaConf.from_dotlist(overrides), "training")
+    if isinstance(named, DictConfig) and "num_train_epochs" in named and "max_steps" not in named:
+        max_steps = merged.training.get("max_steps", -1)
+        if isinstance(max_steps, int) and max_steps > 0:
+            raise ValueError(
+                f"`training.num_train_epochs` has no effect beside the recipe's `training.max_steps` {max_steps}: add "
+                "training.max_steps=-1."
+            )
+    return merged
+
+
+def _note_origin(recipe: Recipe, merged: DictConfig, described: DictConfig, origin: str) -> None:
+    """Sets `begun_from` and `changed`, and `num_devices` where it follows from the recipe of the description."""
+    packaged = packaged_recipes()
+    recipe.begun_from = recipe.begun_from or (origin if origin in packaged else _packaged_recipe_of(merged) or origin)
+    if recipe.begun_from in packaged:  # whatever a saved recipe says of itself
+        described, recipe.changed = _read_with_base(packaged[recipe.begun_from], ())[0], {}
+    if merged.get("description") == described.get("description"):
+        recipe.changed = {**recipe.changed, **_changes(described, merged)}
+        if "num_devices" not in merged:
+            recipe.num_devices = described.get("num_devices")
+    else:  # given with its other values, and the devices of the others are not its own
+        recipe.changed = {}
+        if merged.get("num_devices") == described.get("num_devices"):
+            recipe.num_devices = None
+
+
 def _packaged_recipe_of(values: DictConfig) -> str:
     """The recipe of this package whose stage and description these are, as in a file that an earlier version saved; or none."""
     for name, path in packaged_recipes().items():
@@ -549,8 +623,7 @@ def _changes(described: DictConfig, merged: DictConfig) -> dict[str, str]:
     changes = {
         key: without_absolute_paths(value)
         for key, value in _leaves(OmegaConf.to_container(merged))
-        if key not in NOT_OF_DESCRIPTION
-        and not key.startswith("changed.")
+        if not f"{key}.".startswith(tuple(f"{name}." for name in NOT_OF_DESCRIPTION))
         and (key not in before or before[key] != value)
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
@@ -572,10 +645,19 @@ def _check_keys(values: Any, structure: Any, prefix: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean `{prefix}{near[0]}`?" if near else ""
-            raise ValueError(f"`{prefix}{key}` is no key of a recipe.{hint} There are: {', '.join(known)}.")
+            raise ValueError(f"`{prefix}{key}` is not a recipe key.{hint} There are: {', '.join(known)}.")
         nested = known[key].default_factory
         if dataclasses.is_dataclass(nested) and isinstance(value, dict):
             _check_keys(value, nested, f"{prefix}{key}.")
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    """Refuses a value of another type where the annotation is of truth values and numbers alone, or None."""
+    kinds = set(get_args(annotation)) or {annotation}
+    words = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
+    # Its very type, since to Python True is a number too.
+    if kinds <= words.keys() and type(value) not in (kinds | {int} if float in kinds else kinds):
+        raise ValueError(f"`{name}` must be {' or '.join(words[k] for k in words if k in kinds)}; got {value!r}.")
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

@@ -4,13 +4,16 @@ The blind control gives every question the volume of another case. A model that 
 volume has not used the volume.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeVar
 
 import datasets
 import torch
 
 
 RECALL_RANKS = (1, 5, 10)
+
+Case = TypeVar("Case")
 
 
 def retrieval_recall(
@@ -162,6 +165,12 @@ def chance_recall(group_ids: torch.Tensor, gallery_size: int, rank: int = 1) -> 
     return sum(chances) / len(chances)
 
 
+def from_half_way_round(cases: Sequence[Case], place: int) -> Iterator[Case]:
+    """All of `cases`, once each, from the one that is half-way round the list from `place`: neighbours in a list are often alike."""
+    start = place + len(cases) // 2
+    return (cases[(start + turn) % len(cases)] for turn in range(len(cases)))
+
+
 def with_volume_of_another_case(samples: datasets.Dataset, broken: Collection[str] = ()) -> datasets.Dataset:
     """
     The samples with the volume of another case each, for the blind control: all samples of a case get that of one other.
@@ -187,10 +196,8 @@ def with_volume_of_another_case(samples: datasets.Dataset, broken: Collection[st
         raise ValueError(f"The blind control needs samples of at least two cases, got {len(cases)}.")
     other: dict[str, str] = {}
     for place, case in enumerate(cases):
-        # Half-way round: neighbours in a list are often alike.
-        start = place + len(cases) // 2
-        turns = (cases[(start + turn) % len(cases)] for turn in range(len(cases)))
-        found = next((sound[name] for name in turns if name in sound and sound[name] not in images[case]), None)
+        others = from_half_way_round(cases, place)
+        found = next((sound[name] for name in others if name in sound and sound[name] not in images[case]), None)
         if found is None and case in sound:
             raise ValueError(
                 "The blind control needs sound volumes of at least two cases, and there is none beside those of one case: take "
@@ -205,6 +212,7 @@ __all__ = [
     "RECALL_RANKS",
     "chance_recall",
     "check_finite",
+    "from_half_way_round",
     "one_vector_per_text",
     "retrieval_hits",
     "retrieval_recall",

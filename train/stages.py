@@ -16,20 +16,20 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import TrainingArguments, set_seed
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
+from ..hub_cards.files import sha256_of
 from ..hub_cards.model_card import OF_PICTURES
 from ..hub_cards.publish import publish, replaced_when_complete
 from ..hub_cards.training_record import TRAINING_NAME, describe_training, read_training_record
 from ..modeling_med3dvlm.fused_dcformer import multiplies_bfloat16
-from ..modeling_med3dvlm.original_source import sha256_of
 from ..processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..processing.processing_med3dvlm import Med3DVLMProcessor, forget_last_call
 from .checkpoints import (
     CheckpointGuard,
     StopOnSignal,
-    differences,
     done_by_first_process,
     fewest_checkpoints,
     only_run_in,
@@ -43,6 +43,7 @@ from .data.cache import volume_loader
 from .data.collate import ConversationCollator, PairCollator
 from .data.dataset import (
     ConversationBuilder,
+    ItemBuilder,
     PairBuilder,
     StudyDataset,
     TextDataset,
@@ -55,7 +56,7 @@ from .data.preparation_record import is_of_slices, read_preparation_record
 from .data.reading import find_broken
 from .data.samples import Split
 from .data.similarity import SimilarReports
-from .files import write_json_atomically, write_json_lines
+from .files import differing_keys, without_nan, write_json_atomically, write_json_lines
 from .memory import keep_freed_memory
 from .merge import publish_adapter
 from .models import (
@@ -77,7 +78,8 @@ from .recipe import (
     save_recipe,
     trackers_of,
 )
-from .trainers import ContrastiveTrainer, GenerationTrainer, StudyTrainer, uses_deepspeed_autocast
+from .run_files import PUBLISHED, RECIPE, SKIPPED, SUMMARY, folder_of
+from .trainers import AGAINST_DIVERGENCE, ContrastiveTrainer, GenerationTrainer, StudyTrainer, uses_deepspeed_autocast
 
 
 try:
@@ -90,7 +92,6 @@ logger = logging.get_logger(__name__)
 # Volumes of a study whose records say for all of them what they were made of.
 NUM_LOOKED_AT = 5
 
-PUBLISHED, SUMMARY, RECIPE, SKIPPED = "published", "summary.json", "recipe.yaml", "skipped.jsonl"
 # Rates of learning that depend on the scores of validations.
 RATES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 
@@ -113,8 +114,8 @@ def run_recipe(recipe: Recipe) -> Path:
     Raises:
         FileNotFoundError: the data, or what the run starts from, is not there.
         ImportError: the recipe needs DeepSpeed, which is not installed.
-        ValueError: data, models and recipe do not fit each other, the output folder holds another run, or the record of a
-            training beside a model is damaged.
+        ValueError: data, models and recipe do not fit each other, the output folder holds another run, the record of a
+            training beside a model is damaged, or the loss or a trained weight is not finite.
         RuntimeError: training ended before its last step, and not because of a signal.
         BlockingIOError: another run is at work in the output folder.
         SystemExit: the run was asked to stop by a signal; its state is saved.
@@ -187,7 +188,7 @@ def train_and_publish(
     if trainer.is_world_process_zero():
         save_curves(trainer.state.log_history, output_dir, title=f"{recipe.stage}: {output_dir.name}")
         # Last, because it says that the run is finished.
-        write_json_atomically({**summary, "settings": settings}, output_dir / SUMMARY)
+        write_json_atomically({**without_nan(summary), "settings": settings}, output_dir / SUMMARY)
     trainer.accelerator.wait_for_everyone()
     return published
 
@@ -215,12 +216,14 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
 
     Raises:
         FileNotFoundError: see [`read_deepspeed_config`].
-        ValueError: transformers refuses a value, or the precision is none that DeepSpeed trains in here.
+        ValueError: transformers refuses a value, the precision is none that DeepSpeed trains in here, or DeepSpeed's own optimizer
+            is to have a rate of its own for the text encoder.
     """
     fields = {
         "remove_unused_columns": False,  # the collators need columns that no model takes
         "ddp_find_unused_parameters": False,
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # which would log 0 for a loss that is lost
         "disable_tqdm": not sys.stderr.isatty(),  # in files and pipes a progress bar is noise
         **recipe.training,
         "report_to": trackers_of(recipe.training),
@@ -237,6 +240,12 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
             )
         fields["deepspeed"] = read_deepspeed_config(fields["deepspeed"], bool(fields.get("bf16")))
         fields["bf16"] = False  # said in the configuration, see there
+        if recipe.text_learning_rate is not None and "optimizer" in fields["deepspeed"]:
+            raise ValueError(
+                "`text_learning_rate` needs the optimizer of `training.optim`, and DeepSpeed builds its own from the `optimizer` in "
+                "its configuration, with one rate for all. Leave `optimizer` out of the DeepSpeed configuration, or set "
+                "text_learning_rate=null."
+            )
     try:
         arguments = TrainingArguments(**fields)
     except (TypeError, ValueError) as error:
@@ -251,6 +260,10 @@ def read_deepspeed_config(source: str | Mapping[str, Any], bf16: bool) -> dict[s
     A DeepSpeed configuration. With `bf16` its autocast is switched on: trained weights, batch statistics and what is saved
     stay float32, as without DeepSpeed, whereas its `bf16` mode would turn them all to bfloat16.
 
+    Under its autocast ZeRO sums the gradients of linear and convolutional layers over the processes in bfloat16 (and ZeRO-3
+    brings their weights together in it), unless `torch_autocast` has `"lower_precision_safe_modules": []`. The configurations of
+    this package have that: gradients are summed in float32, as DDP does it, for twice the traffic of the sums.
+
     Args:
         source (`str` or `Mapping`):
             A JSON file, the name of a configuration of this package, or the configuration itself.
@@ -261,17 +274,7 @@ def read_deepspeed_config(source: str | Mapping[str, Any], bf16: bool) -> dict[s
         FileNotFoundError: `source` is neither a file nor a configuration of this package.
         ValueError: with it the trained weights could not be published, or its autocast is not to bfloat16.
     """
-    if isinstance(source, Mapping):
-        name, config = "`training.deepspeed`", copy.deepcopy(dict(source))
-    else:
-        packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{source}.json"
-        path = packaged if packaged.is_file() else Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"`training.deepspeed` {source!r}: expected a JSON file, or one of this package: "
-                f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
-            )
-        name, config = str(path), json.loads(path.read_text(encoding="utf-8"))
+    name, config = load_deepspeed_config(source)
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
@@ -281,14 +284,34 @@ def read_deepspeed_config(source: str | Mapping[str, Any], bf16: bool) -> dict[s
         )
     if bf16:
         config["bf16"] = {"enabled": False}
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif uses_deepspeed_autocast(config) and config["torch_autocast"].get("dtype") != "bfloat16":
+        config["torch_autocast"] = {"dtype": "bfloat16", **config.get("torch_autocast", {}), "enabled": True}
+    if uses_deepspeed_autocast(config) and config["torch_autocast"].get("dtype") != "bfloat16":
         raise ValueError(
             f'{name}: expected the `dtype` "bfloat16" in `torch_autocast`, got {config["torch_autocast"].get("dtype")!r}: to '
-            "float16 gradients are clipped before their scale is taken away. Leave `torch_autocast` out, and set "
+            "float16 gradients are clipped before their scale is taken away. Leave `enabled` and `dtype` out of it, and set "
             "training.bf16=true."
         )
     return config
+
+
+def load_deepspeed_config(source: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """
+    What messages call a DeepSpeed configuration, and the configuration as it is written; see [`read_deepspeed_config`].
+
+    Raises:
+        FileNotFoundError: `source` is neither a file nor a configuration of this package.
+        ValueError: the file is not JSON.
+    """
+    if isinstance(source, Mapping):
+        return "`training.deepspeed`", copy.deepcopy(dict(source))
+    packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{source}.json"
+    path = packaged if packaged.is_file() else Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`training.deepspeed` {source!r}: expected a JSON file, or one of this package: "
+            f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
+        )
+    return str(path), json.loads(path.read_text(encoding="utf-8"))
 
 
 def splits_of(arguments: TrainingArguments) -> tuple[Split, ...]:
@@ -329,8 +352,8 @@ def build_trainer(
             callbacks=callbacks,
         )
     if recipe.stage == "contrastive":
-        builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, draw_similar=draw_similar)
-        validation_builder: Any = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
+        builder: ItemBuilder = PairBuilder(processor.tokenizer, data.max_text_length, draw_similar=draw_similar)
+        validation_builder: ItemBuilder = PairBuilder(processor.tokenizer, data.max_text_length, is_drawn=False)
         collator: Any = PairCollator(processor, data.max_text_length)
         trainer_class: type[StudyTrainer] = ContrastiveTrainer
         options: dict[str, Any] = {
@@ -514,7 +537,7 @@ def read_ahead(
                 images,
                 listing if data.skip_broken else None,
                 base=folder_of(data.root),
-                is_resumed=is_resumed,
+                reuse_listing=is_resumed,
                 progress=not arguments.disable_tqdm,
                 left_out=left_out,
             )
@@ -535,11 +558,15 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer, settings: Mapping[str,
     Publishes the trained model beside its checkpoints: the whole model, or the adapter. Sharded weights are put together by
     Trainer first, so this works whatever the run was distributed with. `settings`, those of [`run_recipe`], go into the record
     of the training.
+
+    Raises:
+        ValueError: in all processes, see [`check_finite_weights`].
     """
     output_dir = Path(str(trainer.args.output_dir))
     whole, published = output_dir / "_result", output_dir / PUBLISHED
     processor: Any = trainer.processing_class
     trainer.save_model(str(whole))
+    done_by_first_process(lambda: check_finite_weights(whole))
     if trainer.is_world_process_zero():
         notes = f"Result of the training stage `{recipe.stage}`. {describe_recipe(recipe, trainer.args)}".strip()
         training_data = f"`{Path(recipe.data.root).name}`, tasks: {', '.join(recipe.data.tasks)}."
@@ -575,6 +602,25 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer, settings: Mapping[str,
         shutil.rmtree(whole)
     trainer.accelerator.wait_for_everyone()
     return published
+
+
+def check_finite_weights(saved: Path) -> None:
+    """
+    Checks the files of weights of a folder in the output folder. The folder is removed if they are not to be published.
+
+    Raises:
+        ValueError: a weight, or a statistic of batches, is NaN or infinite.
+    """
+    lost: list[str] = []
+    for path in sorted(saved.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            lost += [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    if lost:
+        shutil.rmtree(saved)
+        raise ValueError(
+            f"{saved.parent}: training diverged, {len(lost)} weights or statistics of batches are not finite, such as {lost[0]}, so "
+            f"nothing is published. {AGAINST_DIVERGENCE}"
+        )
 
 
 def describe_recipe(recipe: Recipe, arguments: TrainingArguments) -> str:
@@ -639,6 +685,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     has_cache = settings["data"].pop("cache") is not None and recipe.stage != "language"
     settings["data"]["is_cached"] = has_cache and recipe.data.cache_dtype != "float32"
     settings["training"] = without_free_settings(settings["training"])
+    if settings["training"].get("deepspeed"):  # what it says, wherever the file lies
+        settings["training"]["deepspeed"] = load_deepspeed_config(settings["training"]["deepspeed"])[1]
     return json.loads(json.dumps(settings))
 
 
@@ -669,13 +717,18 @@ def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """
     Settings that an earlier version of this package wrote, in the form of `settings`: fields of the recipe that came since have
     their defaults, those that are free by now are gone, and whether there was a cache, which was not written down, is as it is
-    now.
+    now. So is a DeepSpeed configuration that was written down as a file's name, if that file is gone.
     """
     defaults = fixed_settings(Recipe())
     defaults["data"]["is_cached"] = settings["data"]["is_cached"]
     before = without_places(with_defaults(before, defaults))
     before.pop("num_answers", None)
     before["training"] = without_free_settings(before["training"])
+    if isinstance(source := before["training"].get("deepspeed"), str):
+        try:
+            before["training"]["deepspeed"] = load_deepspeed_config(source)[1]
+        except FileNotFoundError:
+            before["training"]["deepspeed"] = settings["training"].get("deepspeed") or source
     return before
 
 
@@ -697,12 +750,6 @@ def describe_content(recipe: Recipe, samples: Mapping[Split, datasets.Dataset]) 
             weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
             content[f"model.{name}"] = {file.name: sha256_of(file) for file in weights}
     return content
-
-
-def folder_of(root: str) -> Path:
-    """The folder of a study, which may be given by its manifest."""
-    path = Path(root).expanduser().absolute()
-    return path if path.is_dir() else path.parent
 
 
 def digest_samples(samples: datasets.Dataset, base: Path) -> str:
@@ -733,11 +780,6 @@ def is_finished(output_dir: Path, settings: dict[str, Any]) -> bool:
         f"{output_dir}: holds a finished run with other settings ({', '.join(different)}). Choose another "
         "training.output_dir, or remove it."
     )
-
-
-def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Keys, with dots between levels, at which two settings differ."""
-    return [key for key, _, _ in differences(first, second)]
 
 
 def describe_resources(trainer: StudyTrainer, metrics: dict[str, float]) -> dict[str, Any]:

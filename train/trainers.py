@@ -1,8 +1,10 @@
-"""Trainer for the two kinds of models. What differs from transformers' own is which samples come in what order, and what a
-validation adds to the loss: retrieval for the dual encoder, written answers for the vision-language model."""
+"""Trainers of the stages. What differs from transformers' own is which samples come in what order, that a training whose loss is
+not finite ends, and what a validation adds to the loss: retrieval for the dual encoder, written answers for the vision-language
+model. A language model alone has neither."""
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,13 @@ from .scoring import chance_recall, one_vector_per_text, retrieval_recall
 
 logger = logging.get_logger(__name__)
 
+AGAINST_DIVERGENCE = (
+    "Begin anew in another training.output_dir, with a smaller training.learning_rate, a longer training.warmup_steps or a "
+    "training.max_grad_norm such as 1.0."
+)
+# Of a validation of pairs.
+DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = ("recall_at_1", "deduplicated_recall_at_1")
 # Outputs of the dual encoder that make no sense across batches.
 OUTPUTS_OF_A_BATCH = ["logits_per_image", "logits_per_text", "text_model_output", "vision_model_output"]
 
@@ -51,12 +60,28 @@ class TellEpoch(TrainerCallback):
 
 
 class StudyTrainer(Trainer):
-    """Trainer whose order of samples, prompts and augmentations depends on seed, epoch and sample alone."""
+    """
+    Trainer whose order of samples, prompts and augmentations depends on seed, epoch and sample alone.
+
+    Raises:
+        ValueError: `metric_for_best_model` names nothing that a validation measures.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sampler: EpochSampler | None = None
         self.add_callback(TellEpoch(self._set_epoch))
+        if self.args.metric_for_best_model is not None and self.eval_dataset is not None:
+            measured = self.metric_names()
+            if f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}" not in measured:
+                raise ValueError(
+                    f"`training.metric_for_best_model` must be one of {', '.join(measured)}, with or without `eval_`, got "
+                    f"{self.args.metric_for_best_model!r}, which no validation of this run measures."
+                )
+
+    def metric_names(self) -> list[str]:
+        """What a validation measures, by the names that are logged, chance aside."""
+        return ["eval_loss"]
 
     def _set_epoch(self, epoch: int) -> None:
         if self.sampler is not None:
@@ -86,6 +111,21 @@ class StudyTrainer(Trainer):
         if not (self.args.fp16 or self.args.bf16 or uses_deepspeed_autocast(self.args.deepspeed)):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, dtype, cache_enabled=cache_enabled)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """
+        Logs as Trainer does.
+
+        Raises:
+            ValueError: in all processes, that the loss of training is not finite: no step after it could mend the weights.
+        """
+        super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"{self.args.output_dir}: training diverged at step {self.state.global_step} or shortly before: the loss is "
+                f"{logs['loss']}, not finite. {AGAINST_DIVERGENCE} If the first loss is lost already, look for NaN in the weights that "
+                "the run starts from and in the volumes."
+            )
 
     def get_train_dataloader(self) -> DataLoader:
         """
@@ -201,9 +241,9 @@ class ContrastiveTrainer(StudyTrainer):
         text_learning_rate: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **{"compute_metrics": self._retrieval, **kwargs})
         self.identical_reports_match, self.gallery_sizes = identical_reports_match, gallery_sizes
         self.text_learning_rate = text_learning_rate
+        super().__init__(*args, **{"compute_metrics": self._retrieval, **kwargs})
         # Gathered beside the vectors, to know which reports are identical.
         self.label_names = ["text_group_ids"]
 
@@ -242,21 +282,25 @@ class ContrastiveTrainer(StudyTrainer):
         kwargs["ignore_keys"] = kwargs.get("ignore_keys") or OUTPUTS_OF_A_BATCH  # `train` passes None
         return super().evaluate(*args, **kwargs)
 
+    def metric_names(self) -> list[str]:
+        """The loss, and both recalls in both directions for each gallery."""
+        galleries = self._galleries(len(cast(Sized, self.eval_dataset)))
+        recalls = [f"{direction}_{recall}" for direction in DIRECTIONS for recall in RECALLS]
+        return [*super().metric_names(), *(f"eval_{name}_of_{size}" for size in galleries for name in recalls)]
+
+    def _galleries(self, num_pairs: int) -> list[int]:
+        return [size for size in self.gallery_sizes if size < num_pairs] + [num_pairs]
+
     def _retrieval(self, prediction: EvalPrediction) -> dict[str, float]:
         text_embeds, image_embeds = (torch.from_numpy(vectors) for vectors in prediction.predictions)
         group_ids = torch.from_numpy(prediction.label_ids)
         text_embeds = one_vector_per_text(text_embeds, group_ids)
         scores: dict[str, float] = {}
-        sizes = [size for size in self.gallery_sizes if size < len(group_ids)] + [len(group_ids)]
-        for size in sizes:
-            for name, pair in {
-                "image_to_text": (image_embeds, text_embeds),
-                "text_to_image": (text_embeds, image_embeds),
-            }.items():
+        for size in self._galleries(len(group_ids)):
+            for name, pair in zip(DIRECTIONS, ((image_embeds, text_embeds), (text_embeds, image_embeds))):
                 recalls = retrieval_recall(*pair, group_ids, gallery_size=size)
                 # By the names of `med3dvlm evaluate`: in the paper's recall only the pair's own report is a match.
-                scores[f"{name}_recall_at_1_of_{size}"] = recalls["recall_at_1"]
-                scores[f"{name}_deduplicated_recall_at_1_of_{size}"] = recalls["deduplicated_recall_at_1"]
+                scores |= {f"{name}_{recall}_of_{size}": recalls[recall] for recall in RECALLS}
             scores[f"chance_recall_at_1_of_{size}"] = chance_recall(torch.arange(size), size)
             scores[f"chance_deduplicated_recall_at_1_of_{size}"] = chance_recall(group_ids, size)
         return scores

@@ -154,6 +154,14 @@ def test_variants_have_one_entry_a_stage(variant):
     assert config.image_size == (64, 64, 128)
 
 
+def granite(logits_scaling):
+    return {**TEXT, "model_type": "granite", "logits_scaling": logits_scaling}
+
+
+def test_a_language_model_that_scales_its_scores_by_one_is_taken():
+    assert tiny_config(text_config=granite(1.0)).text_config.logits_scaling == 1
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -187,6 +195,13 @@ def test_variants_have_one_entry_a_stage(variant):
             r"\(-2, 13\) must lie from -13 to 12.*'vit3d' has 13",
         ),
         (lambda: tiny_config(projector_type="mhsa"), "8 attention heads.*12 channels"),
+        (lambda: tiny_config(text_config=granite(8.0)), "'granite' has `logits_scaling` 8.0, which .* does not have"),
+        (lambda: tiny_config(text_config={**TEXT, "model_type": "cohere"}), "'cohere' has `logit_scale` 0.0625"),
+        (lambda: tiny_config(text_config={**TEXT, "model_type": "gemma2"}), "`final_logit_softcapping` 30.0"),
+        (
+            lambda: tiny_config(text_config={**TEXT, "model_type": "falcon_h1", "lm_head_multiplier": 0.5}),
+            "'falcon_h1' has `lm_head_multiplier` 0.5",
+        ),
     ],
 )
 def test_impossible_values_are_refused_with_a_remedy(build, message):

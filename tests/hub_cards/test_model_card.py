@@ -1,6 +1,7 @@
 """Cards say what the objects say."""
 
 import re
+from importlib import resources
 
 import original_files
 import pytest
@@ -9,7 +10,8 @@ from huggingface_hub import ModelCard
 from tiny import tiny_siglip, tiny_vlm_config
 from torch import nn
 
-from med3dvlm import Med3DVLMImageProcessor, Med3DVLMModel
+from med3dvlm import Med3DVLMImageProcessor, Med3DVLMModel, hub_cards
+from med3dvlm.configuration.transformers_version import REQUIREMENT
 from med3dvlm.hub_cards.model_card import (
     BASE_BEGINS,
     CONVERSION_BEGINS,
@@ -66,6 +68,12 @@ def test_card_has_every_section_and_no_placeholder(published, kind):
     assert "2503.20047" in text and "2502.05091" in text
     assert "trust_remote_code=True" in text
     assert "The code in this repository is licensed under Apache-2.0, whatever the licence of the weights." in text
+    assert f"`{REQUIREMENT}`" in text
+
+
+def test_no_template_has_a_version_of_transformers_of_its_own():
+    templates = list((resources.files(hub_cards) / "templates").iterdir())
+    assert templates and not any(re.search(r"5\.2\d", path.read_text(encoding="utf-8")) for path in templates)
 
 
 def test_card_takes_its_fields(vlm):
@@ -104,7 +112,15 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fields", [FIELDS, {"title": "Plain"}, {**FIELDS, "notes": None, "base_model": "org/base"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        FIELDS,
+        {"title": "Plain"},
+        {**FIELDS, "notes": None, "base_model": "org/base"},
+        {"title": "Own", "license": "other", "license_name": "own", "license_link": "https://example.org/own"},
+    ],
+)
 def test_a_card_is_read_back_as_it_was_told(request, tmp_path, kind, fields):
     model, processor = vars(request.getfixturevalue(kind)).values()
     card = create_model_card(model, processor, **fields)
@@ -113,6 +129,27 @@ def test_a_card_is_read_back_as_it_was_told(request, tmp_path, kind, fields):
     stated = {"language": "en", **{name: value for name, value in fields.items() if value is not None}}
     assert (old.fields, old.metadata, old.results) == (stated, {}, "")
     assert str(create_model_card(model, processor, **old.fields)) == str(card)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"license": "Apache 2.0"},
+            "`license` must be an identifier of the Hub, such as apache-2.0, got 'Apache 2.0'",
+        ),
+        ({"license": "other"}, "`license` other says nothing without a name: pass `license_name`"),
+        ({"license": "other", "license_link": "LICENSE"}, "pass `license_name`"),
+        ({"license": "mit", "license_name": "own"}, "other alone, got 'mit'. Pass `license` other, or an empty text"),
+        ({"license_link": "LICENSE"}, "go with `license` other alone, got 'unknown'"),
+        ({"base_model": "./local/qwen"}, "`base_model` must be a repository of the Hub, .* got './local/qwen'"),
+        ({"base_model": ["gpt2", "a/b/c"]}, "`base_model` must be .* got 'a/b/c'"),
+        ({"language": ["en", "german"]}, "`language` must be a code .* got 'german'"),
+    ],
+)
+def test_metadata_that_the_hub_refuses_are_refused_here(encoder, fields, message):
+    with pytest.raises(ValueError, match=message):
+        create_model_card(encoder.model, encoder.processor, **fields)
 
 
 @pytest.mark.parametrize("training_data", [None, "Phantoms."])

@@ -115,6 +115,16 @@ def test_again_changes_nothing_and_new_values_replace_old_ones(card):
     assert text.count("## Results") == 1 + text.count("### Results") and "12.35" not in text and "90.00" in text
 
 
+def test_a_figure_under_a_former_name_is_replaced(card):
+    add(card, {"scores": [figure("open_vqa", "exact"), figure("open_vqa", "exact", "organ")]})
+    card.write_text(card.read_text().replace("Every word right (all)", "Exact match (all)"))
+    add(card, {"scores": [figure("open_vqa", "exact", value=0.75)]})
+    assert results_of(card) == {
+        ("visual-question-answering", "open_vqa", "exact_match", f"Every word right ({group})"): value
+        for group, value in {"all": 0.75, "organ": 0.5}.items()
+    }
+
+
 def test_data_sets_and_splits_stand_beside_each_other(card):
     add(card)
     add(card, name="Phantoms", kind="phantoms")
@@ -229,7 +239,7 @@ def test_nothing_is_written_when_writing_fails(card, monkeypatch):
         ("rouge_1", "rouge", "ROUGE-1"),
         ("meteor", "meteor", "METEOR"),
         ("bertscore", "bertscore", "BERTScore"),
-        ("exact", "exact_match", "Exact match"),
+        ("exact", "exact_match", "Every word right"),
         ("rouge_l", "rouge", "ROUGE-L"),
         ("corpus_bleu_4", "bleu", "BLEU-4 of the corpus"),
         ("ratescore", "ratescore", "RaTEScore"),

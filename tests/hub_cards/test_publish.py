@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import IMAGE_SIZE, tiny_vlm, tiny_vlm_config
 from torch import nn
 from transformers import BertConfig, BertModel, GenerationConfig, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from med3dvlm import (
     DCFormerModel,
@@ -34,6 +35,7 @@ from med3dvlm.hub_cards.publish import (
     replaced_when_complete,
 )
 from med3dvlm.modeling_med3dvlm.convert_original import describe_provenance
+from med3dvlm.train.cli import app
 
 
 CLASSES = {
@@ -43,6 +45,14 @@ CLASSES = {
     "vit3d": (Vit3DModel, Med3DVLMImageProcessor),
 }
 PROCESSING_CODE = {"image_processing_med3dvlm.py", "processing_med3dvlm.py", "pipeline_med3dvlm.py", "volume_io.py"}
+
+
+@pytest.fixture(autouse=True)
+def validated(monkeypatch):
+    """The cards that the Hub was asked about; it finds no fault."""
+    cards = []
+    monkeypatch.setattr(ModelCard, "validate", lambda card: cards.append(card))
+    return cards
 
 
 def assert_same_files(left: Path, right: Path, ignored: set[str] = frozenset()) -> None:
@@ -113,6 +123,32 @@ def test_what_is_given_anew_replaces_what_the_card_said(scored, tmp_path):
     assert "license_name" not in data and data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75
     assert "M3D." in card.text and "Phantoms.\n" not in card.text and "Small." not in card.text
     assert card.text.count("| Accuracy | all | 75.00 |") == 1 and card.text.count("**Drawn scans.**") == 1
+
+
+def test_another_licence_has_no_name_or_link_of_the_older_one(scored, tmp_path):
+    own = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
+
+    def of_license(folder, **fields):
+        publish(scored if folder == "first" else tmp_path / "first", tmp_path / folder, **fields)
+        data = ModelCard.load(tmp_path / folder / "README.md").data.to_dict()
+        return {name: value for name, value in data.items() if name.startswith("license")}
+
+    assert of_license("first", license_name="ours", license_link="LICENSE") == own
+    assert of_license("same", license="other") == own
+    assert of_license("renamed", license_name="new") == {"license": "other", "license_name": "new"}
+    assert of_license("known", license="mit") == {"license": "mit"}
+
+
+def test_a_licence_of_its_own_is_named_on_the_command_line(published, tmp_path):
+    command = ["publish", str(published["encoder"]), str(tmp_path / "own"), "--license", "other"]
+    refused = CliRunner().invoke(app, command)
+    assert (
+        refused.exit_code == 2 and "--license other says nothing without a name: pass --license-name" in refused.stderr
+    )
+    result = CliRunner().invoke(app, [*command, "--license-name", "own", "--license-link", "LICENSE"])
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "own" / "README.md").read_text()
+    assert "license: other\nlicense_name: own\nlicense_link: LICENSE\n" in text
 
 
 def test_results_stay_behind_where_other_inputs_or_weights_are_published(scored, vlm, tmp_path):
@@ -449,6 +485,12 @@ class Hub:
         self.created, self.files, self.options = [], {}, {}
         self.existing, self.private = existing, private
 
+    def whoami(self):
+        return {"name": "org"}
+
+    def repo_exists(self, repo_id):
+        return self.existing is not None
+
     def create_repo(self, repo_id, **options):
         self.created.append((repo_id, options))
         if self.existing is None:
@@ -467,7 +509,7 @@ class Hub:
         self.files = {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
 
 
-def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monkeypatch):
+def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monkeypatch, validated):
     hub = Hub()
     monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
     url = publish(vlm.model, "org/name", processor=vlm.processor, push_to_hub=True, license="apache-2.0", private=True)
@@ -475,6 +517,7 @@ def test_publishing_to_the_hub_uploads_the_finished_folder(vlm, published, monke
     assert hub.created == [("org/name", {"private": True, "exist_ok": True})]
     assert set(hub.files) == {path.name for path in published["vlm"].iterdir()}
     assert 'model="org/name"' in hub.files["README.md"].decode()
+    assert [card.data.license for card in validated] == ["apache-2.0"]
     stale = [
         "processor_config.json",
         "adapter_config.json",
@@ -504,19 +547,67 @@ def test_a_path_is_no_repository_and_no_model_is_loaded_for_it(published, monkey
         (Hub(["config.json"]), {"private": True, "overwrite": True}, ValueError, "exists and is public"),
         (Hub(["config.json"], True), {"private": True}, FileExistsError, r"holds config\.json.*`overwrite=True`"),
         (Hub(["old/model.safetensors"]), {}, FileExistsError, r"holds old/model\.safetensors.*`overwrite=True`"),
+        (Hub([".gitattributes", "README.md"]), {}, FileExistsError, r"holds README\.md.*`overwrite=True`"),
     ],
 )
 def test_a_repository_that_exists_is_kept_from_readers_and_losses(encoder, monkeypatch, hub, options, error, message):
     monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
     with pytest.raises(error, match=message):
         publish(encoder.model, "org/name", processor=encoder.processor, push_to_hub=True, license="mit", **options)
-    assert not hub.files
+    assert not hub.files and not hub.created
+
+
+@pytest.mark.parametrize("fault", ["nobody is logged in", "it holds a model", "the licence has no such form"])
+def test_what_the_hub_will_refuse_is_found_before_a_model_is_loaded(published, monkeypatch, fault):
+    def nobody():
+        raise OSError("nobody is logged in")
+
+    hub, given = Hub(["config.json"] if fault == "it holds a model" else None), {"license": "mit"}
+    error, message = OSError, "nobody is logged in"
+    if fault == "nobody is logged in":
+        monkeypatch.setattr(hub, "whoami", nobody)
+    elif fault == "it holds a model":
+        error, message = FileExistsError, r"holds config\.json"
+    else:
+        error, message, given = ValueError, "must be an identifier of the Hub", {"license": "Apache 2.0"}
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(error, match=message):
+        publish(published["encoder"], "org/name", push_to_hub=True, **given)
+    assert not hub.created
+
+
+def test_a_card_that_the_hub_refuses_is_found_before_anything_is_made(encoder, monkeypatch):
+    def refuse(card):
+        raise ValueError(f"no such licence: {card.data.license}")
+
+    hub = Hub()
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    monkeypatch.setattr(ModelCard, "validate", refuse)
+    monkeypatch.setattr(DCFormerModel, "save_pretrained", lambda *_, **__: pytest.fail("saved"))
+    with pytest.raises(ValueError, match="no such licence: mine"):
+        publish(encoder.model, "org/name", processor=encoder.processor, push_to_hub=True, license="mine")
+    assert not hub.created
+
+
+def test_what_an_older_card_adds_is_validated_before_a_repository_is_made(scored, monkeypatch):
+    def refuse(card):
+        if "model-index" in card.data.to_dict():
+            raise ValueError("no such results")
+
+    hub = Hub()
+    monkeypatch.setattr("med3dvlm.hub_cards.publish.HfApi", lambda: hub)
+    monkeypatch.setattr(ModelCard, "validate", refuse)
+    with pytest.raises(ValueError, match="no such results"):
+        publish(scored, "org/name", push_to_hub=True)
+    assert not hub.created and not hub.files
 
 
 @pytest.mark.parametrize(
     "hub, options",
     [
-        (Hub([".gitattributes", "README.md", "LICENSE"]), {}),
+        (Hub([".gitattributes", "LICENSE"]), {}),
+        (Hub([".gitattributes", "README.md"]), {"overwrite": True}),
         (Hub(["config.json"]), {"overwrite": True}),
         (Hub(["config.json"], True), {"overwrite": True, "private": True}),
     ],

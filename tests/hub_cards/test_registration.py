@@ -23,9 +23,7 @@ FIRST_IMPORTS = {
     "AutoModel.from_config(AutoConfig.for_model('bert', hidden_size=8, num_hidden_layers=1, num_attention_heads=1, "
     "intermediate_size=8, vocab_size=9)); import med3dvlm",
     "configuration": "from med3dvlm.configuration.configuration_med3dvlm import Med3DVLMConfig",
-    "encoder": "from med3dvlm.modeling_med3dvlm.modeling_dcformer import DCFormerModel",
     "model": "from med3dvlm.modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration",
-    "processor": "from med3dvlm.processing.processing_med3dvlm import Med3DVLMProcessor",
     "image processor": "from med3dvlm.processing.image_processing_med3dvlm import Med3DVLMImageProcessor",
     "pipeline": "from med3dvlm.processing.pipeline_med3dvlm import Med3DVLMPipeline",
 }

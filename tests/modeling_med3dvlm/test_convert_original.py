@@ -27,6 +27,7 @@ from med3dvlm import (
     Vit3DConfig,
     Vit3DModel,
 )
+from med3dvlm.hub_cards.files import sha256_of
 from med3dvlm.hub_cards.publish import publish
 from med3dvlm.modeling_med3dvlm import convert_original
 from med3dvlm.modeling_med3dvlm.convert_original import convert, convert_to_original
@@ -40,7 +41,7 @@ from med3dvlm.modeling_med3dvlm.original_layout import (
     vision_language_layout,
 )
 from med3dvlm.modeling_med3dvlm.original_plan import make_plan
-from med3dvlm.modeling_med3dvlm.original_source import open_source, sha256_of
+from med3dvlm.modeling_med3dvlm.original_source import open_source
 
 
 pytestmark = pytest.mark.skipif(
@@ -560,6 +561,11 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(change, message, tmp
     with pytest.raises(ValueError, match=message):
         convert(file, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["pretrained_ViT.bin"]
+
+
+def test_what_the_hub_refuses_of_a_card_is_found_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="`license` must be an identifier of the Hub.*got 'Apache 2.0'"):
+        convert(tmp_path / "none", tmp_path / "ours", license="Apache 2.0")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from med3dvlm import DCFormerSiglipModel
+from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel
 from med3dvlm.train.trainers import OUTPUTS_OF_A_BATCH
 
 
@@ -48,6 +48,18 @@ def test_features_are_projections_of_the_pooled_towers():
     text_features = model.get_text_features(batch["input_ids"], batch["attention_mask"])
     first = model.text_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state[:, 0]
     torch.testing.assert_close(text_features.pooler_output, model.text_projection(first))
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_parts_are_of_one_dtype_whatever_their_configurations_remember(part, tmp_path):
+    config = DCFormerSiglipConfig(**tiny.tiny_siglip().config.to_dict())
+    getattr(config, part).dtype = torch.bfloat16  # as that of a pretrained part
+    model = DCFormerSiglipModel(config).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(**inputs()).logits_per_image.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    loaded = DCFormerSiglipModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_mean_pooling_leaves_padding_out():

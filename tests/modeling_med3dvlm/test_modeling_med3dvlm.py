@@ -140,6 +140,83 @@ def test_a_text_that_is_continued_may_show_volumes_that_were_read_before(model):
     assert torch.equal(generate(model, **inputs, **{CACHE_NAME: cache}), expected)
 
 
+def two_turns(model, num_texts=1, is_padded=False):
+    """Chats of two turns with a volume each, their masks, the length of the first turn, and its keys and values."""
+    turns = [tiny.text_with_volumes(model.config, [start], 1, TEXT).repeat(num_texts, 1) for start in (10, 14)]
+    if is_padded:  # in the first text only
+        begin = torch.full((num_texts, 1), 20)
+        begin[0] = tiny.PAD_TOKEN_ID
+        turns[0] = torch.cat([begin, turns[0]], dim=1)
+    whole, length = torch.cat(turns, dim=1), turns[0].shape[1]
+    mask = (whole != tiny.PAD_TOKEN_ID).long()
+    factors = torch.tensor([1.0, 50.0, -50.0, 200.0])[: 2 * num_texts]  # the answers differ
+    volumes = tiny.random_volumes(2 * num_texts, seed=4) * factors.view(-1, 1, 1, 1, 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    begun = model(
+        input_ids=turns[0],
+        attention_mask=mask[:, :length],
+        position_ids=positions[:, :length],
+        pixel_values=volumes[::2],
+        use_cache=True,
+    )
+    return whole, mask, length, volumes, getattr(begun, CACHE_NAME)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "top_k": 1}], ids=["beams", "sampled"])
+@pytest.mark.parametrize(
+    "num_texts, is_whole, is_padded",
+    [(1, True, False), (1, False, False), (2, True, False), (2, False, False), (2, True, True)],
+)
+def test_a_chat_goes_on_with_its_own_new_volume_in_every_answer(model, num_texts, is_whole, is_padded, settings):
+    """As without a cache, whether the whole chat is given or the new turn alone."""
+    whole, mask, length, volumes, cache = two_turns(model, num_texts, is_padded)
+    options = {"attention_mask": mask, "num_return_sequences": 2, **settings}
+    expected = generate(model, input_ids=whole, pixel_values=volumes, **options)
+    assert len({tuple(answer) for answer in expected.tolist()}) >= num_texts
+    cache.batch_repeat_interleave(2)
+    input_ids = whole if is_whole else whole[:, length:]
+    answers = generate(model, input_ids=input_ids, pixel_values=volumes[1::2], **options, **{CACHE_NAME: cache})
+    assert torch.equal(answers, expected)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_volumes_that_a_later_turn_lacks_or_repeats_are_refused(model, is_whole):
+    whole, mask, length, volumes, cache = two_turns(model)
+    inputs = {"input_ids": whole if is_whole else whole[:, length:], "attention_mask": mask, CACHE_NAME: cache}
+    with pytest.raises(ValueError, match="has 8 image placeholders .*no volume was given"):
+        generate(model, **inputs)
+    with pytest.raises(
+        ValueError,
+        match=f"after the {length} tokens in the cache, the 2 volumes have 16 .* Volumes of earlier turns are in the cache: pass only .*`attention_mask`",
+    ):
+        generate(model, **inputs, pixel_values=volumes)
+
+
+@pytest.mark.parametrize("has_volume", [True, False])
+def test_a_new_turn_alone_without_the_mask_that_tells_so_is_refused(model, has_volume):
+    whole, _, length, volumes, cache = two_turns(model)
+    inputs = {"input_ids": whole[:, length:], "pixel_values": volumes[1:]}
+    if not has_volume:
+        inputs = {"input_ids": torch.tensor([[14, *TEXT]])}
+    num_tokens = inputs["input_ids"].shape[1]
+    with pytest.raises(
+        ValueError,
+        match=f"holds {length} tokens, the text has {num_tokens}: pass the whole chat, or the new turn with an `attention_mask`",
+    ):
+        generate(model, **inputs, **{CACHE_NAME: cache})
+
+
+@pytest.mark.parametrize("are_of_new_tokens", [False, True])
+def test_a_later_turn_without_a_volume_is_answered_from_the_cache(model, are_of_new_tokens):
+    whole, _, length, volumes, cache = two_turns(model)
+    input_ids = torch.cat([whole[:, :length], torch.tensor([[14, *TEXT]])], dim=1)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    expected = generate(model, **inputs, pixel_values=volumes[:1])
+    if are_of_new_tokens:
+        inputs["position_ids"] = torch.arange(length, input_ids.shape[1])[None]
+    assert torch.equal(generate(model, **inputs, **{CACHE_NAME: cache}), expected)
+
+
 def test_answers_depend_on_the_volume(model):
     assert not torch.allclose(model(**one_volume(model, 0)).logits[:, -1], model(**one_volume(model, 1)).logits[:, -1])
 
@@ -265,6 +342,11 @@ def test_assisted_decoding_gives_the_greedy_answer(model):
     text_config.image_token_id = None
     assistant = AutoModelForCausalLM.from_config(text_config).eval()
     assert torch.equal(generate(model, **inputs, assistant_model=assistant), generate(model, **inputs))
+
+
+def test_an_assistant_that_reads_volumes_is_refused(model):
+    with pytest.raises(ValueError, match="reads text alone as `assistant_model`, .*`prompt_lookup_num_tokens`"):
+        generate(model, **one_volume(model), assistant_model=model)
 
 
 def test_prompt_lookup_gives_the_greedy_answer(model):
@@ -605,6 +687,18 @@ def test_dtype_reaches_all_parts(tmp_path, model):
     loaded = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded(**one_volume(model)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_parts_are_of_one_dtype_whatever_their_configurations_remember(part, tmp_path):
+    config = tiny.tiny_vlm_config()
+    getattr(config, part).dtype = torch.bfloat16  # as that of a pretrained part
+    model = Med3DVLMForConditionalGeneration(config).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(**one_volume(model)).logits.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    loaded = Med3DVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import make_slices
 from med3dvlm import CT_WINDOWS, Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.processing.image_processing_med3dvlm import PLANES_AT_ONCE, Scan, format_preprocessing_report
 from med3dvlm.processing.volume_io import InvalidVolumeError
-from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 IMAGE_SIZE = [16, 32, 48]

@@ -1,3 +1,4 @@
+import base64
 import json
 import warnings
 from inspect import signature
@@ -12,8 +13,9 @@ from tiny import build_tiny_model
 from transformers import AutoProcessor
 
 from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
+from med3dvlm.processing import processing_med3dvlm
 from med3dvlm.processing.processing_med3dvlm import PROCESSOR_ARGUMENTS
-from med3dvlm.train.demo import build_tiny_tokenizer
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 SCAN = Path(data_path) / "anatomical.nii"
@@ -70,6 +72,33 @@ def test_padding_stands_on_the_left_for_generation_and_where_asked_for_training(
     assert right["attention_mask"][0, -1] == 0 and right["attention_mask"][:, 0].all()
 
 
+def test_padding_stands_on_its_side_and_tells_where_the_tokenizers_was_changed(processor, monkeypatch):
+    said = []
+    monkeypatch.setattr(processing_med3dvlm.logger, "warning_once", said.append)
+    tokenizer, texts = build_tiny_tokenizer(), ["<image>A", "<image>A longer one"]
+    ours = Med3DVLMProcessor(processor.image_processor, tokenizer, image_seq_length=SEQUENCE)
+    texts_alone = {"text": texts[0].removeprefix("<image>"), "padding": True}
+    ours(**texts_alone)
+    assert not said
+    dual = Med3DVLMProcessor(processor.image_processor, tokenizer)
+
+    def mask_of(own, **options):
+        images = None if own is dual else [volume(), volume()]
+        return own(images=images, text=texts, padding=True, return_tensors="pt", **options)["attention_mask"]
+
+    assert tokenizer.padding_side == "right"
+    assert mask_of(ours)[0, 0] == 0 and mask_of(ours)[:, -1].all()
+    assert "changed to 'right'; this processor pads on its own, 'left'" in said[0]
+    assert "pass `padding_side='right'` in the call" in said[0]
+    said.clear()
+    for options in ({"padding_side": "right"}, {"text_kwargs": {"padding_side": "right"}}):
+        assert mask_of(ours, **options)[0, -1] == 0
+    assert not said
+    tokenizer.padding_side = "left"
+    assert mask_of(dual)[0, -1] == 0 and mask_of(dual)[:, 0].all()
+    assert "changed to 'left'; this processor pads on its own, 'right'" in said[0]
+
+
 def test_chat_template_writes_system_turns_and_volumes_in_any_order(processor):
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -100,6 +129,13 @@ def test_chat_message_takes_images_arrays_and_tensors(processor):
     for source in (nibabel.load(SCAN), volume(), torch.from_numpy(volume()), SCAN.read_bytes()):
         inputs = tokenize(processor, [{"role": "user", "content": [image(source), text("?")]}])
         assert torch.equal(inputs["pixel_values"], processor.image_processor(source)["pixel_values"])
+
+
+def test_chat_message_takes_the_content_of_a_file_as_a_data_address(processor):
+    address = f"data:application/octet-stream;base64,{base64.b64encode(SCAN.read_bytes()).decode()}"
+    part = {"type": "image_url", "image_url": {"url": address}}
+    inputs = tokenize(processor, [{"role": "user", "content": [part, text("?")]}])
+    assert torch.equal(inputs["pixel_values"], processor.image_processor(SCAN)["pixel_values"])
 
 
 def test_assistant_masks_mark_the_answers_and_their_end(processor):
@@ -226,6 +262,14 @@ def test_placeholders_and_volumes_must_match(processor, images, texts, message):
 def test_unknown_parts_of_a_conversation_are_refused(processor, messages, message):
     with pytest.raises(Exception, match=message):
         render(processor, messages)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_other_media_are_refused(processor, name):
+    with pytest.raises(
+        ValueError, match=f"Got `{name}`, but Med3DVLM reads volumes and texts: pass a volume as `images`"
+    ):
+        processor(text="What?", **{name: [volume()]})
 
 
 def test_mistyped_option_is_refused(processor):

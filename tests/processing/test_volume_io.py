@@ -1,7 +1,9 @@
+import base64
 import gzip
 import itertools
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import nibabel
 import numpy as np
@@ -200,6 +202,34 @@ def test_all_forms_of_a_volume_give_the_same_voxels(image_class, tmp_path):
     for source in (array, array[None], torch.from_numpy(array), torch.from_numpy(array)[None]):
         volume = open_volume(source)
         assert volume.affine is None and np.array_equal(read_voxels(volume), array)
+
+
+@pytest.mark.parametrize(
+    "suffix, begin, encode",
+    [
+        (".nii", "data:application/gzip;base64,", base64.b64encode),
+        (".nii.gz", "data:application/gzip;base64,", base64.b64encode),
+        (".nii.gz", "data:;base64,", base64.encodebytes),  # lines of 76
+        (".nii.gz", "data:;base64,", lambda content: quote(base64.b64encode(content), safe="").encode()),
+        (".nii.gz", "DATA:application/gzip;BASE64,", base64.b64encode),
+    ],
+)
+def test_a_data_address_is_the_file_that_it_holds(suffix, begin, encode, tmp_path):
+    path = write_nifti(tmp_path / f"scan{suffix}", affine=np.diag([0.7, 0.8, 2.5, 1]))
+    volume = open_volume(f"{begin}{encode(path.read_bytes()).decode()}")
+    assert np.array_equal(read_voxels(volume), read_voxels(open_volume(path)))
+    assert np.array_equal(volume.affine, open_volume(path).affine) and volume.name.endswith("in memory")
+
+
+@pytest.mark.parametrize(
+    "address", ["data:,SECRET", "DATA:,SECRET://", "data:text/plain,SECRET", "data:;base64,SECRET!", "data:SECRET"]
+)
+def test_a_data_address_that_is_none_is_refused_without_showing_it(address):
+    with pytest.raises(
+        InvalidVolumeError, match="expected `data:.*;base64,` and the content of a NIfTI file"
+    ) as caught:
+        open_volume(address)
+    assert "SECRET" not in str(caught.value)
 
 
 def test_an_opened_volume_is_returned_as_it_is():

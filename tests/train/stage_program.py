@@ -1,6 +1,6 @@
 """
-In as many processes as there are: trains a tiny model of one kind with the trainers of the stages, and writes its losses
-(`KIND FOLDER [DEEPSPEED]`); or runs a recipe (`recipe FILE`).
+In as many processes as there are: trains a tiny model of each kind with the trainers of the stages, and writes its losses into a
+folder of the kind's name (`KIND[,KIND] FOLDER [DEEPSPEED]`); or runs a recipe (`recipe FILE`).
 """
 
 import importlib.util
@@ -8,8 +8,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 
 sys.modules["torchvision"] = None  # type: ignore[assignment]
@@ -26,8 +24,8 @@ from med3dvlm.train.data.dataset import ConversationBuilder, PairBuilder, StudyD
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.data.similarity import SimilarReports
 from med3dvlm.train.models import choose_trained_parts, made_whole
-from med3dvlm.train.recipe import DataRecipe, load_recipe
-from med3dvlm.train.stages import read_ahead, read_deepspeed_config, run_recipe
+from med3dvlm.train.recipe import load_recipe
+from med3dvlm.train.stages import read_deepspeed_config, run_recipe
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer
 
 
@@ -55,7 +53,8 @@ def make_samples(count: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
 
 
-def train(kind: str, folder: Path, deepspeed: str) -> None:
+def train(kind: str, folder: Path, deepspeed: str = "") -> list[float]:
+    """The losses of all steps, which the first process writes as well."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config = read_deepspeed_config(deepspeed, bf16=False) if deepspeed else None
     if deepspeed == "zero3":  # the smallest weights are shared out too
@@ -107,43 +106,23 @@ def train(kind: str, folder: Path, deepspeed: str) -> None:
         **options,
     )
     trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "losses.json").write_text(json.dumps(losses))
+    return losses
 
 
-def read_broken_volumes(rank: int, folder: Path) -> None:
-    """What one of two processes does before training where the first one finds a volume that cannot be read."""
-
-    class Broken:
-        def load(self, path: str) -> torch.Tensor:
-            (folder / f"read-by-{rank}").touch()
-            if path == "1":
-                raise ValueError("damaged")
-            return torch.zeros(1)
-
-    arguments: Any = SimpleNamespace(output_dir=str(folder), disable_tqdm=True)
-    samples = {"train": make_samples(3)}
-    results: list[Any] = []
-    try:
-        read_ahead(DataRecipe(cache="cache"), arguments, samples, Broken())
-    except ValueError as error:
-        results.append(str(error))
-    kept = read_ahead(DataRecipe(skip_broken=True), arguments, samples, Broken())
-    results.append(list(kept["train"]["image"]))
-    (folder / f"results-{rank}.json").write_text(json.dumps(results))
-
-
-def main(kind: str, place: Path, deepspeed: str) -> None:
+def main(kinds: str, place: Path, deepspeed: str) -> None:
     if importlib.util.find_spec("deepspeed"):
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo: nothing is compiled
-    if kind == "recipe":
+    if kinds == "recipe":
         run_recipe(load_recipe(place))
     else:
-        train(kind, place, deepspeed)
+        for kind in kinds.split(","):
+            train(kind, place / kind, deepspeed)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -62,5 +62,5 @@ def test_tables_give_mean_and_spread():
 
 
 def test_a_variant_that_is_no_recipe_is_refused():
-    with pytest.raises(ValueError, match="no key of a recipe"):
+    with pytest.raises(ValueError, match="not a recipe key"):
         load_recipe("phantom/contrastive", ["model.visoin.variant=null"])

@@ -1,22 +1,26 @@
 import math
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from tiny import build_tiny_model
+from tiny import build_tiny_model, tiny_siglip
 
 from med3dvlm.train.answering import (
     ProbabilityRecorder,
     answer_samples,
     batch_by_volume,
     check_finite_answers,
+    embed_samples,
     end_token_ids,
     iterate_answers,
 )
 from med3dvlm.train.data.collate import PROCESSED
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
+from med3dvlm.train.data.text import keep_whole_sentences
 from med3dvlm.train.evaluation.plots import calibration_bins, expected_calibration_error
 from med3dvlm.train.prompts import build_messages, format_question
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 class Blocks:
@@ -167,3 +171,37 @@ def test_questions_about_one_volume_stay_together():
     assert list(batch_by_volume([], 4)) == []
     with pytest.raises(ValueError, match="at least 1 question"):
         next(iterate_answers(*build_tiny_model((32, 64, 96)), rows, Blocks(), batch_size=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_long", [False, True])
+def test_vectors_are_those_of_each_volume_and_report_alone(is_long):
+    """Padding, batches, the mode of the model, and how a long report is cut, change none."""
+    tokenizer = build_tiny_tokenizer()
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    text_config = {"model_type": "bert", "vocab_size": len(tokenizer), "max_position_embeddings": 128, **text}
+    model = tiny_siglip(text_config=text_config)
+    reports = [f"Cyst {number}. " + "One mass. Two stones. " * (2 * is_long + number) for number in range(3)]
+    rows = [
+        {**row, "task": "report", "question": "", "answer": report}
+        for row, report in zip(samples().select([0, 2, 4]), reports)
+    ]
+    asked = datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    limit = 40 if is_long else 512
+
+    def unit(features):
+        return torch.nn.functional.normalize(features.pooler_output, dim=-1)[0]
+
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    images, texts = embed_samples(model.train(), processor, asked, Blocks(), limit, batch_size=3)
+    assert model.training
+    model.eval()
+    for row, sample in enumerate(asked):
+        kept = keep_whole_sentences(sample["answer"], tokenizer, limit)
+        assert (kept != sample["answer"]) == is_long
+        ids = torch.tensor([tokenizer(kept)["input_ids"]])
+        expected = unit(model.get_text_features(ids, torch.ones_like(ids), return_dict=True))
+        torch.testing.assert_close(texts[row], expected, atol=1e-5, rtol=1e-4)
+        volume = Blocks().load(sample["image"])[None, None]
+        expected = unit(model.get_image_features(volume, return_dict=True))
+        torch.testing.assert_close(images[row], expected, atol=1e-5, rtol=1e-4)

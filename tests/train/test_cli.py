@@ -90,6 +90,9 @@ def test_ask_takes_a_prepared_volume_as_it_is(folder, tmp_path):
     values = torch.rand(16, 24, 20, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25  # neither 0 nor 1
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])[:, [2, 1, 0, 3]]
     scan.write_bytes(encode_prepared_volume(values, affine, True, True, {"made_by": MADE_BY}))
+    of_slices = tmp_path / "of_slices.nii.gz"
+    record = {"made_by": MADE_BY, "source": {"source_entries": "a digest"}}
+    of_slices.write_bytes(encode_prepared_volume(values, affine, False, False, record))
     options = (scan, "?", "--model", folder, "--max-new-tokens", 2)
     result = run("ask", *options, "--json")
     assert result.exit_code == 0, result.stderr
@@ -97,6 +100,13 @@ def test_ask_takes_a_prepared_volume_as_it_is(folder, tmp_path):
     report = json.loads(result.stdout)["preprocessing"]
     assert report["intensity_mode"] == "none" and report["intensity_range"] == [0, 1]
     assert report["crop_box"] == [[0, 16], [0, 24], [0, 20]]
+    assert report["is_orientation_known"] and report["spacing"] is not None
+    result = run("ask", of_slices, *options[1:], "--json")
+    report = json.loads(result.stdout)["preprocessing"]
+    assert not report["is_orientation_known"]
+    assert [report[key] for key in ("source_spacing", "oriented_spacing", "spacing", "affine")] == [None] * 4
+    assert "Made of slices: lengths are pixels, left and right a convention." in result.stderr
+    assert "not known, axes LPS (not stated by the file)" in result.stderr and " mm" not in result.stderr
     for wish in (("--hu-range", "lung"), ("--intensity-mode", "minmax")):
         refused = run("ask", *options, *wish)
         assert refused.exit_code == 2 and "is taken as it is: leave out --intensity-mode" in refused.stderr
@@ -349,7 +359,9 @@ def test_weights_that_are_cut_off_end_with_code_2_and_one_clear_line(folder, tmp
 
 
 def test_a_missing_extra_is_installed_from_the_clone():
-    with pytest.raises(ImportError, match=r"needs no_such_module: .*clone.*pip install \"\.\[train\]\"") as caught:
+    with pytest.raises(
+        ImportError, match=r"Missing packages: no_such_module. .*clone.*pip install \"\.\[train\]\""
+    ) as caught:
         require_extra("train", "json", "no_such_module")
     assert "med3dvlm[" not in str(caught.value)  # no index has a package of that name
 
@@ -357,9 +369,9 @@ def test_a_missing_extra_is_installed_from_the_clone():
 @pytest.mark.parametrize(
     "name, overrides, message",
     [
-        ("matplotlib", (), "needs matplotlib"),
-        ("tensorboard", (), "needs tensorboard"),
-        ("tensorboard", ("training.report_to=[wandb, tensorboard]",), "needs tensorboard"),
+        ("matplotlib", (), "Missing packages: matplotlib."),
+        ("tensorboard", (), "Missing packages: tensorboard."),
+        ("tensorboard", ("training.report_to=[wandb, tensorboard]",), "Missing packages: tensorboard."),
         ("tensorboard", ("training.report_to=none",), "`data.root` nowhere: there is no such folder"),
     ],
 )
@@ -416,7 +428,7 @@ def test_phantom_writes_a_study_that_check_accepts(tmp_path):
     scan = max((tmp_path / "study").rglob("*.nii.gz"))
     scan.write_bytes(scan.read_bytes()[:-1000])  # the header is whole
     checked = run("prepare", "check", tmp_path / "study", "--workers", 1)
-    assert checked.exit_code == 2 and "headers only" not in checked.stdout
+    assert checked.exit_code == 1 and "headers only" not in checked.stdout
     fast = run("prepare", "check", tmp_path / "study", "--workers", 1, "--fast")
     assert fast.exit_code == 0 and "headers only" in fast.stdout, fast.stdout
     again = run("phantom", tmp_path / "study", "--cases", 13, "--workers", 1)

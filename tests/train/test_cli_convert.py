@@ -31,12 +31,14 @@ def test_there_and_back(run, source, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record["kind"] == "volume encoder (DCFormer-nano)" and record["destination"] == str(tmp_path / "ours")
-    assert "license: mit" not in (tmp_path / "ours" / "README.md").read_text()
+    assert "license: unknown\n" in (tmp_path / "ours" / "README.md").read_text()
 
-    result = run(source, tmp_path / "ours", "--overwrite", "--license", "mit")
+    own = ("--license", "other", "--license-name", "own", "--license-link", "LICENSE")
+    result = run(source, tmp_path / "ours", "--overwrite", *own)
     assert result.exit_code == 0 and "192 tensors" in result.stdout
     assert "assumed: Volumes of 128 x 256 x 256" in result.stderr
-    assert "license: mit" in (tmp_path / "ours" / "README.md").read_text()
+    text = (tmp_path / "ours" / "README.md").read_text()
+    assert "license: other\nlicense_name: own\nlicense_link: LICENSE\n" in text
 
     result = run(tmp_path / "ours", tmp_path / "back", "--to-original")
     assert result.exit_code == 0, result.output
@@ -51,7 +53,9 @@ def test_there_and_back(run, source, tmp_path):
         (["pretrained_ViT.bin", "taken"], "is not empty: choose another folder, or pass --overwrite"),
         (["pretrained_ViT.bin", "ours", "--tokenizer", "x"], "neither --config nor --tokenizer has a place here"),
         (["pretrained_ViT.bin", "ours", "--lora-alpha", "4"], "--lora-alpha was given, but there are no adapters"),
+        (["pretrained_ViT.bin", "ours", "--license", "other"], "without a name: pass --license-name, such as"),
         (["ours", "back", "--to-original", "--lora-alpha", "4"], "--to-original takes no other option"),
+        (["ours", "back", "--to-original", "--license-name", "own"], "--to-original takes no other option"),
         (["taken", "back", "--to-original"], "has no config.json"),
     ],
 )

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from med3dvlm.train import curves
-from med3dvlm.train.curves import arrange_panels, find_chance, read_series, save_curves
+from med3dvlm.train.curves import arrange_panels, find_chance, read_series, running_mean, save_curves
 
 
 def train_entry(step, loss=1.0):
@@ -133,3 +133,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_curves([train_entry(1), train_entry(2)], tmp_path, "New")
     assert (tmp_path / "curves.csv").read_text() == before
+
+
+def test_the_running_mean_leaves_out_what_is_no_number():
+    assert running_mean([0, 2, 4, math.nan], 2) == [0, 1, 3, 4]

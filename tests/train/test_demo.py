@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from med3dvlm import Med3DVLMImageProcessor
@@ -21,6 +22,7 @@ def test_the_picture_of_answers_appears_whole_or_not_at_all(tmp_path, monkeypatc
         "expected": "A cyst.",
     }
     picture = tmp_path / "pictures" / "answers.png"
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "pdf")  # what the caller draws with stays as it is
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
@@ -30,3 +32,4 @@ def test_the_picture_of_answers_appears_whole_or_not_at_all(tmp_path, monkeypatc
     assert picture.read_bytes().startswith(b"\x89PNG") and [path.name for path in picture.parent.iterdir()] == [
         "answers.png"
     ]
+    assert matplotlib.get_backend() == "pdf"

@@ -1,11 +1,12 @@
 import json
+import math
 import multiprocessing
 import os
 import time
 
 import pytest
 
-from med3dvlm.train.files import only_one_at, write_atomically, write_json_atomically, write_json_lines
+from med3dvlm.train.files import only_one_at, without_nan, write_atomically, write_json_atomically, write_json_lines
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -48,6 +49,11 @@ def test_json_is_replaced_as_a_whole(tmp_path):
         write_json_atomically(content, path)
         assert json.loads(path.read_text()) == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_json_does_not_have_are_none_at_all_levels():
+    content = {"a": math.nan, "b": [1, -math.inf, "nan"], "c": {"d": (2.5, math.inf)}, "e": None}
+    assert without_nan(content) == {"a": None, "b": [1, None, "nan"], "c": {"d": [2.5, None]}, "e": None}
 
 
 def test_what_json_does_not_have_is_not_written_as_lines(tmp_path):

@@ -10,11 +10,14 @@ from huggingface_hub import ModelCard
 pytest.importorskip("peft", reason="needs the extra `train`")
 
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny_model
+from typer.testing import CliRunner
 
 from med3dvlm.hub_cards.model_index import add_results_to_card
 from med3dvlm.hub_cards.publish import load_model, publish
-from med3dvlm.train.merge import merge_adapter, publish_adapter, read_adapter_card
+from med3dvlm.train.cli import app
+from med3dvlm.train.merge import Med3DVLMForConditionalGeneration, merge_adapter, publish_adapter, read_adapter_card
 
 
 SCORES = {"scores": [{"task": "closed_vqa", "metric": "accuracy", "group": "all", "value": 0.75, "count": 40}]}
@@ -79,6 +82,49 @@ def test_what_is_given_takes_the_place_of_what_the_cards_say(base, adapter, tmp_
     assert card.data.datasets == ["org/reports", "org/questions"]
     assert "> Mine.\n" in card.text and "Result of" not in card.text and "Questions." in card.text
     assert read_adapter_card(str(adapter))["license"] == "cc-by-4.0"
+
+
+def licence_of(folder):
+    metadata = ModelCard.load(folder / "README.md").data.to_dict()
+    return {name: value for name, value in metadata.items() if name.startswith("license")}
+
+
+def test_a_licence_of_its_own_goes_along_whole_or_not_at_all(base, adapter, tmp_path):
+    path, own = adapter / "README.md", {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    lines = "".join(f"{name}: {value}\n" for name, value in own.items())
+    path.write_text(path.read_text().replace("tags:", f"{lines}tags:"))
+    merge_adapter(adapter, tmp_path / "merged")
+    assert licence_of(tmp_path / "merged") == own
+    merge_adapter(adapter, tmp_path / "known", license="mit")
+    assert licence_of(tmp_path / "known") == {"license": "mit"}
+
+
+def test_a_licence_of_its_own_is_named_on_the_command_line(base, adapter, tmp_path):
+    command = ["merge", str(adapter), str(tmp_path / "merged"), "--license", "other"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "--license other says nothing without a name: pass --license-name" in refused.stderr
+    result = CliRunner().invoke(app, [*command, "--license-name", "own", "--license-link", "LICENSE"])
+    assert result.exit_code == 0, result.stderr
+    expected = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    assert licence_of(tmp_path / "merged") == expected
+
+
+def test_a_licence_that_the_hub_refuses_is_found_before_the_base_is_loaded(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(Med3DVLMForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="must be an identifier of the Hub"):
+        merge_adapter(adapter, tmp_path / "merged", license="Apache 2.0")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_with_nan_is_not_merged(base, adapter, tmp_path):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(tensor for name, tensor in weights.items() if "lora_B" in name).fill_(float("nan"))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="NaN"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_cards_of_another_make_and_repositories_say_nothing(base, adapter, tmp_path):

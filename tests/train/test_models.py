@@ -3,12 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import build_tiny_model, tiny_siglip, tiny_vit3d_config, tiny_vlm, tiny_vlm_config
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast
 
 from med3dvlm import Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.hub_cards.model_card import find_base_model
 from med3dvlm.hub_cards.publish import publish
-from med3dvlm.train.demo import build_tiny_tokenizer
 from med3dvlm.train.models import (
     add_lora,
     build_dual_encoder,
@@ -17,9 +19,9 @@ from med3dvlm.train.models import (
     choose_trained_parts,
     load_vision_language_model,
     load_volume_encoder,
-    train_word_piece_tokenizer,
 )
 from med3dvlm.train.recipe import ModelRecipe
+from med3dvlm.train.tokenizers import build_tiny_tokenizer, train_word_piece_tokenizer
 
 
 TEXTS = ["Nodule in the left lung.", "No nodule."]
@@ -224,3 +226,19 @@ def test_language_models_whose_layers_would_get_no_adapter_are_refused():
     adapted = add_lora(model, {"r": 2, "target_modules": pattern}, [])
     found = {name.rpartition(".")[2] for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     assert found == {"down_proj", "gate_up_proj", "o_proj", "qkv_proj"}
+
+
+def test_a_pretrained_language_model_learns_the_placeholder(tmp_path):
+    """As Qwen2.5 does, whose tokenizer has none: one more token, one more row, and the others stay."""
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{n}" for n in range(96))])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_config(tiny_vlm_config().text_config)
+    plain.save_pretrained(tmp_path)
+    model, tokenizer = build_language_model(ModelRecipe(language_model=str(tmp_path)), [])
+    weights, before = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
+    assert len(before) == len(words) == 99
+    assert tokenizer("<image>")["input_ids"] == [99] and len(weights) == 100
+    assert torch.equal(weights[:99], before)

@@ -12,6 +12,7 @@ from med3dvlm.train.prompts import (
     format_answer,
     format_question,
     parse_choice,
+    text_after_choice,
 )
 
 
@@ -76,12 +77,21 @@ def test_messages_have_the_volume_before_the_question():
         ("B- spleen", "B"),
         ("B \u2013spleen", "B"),
         ("D\nliver", "D"),
+        ("A\n\nThe scan shows it.", "A"),
+        ("A \r\nliver", "A"),
+        ("A\tliver", "A"),
+        ("(A) (liver)", "A"),
+        ("B (spleen)", "B"),
         ("**B. spleen**", "B"),
         ("**B** spleen", "B"),
         ("[B]", "B"),
         ("B.spleen", "B"),
         ("A large cyst", None),
         ("(A large cyst)", None),
+        ("A (small) cyst in the liver", None),
+        ("A (liver)", None),
+        ("A  large cyst", None),
+        ("A\xa0large cyst", None),
         ("a.m.", None),
         ("C.T. shows a cyst", None),
         ("B-cell lymphoma", None),
@@ -97,6 +107,21 @@ def test_messages_have_the_volume_before_the_question():
 )
 def test_choice_is_the_letter_an_answer_begins_with(text, expected):
     assert parse_choice(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("(b) spleen", "spleen"),
+        ("**B. spleen**", "spleen"),
+        ("B", ""),
+        ("[B].", ""),
+        ("B: -5 HU", "-5 HU"),
+        ("Dense", None),
+    ],
+)
+def test_the_text_of_a_choice_is_what_follows_its_letter(text, expected):
+    assert text_after_choice(text) == expected
 
 
 CASE = [

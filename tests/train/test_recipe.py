@@ -1,4 +1,6 @@
+import dataclasses
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -7,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import transformers
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
 
@@ -20,6 +23,7 @@ from med3dvlm.train.recipe import (
     packaged_recipes,
     save_recipe,
 )
+from med3dvlm.train.stages import without_free_settings
 
 
 ROOT = ["data.root=data", "model.start_from=somewhere"]
@@ -83,19 +87,19 @@ def test_the_papers_models_and_tasks():
 def test_ablations_differ_from_the_paper_in_one_thing():
     paper = load_recipe("paper/projector")
     rows = {
-        "mlp_2": ("mlp", None),
-        "low_high_mlp_2": ("low_high_mlp", None),
-        "mixer_1": ("mixer", [128]),
-        "mixer_2": ("mixer", [192, 128]),
+        "mlp_2": ("mlp", None, 544),
+        "low_high_mlp_2": ("low_high_mlp", None, 800),
+        "mixer_1": ("mixer", [128], 768),
+        "mixer_2": ("mixer", [192, 128], 768),
     }
-    for name, (projector_type, low_level_tokens) in rows.items():
+    for name, (projector_type, low_level_tokens, max_text_length) in rows.items():
         recipe = load_recipe(f"paper/ablations/{name}")
         assert recipe.model.projector["projector_type"] == projector_type
         assert low_level_tokens is None or recipe.model.projector["low_level_tokens"] == low_level_tokens
-        assert {**recipe.training, "output_dir": ""} == {
-            **paper.training,
-            "output_dir": "",
-        } and recipe.data == paper.data
+        assert {**recipe.training, "output_dir": ""} == {**paper.training, "output_dir": ""}
+        assert recipe.data == dataclasses.replace(paper.data, max_text_length=max_text_length)
+        # The text has the same room in every row, however many tokens a volume takes.
+        assert max_text_length - Med3DVLMConfig(**recipe.model.projector).image_seq_length == 512
     clip, vit = load_recipe("paper/ablations/dcformer_clip"), load_recipe("paper/ablations/vit3d_clip")
     assert clip.model.dual_encoder["loss_type"] == vit.model.dual_encoder["loss_type"] == "softmax"
     assert vision_config_fields(vit.model.vision)["model_type"] == "vit3d"
@@ -107,6 +111,39 @@ def test_numbers_keep_their_type_and_overrides_reach_every_level():
     )
     assert recipe.training["learning_rate"] == 1e-4 and isinstance(recipe.training["learning_rate"], float)
     assert recipe.data.num_train == 5 and recipe.model.vision["variant"] == "tiny"
+
+
+def test_numbers_may_be_whole_and_what_may_be_missing_null():
+    values = ["learning_rate=1", "max_grad_norm=0.5", "save_total_limit=null", "tf32=null", "disable_tqdm=true"]
+    training = load("paper/contrastive", *(f"training.{value}" for value in values), "training.bf16=auto").training
+    assert (training["learning_rate"], training["save_total_limit"], training["bf16"]) == (1, None, "auto")
+
+
+def test_epochs_count_where_steps_are_taken_back_and_steps_go_before_epochs(tmp_path):
+    epochs = load("phantom/finetune", "training.num_train_epochs=3", "training.max_steps=-1")
+    assert (epochs.training["num_train_epochs"], epochs.training["max_steps"]) == (3, -1)
+    save_recipe(load("paper/finetune", "training.max_steps=5"), tmp_path / "recipe.yaml")
+    saved = load_recipe(tmp_path / "recipe.yaml", ["training.seed=1"])
+    assert (saved.training["num_train_epochs"], saved.training["max_steps"]) == (5, 5)
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_a_run_that_is_half_done_may_go_on_with_less_memory(name):
+    kwargs = f"training.{name}_kwargs={{use_reentrant: false}}"
+    recipe, less = load("paper/finetune"), load("paper/finetune", f"training.{name}=true", kwargs)
+    assert less.training[name] and less.changed == recipe.changed
+    assert without_free_settings(less.training) == without_free_settings(recipe.training)
+
+
+def test_what_the_workers_of_stage_1_read_ahead_is_what_the_recipe_says():
+    recipe = load_recipe("paper/contrastive")
+    names = ("dataloader_num_workers", "dataloader_prefetch_factor", "per_device_train_batch_size")
+    volume = 4 * math.prod(recipe.model.vision["image_size"])  # bytes in float32
+    needed = volume * math.prod(recipe.training[name] for name in names) / 1e9
+    stated = re.search(r"([\d.]+) GB of /dev/shm for each", find_recipe("paper/contrastive").read_text())
+    for_four = re.search(r"/dev/shm, (\d+) GB for 4 processes", (LAUNCH / "slurm.sbatch").read_text())
+    assert needed <= float(stated[1]) <= 17.2 and 4 * needed <= float(for_four[1])
+    assert "\n#SBATCH --mem=0\n" in (LAUNCH / "slurm.sbatch").read_text()
 
 
 def test_a_saved_recipe_repeats_the_run(tmp_path):
@@ -154,8 +191,12 @@ def test_base_is_found_beside_the_recipe(tmp_path):
     "name, override, message",
     [
         ("paper/contrastve", "", "Did you mean 'paper/contrastive'"),
-        ("paper/projector", "data.rot=x", r"`data.rot` is no key of a recipe. Did you mean `data.root`\?"),
-        ("paper/projector", "training.learning_rat=1", r"Did you mean `training.learning_rate`\?"),
+        ("paper/projector", "data.rot=x", r"`data.rot` is not a recipe key. Did you mean `data.root`\?"),
+        (
+            "paper/projector",
+            "training.learning_rat=1",
+            r"is not a field of .* Did you mean `training.learning_rate`\?",
+        ),
         ("paper/projector", "stage=projecter", r"did you mean 'projector'\?"),
         ("paper/projector", "data.volumes=raw", "`data.volumes` must be one of 'scans', 'prepared'"),
         ("paper/projector", "data.augmentation=flip", "`data.augmentation` must be one of"),
@@ -186,6 +227,11 @@ def test_base_is_found_beside_the_recipe(tmp_path):
         ),
         ("paper/projector", "data.questions_per_volume=0", "`data.questions_per_volume` must be 1 or more, got 0"),
         ("paper/contrastive", "data.questions_per_volume=2", "'contrastive' asks nothing"),
+        (
+            "paper/contrastive",
+            "training.label_smoothing_factor=0.1",
+            "no labels to smooth: leave out `training.label_smoothing_factor`",
+        ),
         ("paper/contrastive", "learning_rate", "Expected an override `key=value`"),
         (
             "paper/contrastive",
@@ -198,6 +244,38 @@ def test_base_is_found_beside_the_recipe(tmp_path):
             "`training.push_to_hub`: .*FOLDER org/name --push --license",
         ),
         ("paper/contrastive", "training.hub_model_id=org/name", "`training.hub_model_id`: a run is not uploaded"),
+        (
+            "paper/contrastive",
+            "training.resume_from_checkpoint=runs/contrastive/checkpoint-500",
+            "goes on by itself in its `training.output_dir`.*`model.start_from`",
+        ),
+        (
+            "paper/contrastive",
+            "training.auto_find_batch_size=true",
+            "smaller `training.per_device_train_batch_size`, or training.activation_checkpointing=true",
+        ),
+        ("paper/finetune", "training.fsdp=full_shard", "exclude each other.*training.deepspeed=null"),
+        (
+            "paper/contrastive",
+            "training.dataloader_num_workers=0",
+            "is for workers.* training.dataloader_prefetch_factor=null",
+        ),
+        ("paper/finetune", "training.report_to=[wand]", r"`training.report_to` must .*'wand' \(did you mean 'wandb'"),
+        ("paper/finetune", "training.report_to=[none, tensorboard]", "`training.report_to` must .*; got 'none'"),
+        ("paper/finetune", "training.report_to=true", "`training.report_to` must be one of .*; got True"),
+        ("phantom/finetune", "training.num_train_epochs=3", "`training.max_steps` 1280: add training.max_steps=-1"),
+        ("phantom/finetune", "training={num_train_epochs: 3}", "`training.max_steps` 1280: add training.max_steps=-1"),
+        (
+            "paper/contrastive",
+            "training.dataloader_drop_last=flase",
+            "`training.dataloader_drop_last` must be true or false; got 'flase'",
+        ),
+        ("paper/contrastive", "training.learning_rate=high", "`training.learning_rate` must be a number; got 'high'"),
+        ("paper/contrastive", "training.learning_rate=true", "`training.learning_rate` must be a number; got True"),
+        ("paper/contrastive", "training.max_steps=1e3", "`training.max_steps` must be a whole number; got 1000.0"),
+        ("paper/contrastive", "training.save_total_limit=all", "must be a whole number or null; got 'all'"),
+        ("paper/contrastive", "training.fp16=auto", "`training.fp16` must be true or false; got 'auto'"),
+        ("paper/finetune", "lora.rank=8", "^`lora`: .*unexpected keyword argument 'rank'"),
         ("paper/projector", "model.projector.projector_type=qformer", "^`model.projector`: .*'mhsa'.*got qformer$"),
         (
             "paper/finetune",
@@ -274,6 +352,15 @@ def test_a_deepspeed_that_is_not_there_is_told_with_the_remedy(monkeypatch):
     check_deepspeed(without)
 
 
+def test_a_tracker_that_is_not_there_is_told_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", lambda: ["mlflow"])
+    recipe = load_recipe("paper/finetune", ["training.deepspeed=null", "training.report_to=[tensorboard, wandb]"])
+    with pytest.raises(ImportError, match="`training.report_to` 'wandb' needs .*training.report_to=tensorboard"):
+        check_deepspeed(recipe)
+    for names in ("mlflow", "none", "[]", "[all]"):
+        check_deepspeed(load_recipe("paper/finetune", ["training.deepspeed=null", f"training.report_to={names}"]))
+
+
 LAUNCH = find_recipe("paper/contrastive").parents[1] / "launch"
 
 
@@ -287,6 +374,11 @@ def test_launch_files_show_how_each_stage_starts_from_the_one_before(path):
         if before is not None:
             assert Path(recipe.model.start_from) == Path(before.training["output_dir"]) / "published"
         before = recipe
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun_two_nodes.sh"])
+def test_launch_files_for_several_machines_name_the_network_of_gloo(name):
+    assert "`export GLOO_SOCKET_IFNAME=" in (LAUNCH / name).read_text()
 
 
 @pytest.fixture

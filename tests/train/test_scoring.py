@@ -7,6 +7,7 @@ import torch
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.scoring import (
     chance_recall,
+    from_half_way_round,
     one_vector_per_text,
     retrieval_hits,
     retrieval_recall,
@@ -138,6 +139,11 @@ def test_blind_control_gives_every_case_the_volume_of_another():
     assert len(pairs) == 3 and all(image != f"{case}.nii.gz" for case, image in pairs)
     with pytest.raises(ValueError, match="at least two cases, got 1"):
         with_volume_of_another_case(rows(["x", "x"]))
+
+
+def test_other_cases_begin_half_way_round():
+    assert list(from_half_way_round("abcde", 0)) == list("cdeab")
+    assert list(from_half_way_round("abcd", 3)) == list("bcda")
 
 
 def test_blind_control_passes_over_volumes_that_cannot_be_read():

@@ -15,7 +15,6 @@ import pytest
 import torch
 from m3d_layout import write_volume
 from omegaconf import OmegaConf
-from processes import run_processes
 from safetensors.torch import load_file
 from tiny import build_tiny_model
 from transformers import (
@@ -34,8 +33,8 @@ from med3dvlm.train.cli import app
 from med3dvlm.train.data.augmentation import AUGMENTATIONS
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
+from med3dvlm.train.files import differing_keys
 from med3dvlm.train.merge import merge_adapter
-from med3dvlm.train.models import train_word_piece_tokenizer
 from med3dvlm.train.recipe import DataRecipe, Recipe, load_recipe, save_recipe
 from med3dvlm.train.stages import (
     are_of_pictures,
@@ -46,11 +45,13 @@ from med3dvlm.train.stages import (
     describe_content,
     describe_recipe,
     fixed_settings,
+    read_ahead,
     read_deepspeed_config,
     read_samples,
     run_recipe,
     splits_of,
 )
+from med3dvlm.train.tokenizers import train_word_piece_tokenizer
 from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, uses_deepspeed_autocast
 
 
@@ -186,7 +187,11 @@ def test_contrastive_stage_publishes_a_dual_encoder(contrastive):
     processor = AutoProcessor.from_pretrained(contrastive)
     assert model.config.model_type == "dcformer_siglip" and processor.image_processor.image_size == [32, 64, 96]
     summary = json.loads((contrastive.parent / "summary.json").read_text())
-    assert summary["stage"] == "contrastive" and summary["samples_per_second"] > 0 and summary["peak_memory_gib"] > 0
+    assert (
+        summary["stage"] == "contrastive"
+        and summary["samples_per_second"] > 0
+        and 0.05 < summary["peak_memory_gib"] < 64
+    )
     for name in ("recipe.yaml", "curves.png", "curves.csv", "published/README.md"):
         assert (contrastive.parent / name).stat().st_size > 0
 
@@ -229,6 +234,7 @@ def test_the_contrastive_trainer_has_what_the_recipe_says(identical_reports, aug
         f"data.similar_reports={num_similar}",
         f"data.augmentation={augmentation}",
         f"text_learning_rate={'null' if rate is None else rate}",
+        "training.metric_for_best_model=image_to_text_recall_at_1_of_1",  # among the validation pairs, here one
         "training.learning_rate=1e-3",
         "training.eval_strategy=epoch",
         "training.seed=3",
@@ -246,6 +252,14 @@ def test_the_contrastive_trainer_has_what_the_recipe_says(identical_reports, aug
     assert (len(train), len(validation)) == (4, 1)
     assert train.seed == validation.seed == 3 and trainer._get_train_sampler().seed == 7
     assert trainer.data_collator.max_length == train.build_item.max_length == 400
+
+
+def test_a_best_checkpoint_by_what_is_not_measured_is_refused_before_training(manifest, tmp_path):
+    options = ["training.metric_for_best_model=accuracy", "training.eval_strategy=epoch"]
+    with pytest.raises(
+        ValueError, match="`training.metric_for_best_model` must be one of eval_loss, .*got 'accuracy'"
+    ):
+        trainer_of(recipe_of("language", manifest, tmp_path, LANGUAGE, *options))
 
 
 @pytest.mark.parametrize("stage", ["projector", "finetune"])
@@ -315,6 +329,9 @@ def test_paper_stage_2_changes_the_projector_alone(manifest, projector, tmp_path
     before, after = tensors(projector), tensors(published)
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"multi_modal_projector"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    in_projector = sum(tensor.numel() for name, tensor in before.items() if "multi_modal_projector" in name)
+    assert summary["trained_parameters"] == in_projector < summary["all_parameters"]
 
 
 def test_finetuning_changes_adapters_and_projector_alone(manifest, projector, tmp_path):
@@ -651,13 +668,43 @@ def test_a_run_that_ends_with_its_best_checkpoint_says_which_and_draws_what_was(
     assert last < first
 
 
-def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_it_alone(tmp_path):
-    run_processes(stage_program.read_broken_volumes, 2, tmp_path, tmp_path)
-    first, second = (json.loads((tmp_path / f"results-{rank}.json").read_text()) for rank in range(2))
-    assert first[0].startswith("1 of 3 volumes cannot be read, the first is 1: damaged")
-    assert second[0] == f"The first process failed: ValueError: {first[0]}"
-    assert first[1] == second[1] == ["0", "2"]
-    assert [path.name for path in tmp_path.glob("read-by-*")] == ["read-by-0"]
+def test_a_broken_volume_in_the_first_process_ends_the_others_and_is_listed_by_it_alone(tmp_path, monkeypatch):
+    """As the first process goes about it, and then another one, which hears from the first what [`done_by_first_process`] tells."""
+    told, num_read = [], []
+
+    class Broken:
+        def load(self, path):
+            num_read.append(path)
+            if path == "1":
+                raise ValueError("damaged")
+            return torch.zeros(1)
+
+    def first(action):
+        try:
+            told.append(action())
+        except ValueError as error:
+            told.append(error)
+            raise
+        return told[-1]
+
+    def other(action):
+        if isinstance(found := told.pop(0), ValueError):
+            raise ValueError(f"The first process failed: ValueError: {found}")
+        return json.loads(json.dumps(found))
+
+    arguments = SimpleNamespace(output_dir=str(tmp_path), disable_tqdm=True)
+    samples = {"train": stage_program.make_samples(3)}
+    for process, begins in ((first, "1 of 3"), (other, "The first process failed: ValueError: 1 of 3")):
+        monkeypatch.setattr(stages, "done_by_first_process", process)
+        with pytest.raises(ValueError, match=rf"^{begins} volumes cannot be read, the first is 1: damaged"):
+            read_ahead(DataRecipe(cache="cache"), arguments, samples, Broken())
+        kept = read_ahead(DataRecipe(skip_broken=True), arguments, samples, Broken())
+        assert list(kept["train"]["image"]) == ["0", "2"]
+        if process is first:
+            assert num_read
+            num_read.clear()
+            (tmp_path / "skipped.jsonl").unlink()
+    assert not num_read and not list(tmp_path.iterdir())
 
 
 def test_a_batch_larger_than_the_data_publishes_nothing(manifest, tmp_path):
@@ -667,6 +714,35 @@ def test_a_batch_larger_than_the_data_publishes_nothing(manifest, tmp_path):
     with pytest.raises(ValueError, match=r"at least 32 training samples .*, got 4: `dataloader_drop_last`"):
         run_recipe(recipe)
     assert not (tmp_path / "published").exists() and not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "strategy, fault",
+    [("steps", "at step 3 or shortly before: the loss is (nan|inf)"), ("no", "weights or statistics")],
+)
+def test_a_training_that_diverges_publishes_nothing(strategy, fault, manifest, tmp_path):
+    options = [
+        "learning_rate=1e30",
+        "max_grad_norm=0",
+        "warmup_steps=0",
+        "save_strategy=no",
+        f"logging_strategy={strategy}",
+    ]
+    options = [f"training.{option}" for option in options]
+    recipe = recipe_of("language", manifest, tmp_path, LANGUAGE, *options, "training.logging_steps=3", max_steps=3)
+    with pytest.raises(
+        ValueError, match=rf"training diverged.* {fault}.* not finite.*smaller training\.learning_rate"
+    ):
+        run_recipe(recipe)
+    assert not any((tmp_path / name).exists() for name in ("published", "_result", "summary.json"))
+
+
+def test_a_summary_is_json_whatever_is_not_known(manifest, tmp_path, monkeypatch):
+    """As on Windows, which does not tell the peak of memory."""
+    monkeypatch.setattr(stages, "resource", None)
+    run_recipe(recipe_of("language", manifest, tmp_path, LANGUAGE, max_steps=1))
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["peak_memory_gib"] is None
 
 
 def test_a_training_that_ends_early_publishes_nothing(manifest, tmp_path, monkeypatch):
@@ -768,11 +844,15 @@ def test_data_without_validation_cases_say_how_to_train_without_them(rows, tmp_p
         read_samples(DataRecipe(root=str(manifest), tasks=["report"]), "validation")
 
 
-def test_a_language_model_in_bfloat16_stays_so(manifest, contrastive, tmp_path):
+def test_a_language_model_in_bfloat16_stays_so(manifest, contrastive, language, tmp_path):
     """What is published, and what `dtype="auto"` makes of it and of a checkpoint, is in the language model's precision."""
-    tokenizer_and_model = run_recipe(recipe_of("language", manifest, tmp_path / "language", LANGUAGE))
-    model = AutoModelForCausalLM.from_pretrained(tokenizer_and_model, dtype=torch.bfloat16)
-    model.save_pretrained(tokenizer_and_model)
+    tokenizer_and_model = shutil.copytree(language, tmp_path / "language")
+    AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16).save_pretrained(tokenizer_and_model)
+    again = recipe_of(
+        "language", manifest, tmp_path / "again", f"model.language_model={tokenizer_and_model}", "model.dtype=bfloat16"
+    )
+    trainer = build_trainer(again, build_training_arguments(again), {"train": read_samples(again.data, "train")}, [])
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}  # what is trained
     overrides = [f"model.language_model={tokenizer_and_model}", "model.dtype=bfloat16", "training.bf16=true"]
     overrides += ["trained=[multi_modal_projector]", PROJECTOR[-1]]
     output = tmp_path / "projector"
@@ -843,16 +923,50 @@ def test_a_deepspeed_configuration_may_stand_in_the_recipe_and_is_checked_alike(
     config = read_deepspeed_config(given, bf16=True)
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and config["bf16"] == {"enabled": False}
     assert given["bf16"] == {"enabled": "auto"} and "torch_autocast" not in given
-    with pytest.raises(ValueError, match="the `dtype` \"bfloat16\" in `torch_autocast`, got 'float16'"):
-        read_deepspeed_config({"torch_autocast": {"enabled": True, "dtype": "float16"}}, bf16=False)
+    for bf16 in (False, True):
+        with pytest.raises(ValueError, match="the `dtype` \"bfloat16\" in `torch_autocast`, got 'float16'"):
+            read_deepspeed_config({"torch_autocast": {"enabled": True, "dtype": "float16"}}, bf16=bf16)
+    own = {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}}
+    autocast = {"enabled": True, "dtype": "bfloat16", **own["torch_autocast"]}
+    assert read_deepspeed_config(own, bf16=True)["torch_autocast"] == autocast
+    assert not uses_deepspeed_autocast(read_deepspeed_config(own, bf16=False))
+
+
+def test_a_rate_of_the_text_encoder_needs_an_optimizer_that_is_not_deepspeeds():
+    options = ["text_learning_rate=1e-5", "training.deepspeed={optimizer: {type: AdamW}}"]
+    with pytest.raises(
+        ValueError, match="Leave `optimizer` out of the DeepSpeed configuration, or set text_learning_rate=null"
+    ):
+        build_training_arguments(load_recipe("paper/contrastive", options))
+
+
+def test_a_deepspeed_configuration_is_a_part_of_a_run_by_its_content(tmp_path, monkeypatch):
+    def settings(source):
+        recipe = Recipe(training={"deepspeed": str(source)})
+        return stages.without_places({**fixed_settings(recipe), "content": {}})
+
+    path, moved = tmp_path / "a.json", tmp_path / "b.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    shutil.copy(path, moved)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    now = settings(path)
+    assert now == settings(moved) == settings("~/a.json") and "a.json" not in json.dumps(now)
+    # As an earlier version wrote it, the place of the file; one that is gone is not known.
+    for source in (moved, tmp_path / "gone.json"):
+        assert stages.bring_up_to_date({**now, "training": {"deepspeed": str(source)}}, now) == now
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    assert differing_keys(now, settings(path)) == ["training.deepspeed.zero_optimization.stage"]
 
 
 def test_bfloat16_under_deepspeed_is_its_autocast():
     config = read_deepspeed_config("zero2", bf16=True)
     assert config["bf16"] == {"enabled": False}
-    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and uses_deepspeed_autocast(config)
+    # No layer's gradients are summed in less than float32.
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert config["torch_autocast"] == autocast and uses_deepspeed_autocast(config)
+    assert read_deepspeed_config("zero3", bf16=True)["torch_autocast"] == autocast
     plain = read_deepspeed_config("zero2", bf16=False)
-    assert "torch_autocast" not in plain and not uses_deepspeed_autocast(plain)
+    assert "enabled" not in plain["torch_autocast"] and not uses_deepspeed_autocast(plain)
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     arguments = build_training_arguments(load_recipe("paper/contrastive"))
     assert arguments.bf16 is False and uses_deepspeed_autocast(arguments.deepspeed)

@@ -20,7 +20,9 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from med3dvlm import contrastive_loss
 from med3dvlm.train import trainers
-from med3dvlm.train.data.dataset import EpochSampler, StudyDataset
+from med3dvlm.train.answering import embed_samples
+from med3dvlm.train.data.collate import PairCollator
+from med3dvlm.train.data.dataset import EpochSampler, PairBuilder, StudyDataset, text_group_id
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.evaluation.retrieval import score_retrieval
 from med3dvlm.train.scoring import one_vector_per_text
@@ -29,25 +31,29 @@ from med3dvlm.train.trainers import ContrastiveTrainer, GenerationTrainer, Study
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "train" / "stage_program.py"
+sys.path.insert(0, str(PROGRAM.parent))
+import stage_program
 
 
-def losses_of(kind, processes, folder, deepspeed=""):
-    """Runs a stage's trainer in `processes` processes and returns the logged losses."""
-    command = [sys.executable]
-    if processes > 1 or deepspeed:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(PROGRAM), kind, str(folder), deepspeed]
+KINDS = ("contrastive", "generation")
+
+
+def losses_of_two_processes(kinds, folder, deepspeed=""):
+    """Runs the stages' trainers in two processes and returns the logged losses of each kind."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(PROGRAM), ",".join(kinds), str(folder), deepspeed]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests")}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    output = folder / "losses.json"
-    assert output.exists(), result.stderr[-3000:]
-    return json.loads(output.read_text())
+    outputs = {kind: folder / kind / "losses.json" for kind in kinds}
+    assert all(output.exists() for output in outputs.values()), result.stderr[-3000:]
+    return {kind: json.loads(output.read_text()) for kind, output in outputs.items()}
 
 
-@pytest.mark.parametrize("kind", ["contrastive", "generation"])
-def test_two_processes_lose_what_one_loses(kind, tmp_path):
-    one, two = (losses_of(kind, processes, tmp_path / str(processes)) for processes in (1, 2))
-    assert len(one) == 6 and two == pytest.approx(one, abs=2e-5)
+def test_two_processes_lose_what_one_loses(tmp_path):
+    two = losses_of_two_processes(KINDS, tmp_path / "two")
+    for kind in KINDS:
+        one = stage_program.train(kind, tmp_path / "one" / kind)
+        assert len(one) == 6 and two[kind] == pytest.approx(one, abs=2e-5), kind
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1e-4])
@@ -157,6 +163,25 @@ def test_a_validation_has_the_scores_of_the_evaluation_under_their_names(tmp_pat
         assert found[f"{direction}_{score.metric}_of_5"] == pytest.approx(score.value), (direction, score.metric)
         assert found[f"chance_{score.metric}_of_5"] == pytest.approx(score.chance)
     assert score_retrieval(images, texts, ids, list("abcde"), None, (5,), (1,))[0][0].value > expected[0].value
+
+
+def test_the_best_checkpoint_is_chosen_by_what_a_validation_measures(tmp_path):
+    def build(trainer_class, metric, **options):
+        arguments = TrainingArguments(
+            output_dir=tmp_path, use_cpu=True, report_to="none", metric_for_best_model=metric
+        )
+        return trainer_class(model=tiny.tiny_siglip(), args=arguments, eval_dataset=["a", "b", "c"], **options)
+
+    with pytest.raises(ValueError, match=r"must be one of eval_loss, with or without `eval_`, got 'accuracy'"):
+        build(StudyTrainer, "accuracy")
+    build(StudyTrainer, "loss")
+    with pytest.raises(ValueError, match=r"eval_loss, eval_image_to_text_recall_at_1_of_2, .*, got 'eval_accuracy'"):
+        build(ContrastiveTrainer, "eval_accuracy", gallery_sizes=(2, 100))
+    trainer = build(ContrastiveTrainer, "text_to_image_recall_at_1_of_3", gallery_sizes=(2, 100))
+    vectors = np.eye(3, dtype=np.float32)
+    logged = {f"eval_{name}" for name in trainer._retrieval(EvalPrediction((vectors, vectors), np.arange(3)))}
+    measured = {name for name in logged if "chance" not in name}
+    assert len(measured) == 8 and set(trainer.metric_names()) == {"eval_loss", *measured}
 
 
 def trainer_of(folder, num_train, num_validation):
@@ -346,10 +371,60 @@ def test_answers_of_a_validation_are_spread_over_the_samples(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["contrastive", "generation"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_deepspeed_loses_what_plain_training_loses(kind, stage, tmp_path):
     pytest.importorskip("deepspeed", reason="needs deepspeed")
-    plain = losses_of(kind, 1, tmp_path / "plain")
-    sharded = losses_of(kind, 2, tmp_path / "sharded", stage)
-    assert sharded == pytest.approx(plain, abs=2e-5)
+    sharded = losses_of_two_processes([kind], tmp_path / "sharded", stage)
+    assert sharded[kind] == pytest.approx(stage_program.train(kind, tmp_path / "plain"), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, dtype", [({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16), ({}, torch.float32)]
+)
+def test_autocast_is_in_the_precision_of_training(fields, dtype, tmp_path):
+    trainer = trainer_of(tmp_path, 4, 1)
+    for name, value in fields.items():
+        setattr(trainer.args, name, value)
+    with trainer.autocast_smart_context_manager():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_validation_takes_volumes_for_volumes_and_reports_for_reports(tmp_path):
+    """Through `evaluate`, which knows the outputs of a model by their places."""
+    processor = tiny.build_tiny_model(tiny.IMAGE_SIZE)[1]
+    model = tiny.tiny_siglip()
+    model.text_model.resize_token_embeddings(len(processor.tokenizer))
+    rows = [
+        {
+            "image": str(n),
+            "case": str(n),
+            "task": "report",
+            "question": "",
+            "choices": [],
+            "answer": f"Finding {n}.",
+            "answer_choice": "",
+            "question_type": 0,
+        }
+        for n in range(6)
+    ]
+    samples = datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    volumes = SimpleNamespace(load=lambda path: tiny.random_volumes(1, seed=int(path))[0, 0])
+    arguments = TrainingArguments(
+        output_dir=tmp_path, use_cpu=True, report_to="none", remove_unused_columns=False, per_device_eval_batch_size=4
+    )
+    given = []
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=arguments,
+        eval_dataset=StudyDataset(samples, volumes, PairBuilder(processor.tokenizer, 60)),
+        data_collator=PairCollator(processor, 60),
+        compute_metrics=lambda prediction: given.append(prediction) or {},
+    )
+    trainer.evaluate()
+    images, texts = (vectors.numpy() for vectors in embed_samples(model, processor, samples, volumes))
+    text_embeds, image_embeds = given[0].predictions  # as `_retrieval` takes them
+    np.testing.assert_allclose(text_embeds, texts, atol=1e-5)
+    np.testing.assert_allclose(image_embeds, images, atol=1e-5)
+    assert given[0].label_ids.tolist() == [text_group_id(row["answer"]) for row in rows]
+    assert np.abs(texts - images).max() > 0.1

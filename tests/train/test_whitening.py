@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from med3dvlm import DCFormerConfig, DCFormerSiglipConfig, DCFormerSiglipModel
-from med3dvlm.train.models import train_word_piece_tokenizer
+from med3dvlm.train.tokenizers import train_word_piece_tokenizer
 from med3dvlm.train.whitening import whiten_text_projection
 
 

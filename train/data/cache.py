@@ -200,8 +200,9 @@ def describe_source(path: Path) -> dict[str, str]:
         FileNotFoundError: there is no such scan.
     """
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [file.stat() for file in files]
+        is_folder = path.is_dir()
+        files = sorted(path.iterdir()) if is_folder else [path]
+        stats = [_stat_of_entry(file) if is_folder else file.stat() for file in files]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: there is no such scan. Check the path in the data set.") from error
     state = {
@@ -209,11 +210,18 @@ def describe_source(path: Path) -> dict[str, str]:
         "source_size": str(sum(stat.st_size for stat in stats)),
         "source_mtime_ns": str(max((stat.st_mtime_ns for stat in stats), default=0)),
     }
-    if path.is_dir():
+    if is_folder:
         # Sums do not show which of the slices is another one.
         entries = [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]
         state["source_entries"] = hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
     return state
+
+
+def _stat_of_entry(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return file.lstat()  # a link that leads nowhere: one damaged slice, not the end of its series
 
 
 __all__ = ["CACHE_DTYPES", "VolumeCache", "describe_source", "fingerprint_of", "settings_of", "volume_loader"]

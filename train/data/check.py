@@ -40,13 +40,16 @@ from .m3d import (
     resolve_image,
 )
 from .manifest import describe_rows_without_split, find_manifest, parse_manifest_row, read_manifest_cells
+from .preparation_record import read_preparation_record
 from .samples import CHOICE_LETTERS, SPLITS
 from .slices import (
     damaged_slices,
     describe_damaged,
+    describe_missing,
     describe_repeated,
     is_nifti_file,
     is_slice_folder,
+    missing_numbers,
     read_slices,
     refuse_other_pictures,
     repeated_numbers,
@@ -133,7 +136,8 @@ class CheckReport:
         """The report as JSON has it, with the number of problems by severity and kind in front of the list."""
         kinds = {severity: Counter(p.kind for p in self.problems if p.severity == severity) for severity in SEVERITIES}
         content = asdict(self)
-        return {**content, "counts": kinds, "problems": content["problems"]}
+        rows = content.pop("problems")
+        return {**content, "counts": kinds, "problems": rows}
 
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -159,12 +163,14 @@ class _Row:
 class _VolumeFacts:
     """
     What one volume's file says. `shape` is (depth, height, width), as the image processor brings it; `is_ct` tells whether its
-    `intensity_mode` "auto" would take the values for HU.
+    `intensity_mode` "auto" would take the values for HU; `has_record`, looked for where values are not read, whether our
+    preparation wrote it.
     """
 
     shape: tuple[int, ...] | None = None
     is_folder: bool = False
     is_float: bool = False
+    has_record: bool = False
     value_range: tuple[float, float] | None = None
     is_ct: bool = False
     digest: str = ""
@@ -198,8 +204,8 @@ def check_study(
     - the same volume file, the same case, or the same voxels in two splits.
 
     Warnings are the same voxels, or the same report or question of a volume, twice in a split, choices that are the same,
-    files that are not among the slices of a folder, slices with one number, an unlikely voxel size, scans that do not say how
-    the patient lies, and rows of a manifest without a split where others have one.
+    files that are not among the slices of a folder, slices with one number, numbers of slices that are missing, an unlikely
+    voxel size, scans that do not say how the patient lies, and rows of a manifest without a split where others have one.
 
     Args:
         root (`str` or `Path`):
@@ -207,7 +213,8 @@ def check_study(
         volumes (`str`, *optional*, defaults to `"auto"`):
             `"prepared"` volumes, as `med3dvlm prepare m3d-cap` writes them, are held to one shape and [0, 1]; `"scans"`
             are not. `"auto"` takes them as prepared if `image_size` is given, or if most of them are stored as
-            floating-point numbers and of the same shape.
+            floating-point numbers in [0, 1] and of the same shape. With `fast`, which reads no values, those count that
+            `med3dvlm prepare m3d-cap` has written, or that lie in the layout of M3D.
         image_size (`Sequence[int]`, *optional*):
             Voxels of prepared volumes along (depth, height, width). Without it, the most frequent shape is expected.
         fast (`bool`, *optional*, defaults to `False`):
@@ -246,7 +253,7 @@ def check_study(
     images = _existing_images(first_rows, problems)
     facts = _read_volumes(images, fast, num_workers or min(8, count_usable_cores()), progress)
     is_prepared = volumes == "prepared" or layout == "cache" or image_size is not None
-    is_prepared = is_prepared or (volumes == "auto" and _look_prepared(facts))
+    is_prepared = is_prepared or (volumes == "auto" and _look_prepared(facts, layout == "m3d"))
     shapes = _expected_shapes(facts, expected_shape)
     for image, found in facts.items():
         row = first_rows[image]
@@ -305,7 +312,7 @@ def format_check_report(report: CheckReport, limit: int = 10) -> str:
         if len(found) > limit:
             lines.append(f"  and {len(found) - limit} more")
     lines.append(", ".join(f"{report.count(severity)} {PLURALS[severity]}" for severity in SEVERITIES) + ".")
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name that is not UTF-8 cannot be printed
 
 
 PLURALS: dict[Severity, str] = {"error": "errors", "warning": "warnings", "info": "information"}
@@ -329,15 +336,16 @@ def _check_options(volumes: str, image_size: Sequence[int] | None, num_workers: 
 
 
 def _read_rows(root: Path, problems: list[Problem]) -> tuple[str, list[_Row]]:
-    """The layout of what lies at `root`, and its rows; for a folder of volumes, one for each file."""
+    """The layout of what lies at `root`, and its rows; for a folder of volumes, or a single one, one for each file."""
     if not root.exists():
         raise FileNotFoundError(f"There is no {root}. Expected a folder or a manifest.")
-    manifest = find_manifest(root)
+    manifest = None if is_nifti_file(root) else find_manifest(root)
     if manifest is not None:
         return "manifest", _read_manifest(manifest, problems)
     if any((root / name).is_file() for name in (CAP_INDEX, *VQA_FILES)):
         return "m3d", [*_read_cap(root, problems), *_read_vqa(root, problems)]
-    files = sorted((path.absolute() for path in root.rglob("*") if path.name[0] != "."), key=str)
+    found = [root] if root.is_file() else [path for path in root.rglob("*") if path.name[0] != "."]
+    files = sorted((path.absolute() for path in found), key=str)
     scans = [str(path) for path in files if is_nifti_file(path)]
     cached = [str(path) for path in files if path.name.endswith(CACHE_ENDING)]
     if not scans and not cached:
@@ -380,7 +388,7 @@ def _read_cap(root: Path, problems: list[Problem]) -> list[_Row]:
         try:
             entries = read_cap_index(path, split)
         except ValueError as error:
-            problems.append(Problem("error", "invalid_file", str(path), None, str(error)))
+            problems.append(Problem("error", "invalid_file", str(path), None, str(error).removeprefix(f"{path}: ")))
             continue
         reports = [root / report for _, report in entries]
         texts: list[str | Exception | None] = list(parallel(_read_report, reports))
@@ -436,7 +444,7 @@ def _read_each(
                     Problem("error", "invalid_row", str(path), number, _without_place(error, path, number))
                 )
     except ValueError as error:
-        problems.append(Problem("error", "invalid_file", str(path), None, str(error)))
+        problems.append(Problem("error", "invalid_file", str(path), None, str(error).removeprefix(f"{path}: ")))
 
 
 def _without_place(error: ValueError, path: Path, number: int) -> str:
@@ -529,7 +537,9 @@ def _read_scan(image: str, fast: bool, facts: _VolumeFacts) -> None:
     _check_geometry(volume, facts)
     if not fast:
         _check_voxels(facts, *read_stored_voxels(volume))
-    elif np.prod(volume.shape[3:]) > 1:
+        return
+    facts.has_record = not facts.is_folder and read_preparation_record(image) is not None
+    if np.prod(volume.shape[3:]) > 1:
         facts.problems.append(
             ("error", "invalid_volume", f"expected one volume, got a series of shape {volume.shape}")
         )
@@ -543,7 +553,7 @@ def _stack_slices(image: str, facts: _VolumeFacts) -> np.ndarray:
     stack, dropped = read_slices(folder)
     damaged = damaged_slices(dropped)
     others = [entry for entry in dropped if entry not in damaged]
-    repeated = repeated_numbers(folder, dropped)
+    repeated, missing = repeated_numbers(folder, dropped), missing_numbers(folder)
     if damaged:
         facts.problems.append(("error", "damaged_slices", describe_damaged(len(stack), damaged)))
     if others:
@@ -551,6 +561,8 @@ def _stack_slices(image: str, facts: _VolumeFacts) -> np.ndarray:
         facts.problems.append(("warning", "not_among_slices", reason))
     if repeated:
         facts.problems.append(("warning", "repeated_slice_number", describe_repeated(repeated)))
+    if missing:
+        facts.problems.append(("warning", "missing_slice_numbers", describe_missing(missing)))
     return stack
 
 
@@ -603,10 +615,11 @@ def _check_voxels(facts: _VolumeFacts, voxels: np.ndarray, slope: float = 1.0, i
     facts.digest = digest.hexdigest()
 
 
-def _look_prepared(facts: dict[str, _VolumeFacts]) -> bool:
+def _look_prepared(facts: dict[str, _VolumeFacts], is_m3d: bool) -> bool:
     """
-    Whether more than half of the volumes are stored as floating-point numbers, in one shape and, if known, in [0, 1].
-    Folders of slices never are: their stacks merely come as such numbers.
+    Whether more than half of the volumes are stored as floating-point numbers, in one shape, and in [0, 1]; where values were
+    not read, whether we prepared them, or they lie in the layout of M3D. Folders of slices never are: their stacks merely come
+    as such numbers.
     """
     shapes = Counter(
         found.shape
@@ -614,7 +627,11 @@ def _look_prepared(facts: dict[str, _VolumeFacts]) -> bool:
         if found.shape is not None
         and found.is_float
         and not found.is_folder
-        and (found.value_range is None or 0 <= found.value_range[0] <= found.value_range[1] <= 1)
+        and (
+            is_m3d or found.has_record
+            if found.value_range is None
+            else 0 <= found.value_range[0] <= found.value_range[1] <= 1
+        )
     )
     return len(facts) > 1 and bool(shapes) and shapes.most_common(1)[0][1] > len(facts) / 2
 

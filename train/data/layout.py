@@ -1,10 +1,21 @@
 """
-Names of M3D's files and of their columns.
+Names of tasks, of splits, and of M3D's files and their columns.
 
 Nothing but text: what writes files in this layout needs no package that reads them.
 """
 
+from typing import Literal, get_args
+
+
+Task = Literal["report", "closed_vqa", "open_vqa", "yes_no_vqa"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
 CAP_INDEX = "M3D_Cap_npy/M3D_Cap.json"
+# In the folder of a study of phantoms, what they were made with.
+PHANTOM_SETTINGS = "phantom.json"
 VQA_FOLDER = "M3D-VQA"
 # M3D_Cap.json calls the second split "validation", the files of M3D-VQA call it "val".
 VQA_SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -25,9 +36,14 @@ __all__ = [
     "CAP_INDEX",
     "CHOICE_COLUMNS",
     "CHOICE_LETTERS",
+    "PHANTOM_SETTINGS",
     "QUESTION_COLUMNS",
+    "SPLITS",
+    "TASKS",
     "VQA_COLUMNS",
     "VQA_FOLDER",
     "VQA_SPLITS",
+    "Split",
+    "Task",
     "vqa_file",
 ]

@@ -447,7 +447,7 @@ def read_csv_rows(
     csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))
     # Not with `newline=""`, which would keep the line breaks of Windows within texts: models would learn to write them.
     with path.open(encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, skipinitialspace=True)  # a quote after a blank opens a text, too
         try:
             _check_delimiter(path, file.readline())
             file.seek(0)
@@ -459,7 +459,7 @@ def read_csv_rows(
             if check_header is not None:
                 check_header(header)
             for row, cells in enumerate(reader, start=2):
-                if not cells:  # a blank line, such as the last one
+                if not any(cell.strip() for cell in cells):  # a blank line, or an empty row of a spreadsheet, as `,,`
                     continue
                 if len(cells) != width:
                     raise ValueError(

@@ -313,7 +313,7 @@ def _choices(cells: dict[str, Any], texts: dict[str, str], where: str, may_lack_
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"{where}: 'choices' begins like a JSON list and is none: {error}.") from error
+            raise ValueError(f"{where}: 'choices' starts like a JSON list but is not valid JSON: {error}.") from error
     if isinstance(value, str):
         value = value.split("|") if value.strip() else [texts[name] for name in CHOICE_COLUMNS]
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):

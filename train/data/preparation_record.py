@@ -43,11 +43,16 @@ def read_preparation_record(path: str | Path) -> dict[str, Any] | None:
         `dict`, or None if there is no such file, or one that was written by something else or is damaged.
     """
     try:
-        with gzip.open(path) as stream:
+        with Path(path).open("rb") as file:
+            # By what it holds, not by its name: a volume that was unpacked, or renamed, is as prepared as before.
+            is_compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream: Any = gzip.GzipFile(fileobj=file) if is_compressed else file
             if stream.read(4) not in NIFTI_1:
                 return None
-        extensions = nibabel.Nifti1Image.from_filename(path).header.extensions
-        for extension in extensions:
+            stream.seek(0)
+            header = nibabel.Nifti1Header.from_fileobj(stream)
+        for extension in header.extensions:
             if extension.get_code() == COMMENT:
                 content = extension.get_content()
                 record = json.loads((content if isinstance(content, str) else content.decode()).rstrip("\0"))
@@ -97,9 +102,7 @@ def check_not_prepared(path: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it was prepared, and the options would change its values.
     """
-    if options.get("intensity_mode") == "none" or not path.endswith(".nii.gz"):
-        return
-    if read_preparation_record(path) is not None:
+    if options.get("intensity_mode") != "none" and read_preparation_record(path) is not None:
         raise ValueError(
             f"{path}: written by `{MADE_BY}`, so it is cropped and scaled already, and must not be once more. Say so: "
             "data.volumes=prepared in a recipe, --prepared in an evaluation."

@@ -23,6 +23,7 @@ import errno
 import gzip
 import io
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -40,7 +41,7 @@ from transformers.utils import logging
 
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ...processing.volume_io import InvalidVolumeError, Volume, open_volume
-from ..files import only_one_at, write_atomically
+from ..files import find_surrogate, only_one_at, write_atomically
 from ..naming import name_a_few
 from ..processes import count_usable_cores, worker_pool
 from .cache import describe_source, fingerprint_of
@@ -49,8 +50,10 @@ from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
     JPG_REMEDY,
+    MISNAMED,
     SLICE_ENDINGS,
     DroppedSlice,
+    describe_missing,
     describe_repeated,
     find_cases,
     find_report,
@@ -59,13 +62,14 @@ from .slices import (
     folders_without_series,
     is_damage,
     is_nifti_file,
+    missing_numbers,
     read_report,
     read_slices,
     repeated_numbers,
     to_ascii,
     visible_entries,
 )
-from .splits import check_index_may_be_written, check_splits, describe_splits, draw_splits
+from .splits import check_cases_are_named, check_index_may_be_written, check_splits, describe_splits, draw_splits
 
 
 logger = logging.get_logger(__name__)
@@ -78,6 +82,9 @@ REPORT_NAME = "preparation_report"
 DEFAULT_HU_RANGE = (-1000.0, 1000.0)
 # Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
 STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Names under which `write_atomically` begins a file.
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+NOT_UTF_8 = "its name is not UTF-8: rename it"
 SCANNER, ALIGNED = 1, 2  # NIfTI's codes for what an affine leads to
 # Errors of writing that meet every case, and what to do. Others, as of a name that a disk cannot hold, are of one case.
 _MAKE_ROOM, _ALLOW = "Free some space, or choose another folder", "Choose a folder that may be written to, or allow it"
@@ -118,7 +125,7 @@ class Dropped:
 
     @property
     def is_failure(self) -> bool:
-        """Whether it was to be prepared and could not be: a case, a series, a damaged slice."""
+        """Whether it was to be prepared and could not be: a case, a series, a damaged or misnamed slice."""
         return self.level in ("case", "series") or (self.level == "slice" and is_damage(self.reason))
 
 
@@ -149,7 +156,8 @@ class PreparationReport:
         splits (`dict[str, Any]`):
             What decided about them: `fractions` and `seed`, or `index`, a digest of the given one.
         warnings (`list[str]`):
-            What may be wrong with volumes that were made, such as two slices with one number.
+            What may be wrong with volumes that were made, such as two slices with one number, and volumes of an earlier call
+            that were replaced or are in no split any more.
         dropped (`list[Dropped]`):
             All that was left out, cases first.
     """
@@ -173,16 +181,17 @@ class PreparationReport:
     @property
     def is_ok(self) -> bool:
         """
-        Whether every case gave a sample, every series a volume, and no slice is damaged. Anything else that was left out was
-        left out on purpose.
+        Whether every case gave a sample, every series a volume, and no slice is damaged or misnamed. Anything else that was
+        left out was left out on purpose.
         """
         return not any(entry.is_failure for entry in self.dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it, with the numbers of what was left out in front of the list."""
         content = asdict(self)
+        rows = content.pop("dropped")
         counts = {level: self.count(level) for level in LEVELS}
-        return {**content, "is_ok": self.is_ok, "num_dropped": counts, "dropped": content["dropped"]}
+        return {**content, "is_ok": self.is_ok, "num_dropped": counts, "dropped": rows}
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,7 @@ class _CaseResult:
     report: str | None = None
     volumes: list[str] = field(default_factory=list)
     num_made: int = 0
+    replaced: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
 
@@ -220,7 +230,7 @@ class _CaseResult:
 
     def drop_from_series(self, series: str, dropped: Sequence[DroppedSlice]) -> None:
         for name, reason in dropped:
-            self.drop("slice" if name.endswith((*SLICE_ENDINGS, ".jpg")) else "file", reason, series, name)
+            self.drop("slice" if name.lower().endswith((*SLICE_ENDINGS, ".jpg")) else "file", reason, series, name)
 
 
 def prepare_m3d_cap(
@@ -276,11 +286,12 @@ def prepare_m3d_cap(
 
     Raises:
         FileNotFoundError: there is no folder `source`, or no index `splits`.
-        ValueError: an option has a value that cannot be, `source` holds no case, or `destination` lies within it.
+        ValueError: an option has a value that cannot be, `source` holds no case, or none that the index `splits` names, or
+            `destination` lies within it.
         BlockingIOError: another call is working on `destination`.
         FileExistsError: `destination` holds an index that preparation has not made, or has made with other `splits` or
-            another `seed`, or by an earlier version, which drew splits otherwise; or `splits` is the index that is about
-            to be written.
+            another `seed`, or by an earlier version, which drew splits otherwise, or of another source with cases that this
+            one does not have; or `splits` is the index that is about to be written.
         CannotWriteError: a file cannot be written, for instance because the disk is full. Nothing more is tried.
 
     Example:
@@ -324,8 +335,18 @@ def prepare_m3d_cap(
             "with a text file for each case; name the folder above the cases."
         )
 
+    unnamed = check_cases_are_named(splits, given, source, cases) if given is not None else []
     root = destination.parent if destination.name == CAP_FOLDER else destination
-    check_index_may_be_written(root / CAP_INDEX, destination / f"{REPORT_NAME}.json", splits, chosen)
+    prefix = destination.relative_to(root)
+    folders = [(prefix / case).as_posix() for case in cases]
+    former = check_index_may_be_written(
+        root / CAP_INDEX, destination / f"{REPORT_NAME}.json", splits, chosen, source, folders
+    )
+    if unnamed:
+        logger.warning(
+            f"{len(unnamed)} of the {len(cases)} cases in {source} are not named by {splits}, so that their volumes will be in no "
+            f"split: {name_a_few(unnamed)}."
+        )
     if splits is None and (root / VQA_FOLDER).is_dir():
         logger.warning(
             f"{root / VQA_FOLDER}: its questions follow the splits of M3D-Cap's own index, and with splits that are drawn here "
@@ -338,17 +359,21 @@ def prepare_m3d_cap(
         for folder in (destination, index_folder):
             _remove_leftovers(folder)
         rivals = find_rival_texts(source, cases, accept_jpg)
-        results = _prepare_cases([case for case in cases if case not in rivals], settings, num_workers, progress)
+        unusable = {**rivals, **{case: NOT_UTF_8 for case in cases if find_surrogate(case)}}
+        results = _prepare_cases([case for case in cases if case not in unusable], settings, num_workers, progress)
         report = PreparationReport(str(source), str(destination), str(root), str(root / CAP_INDEX), len(cases))
         report.splits = chosen
-        report.dropped += [Dropped("case", case, "", "", reason) for case, reason in rivals.items()]
+        report.dropped += [Dropped("case", case, "", "", reason) for case, reason in unusable.items()]
         report.dropped += _list_stray_texts(source, cases, rivals)
         for result in results:
             report.num_volumes += len(result.volumes)
             report.num_made += result.num_made
             report.warnings += result.warnings
             report.dropped += result.dropped
-        index, dropped = _make_index(results, destination.relative_to(root), fractions, given, seed)
+        index, dropped = _make_index(results, prefix, fractions, given, seed)
+        report.warnings += _compare_with_former(
+            former, index, [name for result in results for name in result.replaced]
+        )
         repeated = [key for key, count in Counter(key for key, _ in given or ()).items() if count > 1]
         if repeated:
             report.warnings.append(
@@ -413,19 +438,22 @@ def format_preparation_report(report: PreparationReport) -> str:
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
     left_out: list[str] = []
     damaged: list[str] = []
+    misnamed: list[str] = []
     for entry in report.dropped:
         if entry.is_failure:
             place = "/".join(filter(None, (entry.case, entry.series, entry.name)))
-            (damaged if entry.level == "slice" else left_out).append(f"{place}: {entry.reason}")
+            of_slices = misnamed if entry.reason.startswith(MISNAMED) else damaged
+            (of_slices if entry.level == "slice" else left_out).append(f"{place}: {entry.reason}")
     for title, entries in (
         ("Cases and series that were left out", left_out),
         ("Volumes that lack damaged slices: copy these again, or delete them", damaged),
+        ("Volumes that lack misnamed slices: rename these, or delete them", misnamed),
         ("Warnings", report.warnings),
     ):
         if entries:
             lines += ["", f"{title} ({len(entries)}):", *(f"  {entry}" for entry in entries[:10])]
             lines += [f"  ... and {len(entries) - 10} more"] if len(entries) > 10 else []
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name that is not UTF-8 cannot be printed
 
 
 def _prepare_cases(cases: list[str], settings: _Settings, num_workers: int, progress: bool) -> list[_CaseResult]:
@@ -524,7 +552,8 @@ def _remove_leftovers(folder: Path) -> None:
     """Deletes what a call that was killed had begun to write."""
     with _or_stop(folder):
         for path in folder.glob(".*.tmp"):
-            path.unlink()
+            if TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 def _list_stray_texts(source: Path, cases: Sequence[str], rivals: Collection[str]) -> list[Dropped]:
@@ -544,6 +573,9 @@ def _prepare_report(folder: Path, output: Path, result: _CaseResult) -> None:
         path, text = find_report(folder), read_report(folder)
     except (FileNotFoundError, ValueError) as error:
         result.drop("case", _reason(error, folder))
+        return
+    if find_surrogate(path.name):
+        result.drop("case", f"the report {path.name}: {NOT_UTF_8}")
         return
     if not text:
         result.drop("case", f"the report is empty: fill in {path.name}")
@@ -574,7 +606,11 @@ def _name_series(folder: Path, series: list[Path], result: _CaseResult) -> Itera
     """Each series with the name of its file; those whose name is taken are left out."""
     taken: dict[str, str] = {}
     for path in series:
-        name = path.relative_to(folder).as_posix().replace("/", "_")
+        place = path.relative_to(folder).as_posix()
+        if find_surrogate(place):
+            result.drop("series", NOT_UTF_8, place)
+            continue
+        name = place.replace("/", "_")
         if is_nifti_file(path):
             name = name[: -len(".nii.gz")] if name.lower().endswith(".gz") else name[: -len(".nii")]
         name = f"{to_ascii(name)}.nii.gz"
@@ -588,11 +624,16 @@ def _name_series(folder: Path, series: list[Path], result: _CaseResult) -> Itera
 
 
 def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, result: _CaseResult) -> None:
-    image_processor = settings.image_processor()
     is_stack = path.is_dir()
+    if not is_stack and read_preparation_record(path) is not None:
+        raise InvalidVolumeError(
+            f"{path}: written by `{MADE_BY}`, so it is cropped and scaled already, and must not be once more: prepare from the "
+            "scans, or train with another image_size, which resizes."
+        )
+    image_processor = settings.image_processor()
     options: dict[str, Any] = {"intensity_mode": "minmax"} if is_stack else {}
     # Options that make no difference to this series have their defaults in the fingerprint, so that it is not made anew.
-    has_jpg = is_stack and any(entry.name.endswith(".jpg") for entry in path.iterdir())
+    has_jpg = is_stack and any(entry.name.lower().endswith(".jpg") for entry in path.iterdir())
     described = {**options, "accept_jpg": settings.accept_jpg and has_jpg}
     if options.get("intensity_mode", settings.intensity_mode) not in ("auto", "window"):
         described["hu_range"] = list(DEFAULT_HU_RANGE)
@@ -606,7 +647,8 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
         raise FileExistsError(
             f"{output / name} exists, and preparation has not made it, so it is not replaced: move it away"
         )
-    if record is None or record.get("settings") not in accepted or record.get("source") != state:
+    is_replaced = record is not None and record.get("source") != state
+    if record is None or is_replaced or record.get("settings") not in accepted:
         scan: Any = open_volume(path) if not is_stack else None
         is_orientation_known = not is_stack and scan.is_orientation_known
         dropped: list[DroppedSlice] = []
@@ -624,15 +666,19 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
             "preprocessing_report": report,
             "dropped": dropped,
             "repeated": repeated_numbers(path, dropped) if is_stack else [],
+            "missing": missing_numbers(path) if is_stack else [],
         }
         content = encode_prepared_volume(
             inputs["pixel_values"][0, 0], np.array(report["affine"]), not is_stack, is_orientation_known, record
         )
         write_or_stop(content, output / name)
         result.num_made += 1
+        if is_replaced:
+            result.replaced.append(f"{result.case}/{name}")
     result.volumes.append(name)
-    if record.get("repeated"):  # earlier versions kept no note of it
-        result.warnings.append(f"{result.case}/{path.name}: {describe_repeated(record['repeated'])}")
+    for key, describe in (("repeated", describe_repeated), ("missing", describe_missing)):
+        if record.get(key):  # earlier versions kept no note of it
+            result.warnings.append(f"{result.case}/{path.name}: {describe(record[key])}")
     result.drop_from_series(path.name, [(file, reason) for file, reason in record["dropped"]])
 
 
@@ -728,18 +774,36 @@ def _make_index(
     return index, dropped
 
 
+def _compare_with_former(
+    former: Collection[str], index: Mapping[str, Sequence[Mapping[str, str]]], replaced: Sequence[str]
+) -> list[str]:
+    """What became of the volumes that an earlier call made, as warnings: those that left the index, and those made anew."""
+    gone = sorted(set(former) - {entry["image"] for entries in index.values() for entry in entries})
+    warnings = []
+    if gone:
+        warnings.append(
+            f"{len(gone)} volumes of the former index left it ({name_a_few(gone, 3)}): see whether the source is complete"
+        )
+    if replaced:
+        warnings.append(
+            f"{len(replaced)} volumes were replaced because their source changed ({name_a_few(replaced, 3)})"
+        )
+    return warnings
+
+
 def _order(entry: Dropped) -> tuple[int, str, str, str]:
     return LEVELS.index(entry.level), entry.case, entry.series, entry.name
 
 
 def _write_report(report: PreparationReport, destination: Path) -> None:
     content = json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n"
-    write_or_stop(content.encode(), destination / f"{REPORT_NAME}.json")
+    # A name that is not UTF-8 becomes "\udcfc", which JSON reads as that name again.
+    write_or_stop(content.encode(errors="backslashreplace"), destination / f"{REPORT_NAME}.json")
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("level", "case", "series", "name", "reason"))
     writer.writerows((entry.level, entry.case, entry.series, entry.name, entry.reason) for entry in report.dropped)
-    write_or_stop(table.getvalue().encode(), destination / f"{REPORT_NAME}.csv")
+    write_or_stop(table.getvalue().encode(errors="backslashreplace"), destination / f"{REPORT_NAME}.csv")
 
 
 __all__ = [

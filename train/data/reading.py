@@ -67,7 +67,7 @@ def find_broken(
     images: Sequence[str],
     listing: Path | None = None,
     base: str | Path = "",
-    is_resumed: bool = False,
+    reuse_listing: bool = False,
     progress: bool = False,
     left_out: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
@@ -84,9 +84,9 @@ def find_broken(
             none may be broken.
         base (`str` or `Path`, *optional*):
             Folder that paths in the listing are relative to: a study may be moved.
-        is_resumed (`bool`, *optional*, defaults to `False`):
-            Whether the run goes on from a checkpoint: then nothing is read, where there is a listing, and the same ones are
-            left out as before.
+        reuse_listing (`bool`, *optional*, defaults to `False`):
+            Whether a `listing` that is there already is taken as it is: no volume is read then, and the same ones are left out
+            as before, as a run that goes on from a checkpoint needs it.
         progress (`bool`, *optional*, defaults to `False`):
             As in [`read_all`].
         left_out (`Sequence[Mapping[str, str]]`, *optional*):
@@ -107,7 +107,7 @@ def find_broken(
                 "data.skip_broken=true to leave them out and have them listed."
             )
         return []
-    if not (is_resumed and listing.exists()):
+    if not (reuse_listing and listing.exists()):
         faults = read_all(volumes, images, progress=progress)
         rows = [{"image": os.path.relpath(image, base or None), "reason": faults[image]} for image in sorted(faults)]
         write_json_lines([*left_out, *rows], listing)

@@ -1,17 +1,9 @@
 """The one form in which every reader hands out samples, whatever files they come from."""
 
-from typing import Literal, get_args
-
 from datasets import Features, List, Value
 
-from .layout import CHOICE_LETTERS
+from .layout import CHOICE_LETTERS, SPLITS, TASKS, Split, Task
 
-
-Task = Literal["report", "closed_vqa", "open_vqa", "yes_no_vqa"]
-TASKS: tuple[Task, ...] = get_args(Task)
-
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 # The types of questions in M3D-VQA, by the number in its files (Bai et al. 2024, "M3D: Advancing 3D Medical Image Analysis
 # with Multi-Modal Large Language Models"). 0 is a sample without a type.

@@ -6,6 +6,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,8 +24,8 @@ SLICE_ENDINGS = (".png", ".jpeg")
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 # What to do with `.jpg` slices, which messages end with.
 JPG_REMEDY = "rename to .jpeg, or prepare with --accept-jpg (in Python `accept_jpg=True`)"
-# How the reason begins for a file that is damaged, unlike one that is no slice.
-DAMAGED = "the picture cannot be read"
+# How the reason begins for a file that would be a slice, but is damaged or has its ending in capitals.
+DAMAGED, MISNAMED = "the picture cannot be read", "its ending is not in small letters"
 # Place of the byte in a PNG file that tells the bits of a channel: after signature, length, name, width and height.
 PNG_BIT_DEPTH = 24
 # A report that keeps fewer characters than this after a heading was not written under that heading.
@@ -42,7 +43,7 @@ DroppedSlice = tuple[str, str]
 
 def is_slice_folder(path: Path, accept_jpg: bool = False) -> bool:
     """Whether `path` is a folder that holds slices, as [`read_slices`] takes them."""
-    return path.is_dir() and any(entry.name.endswith(_endings(accept_jpg)) for entry in path.iterdir())
+    return path.is_dir() and any(entry.name.endswith(_endings(accept_jpg)) for entry in visible_entries(path))
 
 
 def find_cases(source: Path, accept_jpg: bool = False) -> list[str]:
@@ -241,13 +242,13 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
 
 
 def damaged_slices(dropped: Sequence[DroppedSlice]) -> list[DroppedSlice]:
-    """Among what [`read_slices`] left out, the files that would be slices but cannot be read: the volume has gaps there."""
+    """Among what [`read_slices`] left out, the files that would be slices, see [`is_damage`]: the volume has gaps there."""
     return [(name, reason) for name, reason in dropped if is_damage(reason)]
 
 
 def is_damage(reason: str) -> bool:
-    """Whether the reason why a file is no slice is that it is damaged."""
-    return reason.startswith(DAMAGED)
+    """Whether the reason why a file is no slice is that it is damaged, or that its ending has capital letters."""
+    return reason.startswith((DAMAGED, MISNAMED))
 
 
 def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
@@ -264,9 +265,11 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
         refuse_other_pictures(Path(path))
         return path, []
     stack, dropped = read_slices(path)
-    repeated = repeated_numbers(Path(path), dropped)
+    repeated, missing = repeated_numbers(Path(path), dropped), missing_numbers(Path(path))
     if repeated:
         logger.warning(f"{path}: {describe_repeated(repeated)}.")
+    if missing:
+        logger.warning(f"{path}: {describe_missing(missing)}.")
     damaged = damaged_slices(dropped)
     if damaged:
         raise InvalidVolumeError(f"{path}: {describe_damaged(len(stack), damaged)}")
@@ -281,7 +284,11 @@ def repeated_numbers(folder: Path, dropped: Sequence[DroppedSlice]) -> list[str]
     [`read_slices`] has not `dropped`.
     """
     left_out = {name for name, _ in dropped}
-    stacked = sorted((int(path.stem), path.name) for path in folder.iterdir() if path.name not in left_out)
+    stacked = sorted(
+        (number, path.name)
+        for path in folder.iterdir()
+        if path.name not in left_out and (number := slice_number(path)) is not None
+    )
     counts = Counter(number for number, _ in stacked)
     return [name for number, name in stacked if counts[number] > 1]
 
@@ -294,11 +301,36 @@ def describe_repeated(names: Sequence[str]) -> str:
     )
 
 
-def describe_damaged(num_slices: int, damaged: Sequence[DroppedSlice]) -> str:
-    """What is wrong with a stack of `num_slices` slices that lacks the damaged ones, and what to do."""
+def missing_numbers(folder: Path) -> list[tuple[int, int]]:
+    """
+    Where the numbers of the slices in a folder have a gap: the numbers before and after it. A slice that is there but was left
+    out of the stack is no gap, and neither are steps that are all of one length.
+    """
+    endings = _endings(accept_jpg=True)
+    found = {slice_number(path) for path in folder.iterdir() if path.name.lower().endswith(endings)}
+    pairs = list(pairwise(sorted(number for number in found if number is not None)))
+    if len({after - before for before, after in pairs}) < 2:
+        return []
+    return [(before, after) for before, after in pairs if after > before + 1]
+
+
+def describe_missing(gaps: Sequence[tuple[int, int]]) -> str:
+    """What is wrong with the numbers of slices that have these gaps, see [`missing_numbers`], and what to do."""
+    count = sum(after - before - 1 for before, after in gaps)
+    named = [f"{before + 1}" if after == before + 2 else f"{before + 1} to {after - 1}" for before, after in gaps]
     return (
-        f"{len(damaged)} slices are damaged, beside {num_slices} that can be read ({show_dropped(damaged)}). Copy or download "
-        "them again; to do without them, delete them."
+        f"{count} numbers between the first slice and the last are missing ({name_a_few(named, 4)}): see whether all slices were "
+        "copied"
+    )
+
+
+def describe_damaged(num_slices: int, damaged: Sequence[DroppedSlice]) -> str:
+    """What is wrong with a stack of `num_slices` slices that lacks the damaged and misnamed ones, and what to do."""
+    is_misnamed = any(reason.startswith(MISNAMED) for _, reason in damaged)
+    what, remedy = ("damaged or misnamed", "Mend") if is_misnamed else ("damaged", "Copy or download")
+    return (
+        f"{len(damaged)} slices are {what}, beside {num_slices} that can be read ({show_dropped(damaged)}). {remedy} them"
+        f"{'' if is_misnamed else ' again'}; to do without them, delete them."
     )
 
 
@@ -314,7 +346,7 @@ def refuse_other_pictures(path: Path) -> None:
     """
     if not path.is_dir():
         return
-    endings = {entry.suffix for entry in visible_entries(path) if entry.stem.isdecimal()}
+    endings = {entry.suffix for entry in visible_entries(path) if slice_number(entry) is not None}
     found = sorted(ending for ending in endings if ending.lower() in (*SLICE_ENDINGS, ".jpg"))
     if found:
         remedy = JPG_REMEDY if ".jpg" in found else "rename them to .png or .jpeg, in small letters"
@@ -442,8 +474,13 @@ def is_nifti_file(path: Path) -> bool:
 
 
 def visible_entries(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without what systems hide in it."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """What a folder holds, sorted, without what systems hide in it, or leave in it on unpacking an archive of a Mac."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+
+
+def slice_number(path: Path) -> int | None:
+    """The whole number that is the name of a slice; None if it is none. Python would take `1_10`, `+1` and `-1` for one, too."""
+    return int(path.stem) if path.stem.isascii() and path.stem.isdecimal() else None
 
 
 def _endings(accept_jpg: bool) -> tuple[str, ...]:
@@ -455,15 +492,18 @@ def _sort_by_number(folder: Path, accept_jpg: bool) -> tuple[list[Path], list[Dr
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             dropped.append((path.name, "a folder"))
-        elif not path.name.endswith(_endings(accept_jpg)):
-            is_jpg = path.name.endswith(".jpg")
-            hint = f": {JPG_REMEDY}" if is_jpg else ""
-            dropped.append((path.name, f"not a .png or .jpeg file{hint}"))
-        else:
-            try:
-                numbered.append((int(path.stem), path.name, path))
-            except ValueError:
+            continue
+        number, ending = slice_number(path), path.suffix.lower()
+        if path.name.endswith(_endings(accept_jpg)):
+            if number is None:
                 dropped.append((path.name, "its name is no whole number, so it has no place in the stack"))
+            else:
+                numbered.append((number, path.name, path))
+        elif number is not None and ending in _endings(accept_jpg):
+            dropped.append((path.name, f"{MISNAMED}: rename to {ending}, in small letters"))
+        else:
+            hint = f": {JPG_REMEDY}" if ending == ".jpg" else ""
+            dropped.append((path.name, f"not a .png or .jpeg file{hint}"))
     return [path for _, _, path in sorted(numbered)], dropped
 
 
@@ -475,6 +515,7 @@ __all__ = [
     "DroppedSlice",
     "damaged_slices",
     "describe_damaged",
+    "describe_missing",
     "describe_repeated",
     "describe_rival_texts",
     "extract_report",
@@ -486,6 +527,7 @@ __all__ = [
     "is_damage",
     "is_nifti_file",
     "is_slice_folder",
+    "missing_numbers",
     "open_scan",
     "read_picture",
     "read_report",
@@ -493,6 +535,7 @@ __all__ = [
     "refuse_other_pictures",
     "repeated_numbers",
     "show_dropped",
+    "slice_number",
     "to_ascii",
     "visible_entries",
 ]

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..naming import name_a_few
 from .m3d import case_of, read_cap_index
 from .samples import SPLITS, Split
 
@@ -89,27 +90,69 @@ def draw_splits(cases: Sequence[str], fractions: Mapping[str, float], seed: int)
     return drawn
 
 
-def check_index_may_be_written(index: Path, report: Path, splits: Any, chosen: Mapping[str, Any]) -> None:
+def check_cases_are_named(
+    splits: Any, given: Sequence[tuple[str, Split]], source: Path, cases: Sequence[str]
+) -> list[str]:
     """
+    The cases of the source that a given index does not name: their volumes will be in no split.
+
+    Args:
+        splits (path):
+            The index, for the message.
+        given (`Sequence[tuple[str, str]]`):
+            What stands in it, as [`check_splits`] has it.
+        source (`Path`), cases (`Sequence[str]`):
+            Folder of the case folders, and those, relative to it.
+
+    Raises:
+        ValueError: it names none of the cases, as where the source is one folder too high or too low.
+    """
+    named = {key.rpartition("/")[0]: None for key, _ in given}
+    unnamed = [case for case in cases if case not in named]
+    if len(unnamed) == len(cases):
+        found = f"it has {next(iter(named))}, the source {cases[0]}" if named else "it is empty"
+        raise ValueError(
+            f"{splits}: `splits` (--splits) names none of the {len(cases)} cases in {source}: {found}. Name the source folder "
+            "that its cases are relative to, one above or one below, or another index."
+        )
+    return unnamed
+
+
+def check_index_may_be_written(
+    index: Path, report: Path, splits: Any, chosen: Mapping[str, Any], source: Path, folders: Collection[str]
+) -> set[str]:
+    """
+    Args:
+        index (`Path`), report (`Path`):
+            The index and the report that an earlier call may have written.
+        splits, chosen (`Mapping`):
+            What was asked for, and what it means, see [`describe_splits`].
+        source (`Path`), folders (`Collection[str]`):
+            Folder of the case folders; and those of the cases found in it, as the index names them.
+
+    Returns:
+        `set[str]`: the volumes that the index names; none without one.
+
     Raises:
         FileExistsError: there is an index that `splits` names, that no earlier call has made, or that one has made with other
-            splits than those now `chosen`, or drawn as earlier versions did, which kept no note of it. It may hold the
-            only copy of official splits.
+            splits than those now `chosen`, or drawn as earlier versions did, which kept no note of it: it may hold the only
+            copy of official splits. Or it names cases of another source that are not in this one.
     """
     if not index.exists():
-        return
+        return set()
     if isinstance(splits, (str, Path)) and Path(splits).samefile(index):
         raise FileExistsError(
             f"{index}: `splits` (--splits) names the file that is about to be written, without the entries whose volumes are "
             "not made now: move it elsewhere and pass it from there."
         )
     try:
-        earlier = json.loads(report.read_text(encoding="utf-8")).get("splits")
+        content = json.loads(report.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileExistsError(
             f"{index}: it exists, and preparation has not made it, so it is not replaced. To keep its splits, move it "
             "elsewhere and pass it from there as `splits` (--splits)."
         ) from error
+    earlier = content.get("splits")
     if earlier is None and "seed" in chosen:
         raise FileExistsError(
             f"{index}: its splits are those of an earlier version, which drew them otherwise: volumes would move from one "
@@ -128,6 +171,22 @@ def check_index_may_be_written(index: Path, report: Path, splits: Any, chosen: M
             "from one split to another. Pass the same `splits` (--splits) and `seed` (--seed), or delete the index to split "
             "anew."
         )
+    volumes = {image for split in SPLITS for image, _ in read_cap_index(index, split)}
+    lost = sorted({PurePosixPath(image).parent.as_posix() for image in volumes} - set(folders))
+    if lost and Path(content["source"]).resolve() != source.resolve():
+        raise FileExistsError(
+            f"{index}: it names {len(lost)} cases that are not in {source} ({name_a_few(lost, 3)}): an earlier call made it of "
+            f"{content['source']}, and this one would drop or replace what is there. Choose another destination; to have both "
+            "in one, choose a new one, and the folder above both as the source. To do without these cases, delete the index."
+        )
+    return volumes
 
 
-__all__ = ["DEFAULT_FRACTIONS", "check_index_may_be_written", "check_splits", "describe_splits", "draw_splits"]
+__all__ = [
+    "DEFAULT_FRACTIONS",
+    "check_cases_are_named",
+    "check_index_may_be_written",
+    "check_splits",
+    "describe_splits",
+    "draw_splits",
+]

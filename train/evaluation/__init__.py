@@ -1,1 +1,1 @@
-"""Evaluation: text metrics as `evaluate.Metric` modules that need no network."""
+"""Evaluation: models, and the answers of any system, scored with controls and intervals, as tables, plots and reports."""

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,18 +21,18 @@ from ..command_line import (
     require_extra,
     step,
 )
-
-
-if TYPE_CHECKING:
-    from .settings import EvaluationSettings, Work
+from ..data.layout import SPLITS, TASKS
+from .settings import TEXT_METRICS, EvaluationSettings, MetricOptions, Work
 
 
 evaluate_app = typer.Typer(
     name="evaluate",
-    help="Score a model, or the answers of any system, beside chance and the blind control.",
+    help="Score a model, or the answers of any system, next to chance level and a blind control (another case's volume).",
     no_args_is_help=True,
     add_completion=False,
 )
+
+DEFAULT_METRICS = ",".join(TEXT_METRICS)
 
 ScoredModelOption = Annotated[
     str | None,
@@ -48,15 +48,17 @@ DataOption = Annotated[
 ]
 OutputOption = Annotated[
     Path,
-    typer.Option("--out", "-o", help="Folder of the evaluation; one begun before is continued.", show_default=False),
+    typer.Option(
+        "--output", "--out", "-o", help="Folder of the evaluation; one begun before is continued.", show_default=False
+    ),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split to evaluate: train, validation or test.")]
 CasesOption = Annotated[
-    int | None, typer.Option("--cases", min=1, help="Only the first so many cases of each task.", show_default="all")
+    int | None, typer.Option("--cases", min=1, help="Use only the first N cases of each task.", show_default="all")
 ]
 BlindOption = Annotated[
     bool,
-    typer.Option("--blind/--no-blind", help="Ask all a second time with the volume of another case: the control."),
+    typer.Option("--blind/--no-blind", help="Ask every question again with another case's volume, as a control."),
 ]
 SystemOption = Annotated[
     str | None, typer.Option("--name", help="Name of the system in the tables.", show_default="that of the model")
@@ -123,8 +125,8 @@ SkipBrokenOption = Annotated[
     bool,
     typer.Option(
         "--skip-broken",
-        help="Leave samples out whose scan is missing or cannot be read, or that lack a text, and list them in skipped.jsonl. All "
-        "scans are read for it first, once for a folder.",
+        help="Leave out samples whose scan is missing or unreadable or that lack a text, and list them in skipped.jsonl. All scans "
+        "are read first for this, once per folder.",
     ),
 ]
 ProcessesOption = Annotated[
@@ -142,7 +144,7 @@ def evaluate_retrieval_command(
         Path | None,
         typer.Option(
             help="Embeddings of any system in place of a model: safetensors with image_embeds and text_embeds, in the order "
-            "of the data.",
+            "of the data, of all or of those that galleries have.",
             show_default=False,
         ),
     ] = None,
@@ -206,7 +208,7 @@ def evaluate_report_command(
     cases: CasesOption = None,
     blind: BlindOption = True,
     max_new_tokens: TokensOption = 256,
-    metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
+    metrics: MetricsOption = DEFAULT_METRICS,
     bertscore_model: BertModelOption = None,
     bertscore_layers: BertLayersOption = None,
     labeller: LabellerOption = None,
@@ -272,7 +274,7 @@ def evaluate_vqa_command(
     cases: CasesOption = None,
     blind: BlindOption = True,
     max_new_tokens: TokensOption = 64,
-    metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
+    metrics: MetricsOption = DEFAULT_METRICS,
     bertscore_model: BertModelOption = None,
     bertscore_layers: BertLayersOption = None,
     batch_size: BatchOption = 16,
@@ -340,7 +342,7 @@ def evaluate_all_command(
         int, typer.Option(min=1, help="Longest report, in tokens; answers have at most 64.")
     ] = 256,
     max_text_length: LengthOption = 512,
-    metrics: MetricsOption = "bleu_1,rouge_1,meteor,bertscore,rouge_l",
+    metrics: MetricsOption = DEFAULT_METRICS,
     bertscore_model: BertModelOption = None,
     bertscore_layers: BertLayersOption = None,
     batch_size: BatchOption = 16,
@@ -374,9 +376,10 @@ def evaluate_all_command(
         with step("importing"):
             from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
             from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+            from .asked import questions_of
             from .clinical import CLINICAL_METRICS, build_clinical_metrics
-            from .runner import MetricOptions, build_text_metrics, evaluate_answers, evaluate_retrieval, questions_of
-            from .settings import check_kind, device_of_process, find_model, start_processes
+            from .loading import check_kind, device_of_process, find_model, start_processes
+            from .runner import build_text_metrics, evaluate_answers, evaluate_retrieval
         hush_progress_bars()
         metric_options = MetricOptions(names, bertscore_model, bertscore_layers)
         # Before hours of retrieval: what is missing or does not fit is to be known now.
@@ -416,7 +419,7 @@ def evaluate_zero_shot_command(
             help="CSV with the column image, or case, and one of 1, 0 or nothing for each class.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores.", show_default=False)],
+    out: Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder for the scores.", show_default=False)],
     model: Annotated[
         str,
         typer.Option(
@@ -451,8 +454,8 @@ def evaluate_zero_shot_command(
             show_default="sigmoid, if the model has its loss",
         ),
     ] = None,
-    max_text_length: LengthOption = 512,
-    batch_size: BatchOption = 16,
+    max_text_length: Annotated[int, typer.Option(min=2, help="Most tokens of a prompt.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes, or prompts, at a time.")] = 16,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
     cache: CacheOption = None,
@@ -467,6 +470,7 @@ def evaluate_zero_shot_command(
     """
     with bad_input_is_an_answer():
         require_eval_extra()
+        require_extra("train", "omegaconf")
         require_extra("eval", "sklearn")
         source = check_model_name(model)
         settings = make_settings(
@@ -483,7 +487,7 @@ def evaluate_zero_shot_command(
 @evaluate_app.command("dependence")
 def evaluate_dependence_command(
     data: DataOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.", show_default=False)],
+    out: Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder for the result.", show_default=False)],
     model: Annotated[
         str,
         typer.Option(
@@ -498,9 +502,11 @@ def evaluate_dependence_command(
         ),
     ] = None,
     split: SplitOption = "test",
-    cases: Annotated[int, typer.Option("--cases", min=2, help="The first so many cases of each task.")] = 50,
-    max_new_tokens: TokensOption = 256,
-    max_text_length: LengthOption = 512,
+    cases: Annotated[int, typer.Option("--cases", min=2, help="Use only the first N cases of each task.")] = 50,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, in tokens, of a model that answers.")
+    ] = 256,
+    max_text_length: Annotated[int, typer.Option(min=2, help="Most tokens of a report, for a dual encoder.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffling.")] = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "",
@@ -541,13 +547,13 @@ def evaluate_dependence_command(
 def evaluate_card_command(
     model: Annotated[Path, typer.Argument(help="Folder of the published model.", show_default=False)],
     evaluations: Annotated[list[Path], typer.Argument(help="Folders of its evaluations.", show_default=False)],
-    dataset: Annotated[
+    dataset_name: Annotated[
         str | None, typer.Option(help="Name of the data set, for readers.", show_default="the name of its folder")
     ] = None,
-    dataset_id: Annotated[
+    dataset: Annotated[
         str | None,
         typer.Option(
-            help="Name of the data set on the Hub, `organisation/name`, or a word for what is not there.",
+            help="The data set on the Hub, `organisation/name`, or a word for what is not there.",
             show_default="made of its name",
         ),
     ] = None,
@@ -560,9 +566,10 @@ def evaluate_card_command(
 
     Doing it again replaces what was there of the same task, data set and split. Scores of a part of a split are marked as such.
 
-    Example: med3dvlm evaluate card published/med3dvlm evaluation/vqa evaluation/report --dataset M3D --dataset-id GoodBaiBai88/M3D-VQA
+    Example: med3dvlm evaluate card published/med3dvlm evaluation/vqa evaluation/report --dataset-name M3D --dataset GoodBaiBai88/M3D-VQA
     """
     with bad_input_is_an_answer():
+        require_train_extra()
         from ...hub_cards.model_index import add_results_to_card
         from .folders import DEPENDENCE, SCORES, ZERO_SHOT, check_scores_are_of, describe_source
 
@@ -586,9 +593,9 @@ def evaluate_card_command(
             check_scores_are_of(model, folder, result["settings"]["model"], content)
         for result in results:
             settings = result["settings"]
-            name = dataset or name_of_data(settings["data"])
+            name = dataset_name or name_of_data(settings["data"])
             word = re.sub(r"[^\w.]+", "-", name).strip("-")
-            card = add_results_to_card(model, result, name, dataset_id or word, split=settings["split"])
+            card = add_results_to_card(model, result, name, dataset or word, split=settings["split"])
         typer.echo(str(card))
 
 
@@ -619,16 +626,15 @@ def evaluate_references_command(
     Example: med3dvlm evaluate references references.jsonl --data data/m3d --tasks report
     """
     with bad_input_is_an_answer():
-        require_eval_extra()
+        require_train_extra()
         from dataclasses import asdict
 
         from ..files import write_json_lines
-        from .runner import questions_of, read_asked
-        from .settings import Work
+        from .asked import questions_of, read_asked
 
         asked = read_names("--tasks", tasks) if tasks else ("report", *questions_of(data, split, skip_broken))
         settings = make_settings(data, asked, split=split, num_cases=cases)
-        _, references, _, _ = read_asked(settings, Work(skip_broken=skip_broken))
+        references = read_asked(settings, Work(skip_broken=skip_broken)).references
         write_json_lines([asdict(reference) for reference in references], out)
         typer.echo(f"{out}: {len(references)} lines")
 
@@ -669,7 +675,8 @@ def answer_and_score(
     names = read_names("--metrics", metrics)
     start_processes_if_needed(processes, device)
     with step("importing"):
-        from .runner import MetricOptions, evaluate_answers, questions_of
+        from .asked import questions_of
+        from .runner import evaluate_answers
     hush_progress_bars()
     asked = make_settings(data, tasks or questions_of(data, settings["split"], skip_broken), **settings)
     options = MetricOptions(names, bertscore_model, bertscore_layers, labeller)
@@ -708,12 +715,22 @@ def read_questions(tasks: str) -> tuple[str, ...]:
     return names
 
 
+def require_train_extra() -> None:
+    """
+    What reads studies and folders of evaluations.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    require_extra("train", "accelerate", "datasets")
+
+
 def require_eval_extra() -> None:
     """
     Raises:
         ImportError: a package is missing.
     """
-    require_extra("train", "accelerate", "datasets", "matplotlib", "omegaconf", "peft")
+    require_extra("train", "accelerate", "datasets", "matplotlib")
     require_extra("eval", "evaluate", "bert_score", "nltk", "rouge_score", "sacrebleu")
 
 
@@ -744,15 +761,12 @@ def start_processes_if_needed(processes: int | None, device: str) -> None:
         raise typer.Exit(code=launch(count_processes(processes, use_cpu), command))
 
 
-def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> "EvaluationSettings":
+def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> EvaluationSettings:
     """
     Raises:
         FileNotFoundError: there are no such data.
         ValueError: a task, split or precision is not known.
     """
-    from ..data.samples import SPLITS, TASKS
-    from .settings import EvaluationSettings
-
     if not Path(data).expanduser().exists():
         raise FileNotFoundError(
             f"{data}: there is no such study. Expected a folder in the layout of M3D, or a manifest."
@@ -767,10 +781,8 @@ def make_settings(data: str, tasks: tuple[str, ...], **fields: Any) -> "Evaluati
     return EvaluationSettings(data=data, tasks=tasks, **fields)  # type: ignore[arg-type]
 
 
-def make_work(batch_size: int, device: str, cache: Path | None, skip_broken: bool = False) -> "Work":
+def make_work(batch_size: int, device: str, cache: Path | None, skip_broken: bool = False) -> Work:
     """How the work is done."""
-    from .settings import Work
-
     return Work(batch_size, device, None if cache is None else str(cache), sys.stderr.isatty(), skip_broken)
 
 
@@ -778,7 +790,7 @@ def show(
     result: dict[str, Any],
     out: Path,
     published: Path | None,
-    work: "Work | None",
+    work: Work | None,
     show_case_names: bool,
     model: str | None,
 ) -> str:

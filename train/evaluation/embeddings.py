@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..answering import embed_samples
 from ..files import write_atomically
 from ..scoring import check_finite
+from .folders import JOURNAL
+from .loading import broken_scans_have_a_way_out, build_volumes, load_for_evaluation
 from .predictions import Reference
-from .settings import EvaluationSettings, Work, broken_scans_have_a_way_out, build_volumes, load_for_evaluation
+from .settings import EvaluationSettings, Work
 
 
 logger = logging.get_logger(__name__)
@@ -33,18 +36,25 @@ def embed_all(
     references: Sequence[Reference],
     work: Work,
     state: PartialState,
-) -> int:
-    """Embeds the pairs that are not embedded yet, and returns how many this process did."""
-    journal = output / "journal"
+) -> tuple[int, float]:
+    """
+    Embeds the pairs that are not embedded yet.
+
+    Returns:
+        How many this process embedded, and the seconds that took, without those of loading the model.
+    """
+    journal = output / JOURNAL
     done = set(read_shards(journal)[0])
     left = [place for place, reference in enumerate(references) if reference.id not in done]
     if done and left and state.is_main_process:
         logger.warning(f"{output}: {len(done)} of {len(references)} pairs are embedded already.")
     mine = left[state.process_index :: state.num_processes]
     state.wait_for_everyone()
+    seconds = 0.0
     if mine:
         model, processor = load_for_evaluation(model_name, DCFormerSiglipModel, settings, work)
         volumes = build_volumes(processor, settings, work)
+        start_time = time.perf_counter()
         starts = range(0, len(mine), work.batch_size)
         for start in tqdm(starts, desc="embedding", disable=not work.progress):
             places = mine[start : start + work.batch_size]
@@ -56,8 +66,9 @@ def embed_all(
             content = save({"image_embeds": image_embeds, "text_embeds": text_embeds}, {"ids": json.dumps(ids)})
             name = hashlib.blake2b(json.dumps(ids).encode(), digest_size=8).hexdigest()
             write_atomically(content, journal / f"embeddings.{name}.safetensors")
+        seconds = time.perf_counter() - start_time
     state.wait_for_everyone()
-    return len(mine)
+    return len(mine), seconds
 
 
 def read_shards(folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
@@ -74,19 +85,40 @@ def read_shards(folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
 
 def gather_embeddings(output: Path, references: Sequence[Reference]) -> tuple[torch.Tensor, torch.Tensor]:
     """The embeddings of all references, in their order."""
-    ids, images, texts = read_shards(output / "journal")
+    ids, images, texts = read_shards(output / JOURNAL)
     place_of = {name: place for place, name in enumerate(ids)}
     order = torch.tensor([place_of[reference.id] for reference in references])
     return images[order], texts[order]
 
 
-def read_embeddings(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def write_embeddings(
+    path: Path, references: Sequence[Reference], image_embeds: torch.Tensor, text_embeds: torch.Tensor
+) -> None:
+    """Writes embeddings of shape `(num_references, dim)` with the ids of their references, for [`read_embeddings`]."""
+    ids = json.dumps([reference.id for reference in references])
+    write_atomically(save({"image_embeds": image_embeds, "text_embeds": text_embeds}, {"ids": ids}), path)
+
+
+def read_embeddings(path: Path, references: Sequence[Reference], num_used: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Embeddings of any system, made unit vectors.
 
+    Args:
+        path (`Path`):
+            A safetensors file with `image_embeds` and `text_embeds` of shape `(num_rows, dim)`, and, if it is of
+            [`write_embeddings`], the ids of the rows.
+        references (`Sequence[Reference]`):
+            All that the rows can be of, in their order.
+        num_used (`int`):
+            How many of the first of them galleries have; rows of these alone are enough.
+
+    Returns:
+        Two `torch.Tensor` of shape `(num_rows, dim)`.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has not the two tensors of one shape, with `number` rows of finite values.
+        ValueError: the file has not the two tensors of one shape, with finite values and a row for each of the references or of
+            the first `num_used`, or its rows are of others.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of embeddings.")
@@ -97,9 +129,16 @@ def read_embeddings(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor
         raise ValueError(
             f"{path}: expected image_embeds and text_embeds of one shape (num_samples, dim), got {shapes}."
         )
-    if len(tensors["image_embeds"]) != number:
+    number, found = len(references), len(tensors["image_embeds"])
+    if found not in (number, num_used):
+        fewer = f", or {num_used}, of the first, which are all that galleries have" if num_used < number else ""
+        raise ValueError(f"{path}: expected {number} embeddings, one for each report{fewer}, got {found}.")
+    with safe_open(path, framework="pt") as content:
+        ids = (content.metadata() or {}).get("ids")
+    if ids is not None and json.loads(ids) != [reference.id for reference in references[:found]]:
         raise ValueError(
-            f"{path}: expected {number} embeddings, one for each report, got {len(tensors['image_embeds'])}."
+            f"{path}: its {found} embeddings are of others than the first {found} of the {number} reports, as where scans were "
+            "left out (--skip-broken). Embed those of the data, or evaluate the model itself (--model)."
         )
     for name, tensor in tensors.items():
         check_finite(f"{path}, {name}", tensor)
@@ -107,4 +146,4 @@ def read_embeddings(path: Path, number: int) -> tuple[torch.Tensor, torch.Tensor
     return image_embeds, text_embeds
 
 
-__all__ = ["embed_all", "gather_embeddings", "read_embeddings"]
+__all__ = ["embed_all", "gather_embeddings", "read_embeddings", "read_shards", "write_embeddings"]

@@ -12,12 +12,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers.utils import CONFIG_NAME, logging
 
+from ...hub_cards.files import sha256_of
 from ...hub_cards.publish import RECORDS, hashes_of_files
-from ...modeling_med3dvlm.original_source import sha256_of
 from ..checkpoints import done_by_first_process
-from ..files import only_one_at, write_json_atomically, write_json_lines
+from ..files import differing_keys, only_one_at, write_json_atomically, write_json_lines
 from ..naming import name_a_few
-from ..stages import PUBLISHED, SKIPPED, differing_keys
+from ..run_files import PUBLISHED, SKIPPED
 from .predictions import read_json_lines
 from .scores import Score
 
@@ -27,6 +27,8 @@ logger = logging.get_logger(__name__)
 # What a repository must have here: configuration, weights, processor and tokenizer.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 JOURNAL = "journal"
+# What calls the answers are of, see `calls.py`.
+CALLS = "calls.json"
 # Held by the call that works in a folder; it stays behind empty.
 LOCK = ".evaluation.lock"
 # What the commands write that have no scores in the form of the others.
@@ -97,7 +99,7 @@ def open_folder(output: Path, settings: dict[str, Any]) -> None:
                 changed = ", ".join(sorted(differing_keys(before, found)))
                 logger.warning(f"{output}: begun with other versions ({changed}), with which answers may be others.")
             return
-        for name in (REFERENCES, SKIPPED) if keys else ():
+        for name in (CALLS, REFERENCES, SKIPPED) if keys else ():
             (output / name).unlink(missing_ok=True)
     write_json_atomically({**settings, "versions": found}, path)
 
@@ -235,17 +237,21 @@ def read_scores(path: Path) -> list[Score]:
     ]
 
 
+def versions_of_answers() -> dict[str, str]:
+    """Of what answers depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "med3dvlm": version("med3dvlm")}
+
+
 def versions() -> dict[str, str]:
-    """Of what scores depend on."""
-    names = ("med3dvlm", "sacrebleu", "rouge-score", "nltk", "bert-score")
+    """Of what answers and their scores depend on."""
     return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **{name: version(name) for name in names},
+        **versions_of_answers(),
+        **{name: version(name) for name in ("sacrebleu", "rouge-score", "nltk", "bert-score")},
     }
 
 
 __all__ = [
+    "CALLS",
     "DEPENDENCE",
     "EMBEDDINGS",
     "JOURNAL",
@@ -263,4 +269,5 @@ __all__ = [
     "read_scores",
     "snapshot_of",
     "versions",
+    "versions_of_answers",
 ]

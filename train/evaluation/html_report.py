@@ -18,7 +18,7 @@ from ..data.preparation_record import states_directions
 from ..files import write_atomically
 from .predictions import Reference
 from .scores import SampleScores, Score
-from .tables import percent
+from .tables import metric_title, percent
 
 
 # Metrics that say right or wrong; others are matters of degree and get no mark.
@@ -164,7 +164,7 @@ def write_html_report(
         raise ValueError(f"Expected each answered task once and at least one, got {', '.join(tasks) or 'none'}.")
     cases = group_by_case(answered)
     chosen = choose_cases(cases, num_cases, seed)
-    ranked_by = ", ".join(f"{task}: {entry.rank_metric}" for task, entry in zip(tasks, answered))
+    ranked_by = ", ".join(f"{task}: {metric_title(entry.rank_metric)}" for task, entry in zip(tasks, answered))
     parts = [f"<h1>{escape(title)}</h1>", _warning(volumes is not None, show_case_names)]
     parts += [f"<p>{escape(paragraph)}</p>" for paragraph in summary]
     parts.append(_score_tables(scores))
@@ -320,7 +320,7 @@ def _score_tables(scores: Sequence[Score]) -> str:
     for task in dict.fromkeys(score.task for score in scores):
         rows = [
             (
-                score.metric,
+                metric_title(score.metric),
                 score.group,
                 *(percent(value, 2, "") for value in (score.value, score.low, score.high, score.blind, score.chance)),
                 f"{score.count:,}",
@@ -378,7 +378,7 @@ def _question_table(questions: Sequence[Question]) -> str:
     for question in questions:
         right = is_right(question)
         mark, style = {True: ("right", " right"), False: ("wrong", " wrong"), None: ("", "")}[right]
-        figures = "\n".join(f"{name.replace('_', ' ')}: {_score(value)}" for name, value in question.scores.items())
+        figures = "\n".join(f"{metric_title(name)}: {_score(value)}" for name, value in question.scores.items())
         texts = [question.reference.question, question.reference.expected, question.prediction]
         cells = [
             f'<td class="text{style if place == 2 else ""}">{escape(text)}</td>' for place, text in enumerate(texts)

@@ -20,7 +20,7 @@ from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ..answering import check_finite_answers, embed_samples, iterate_answers
 from ..data.dataset import VolumeLoader, text_group_id
 from ..data.preparation_record import states_directions
-from ..scoring import retrieval_hits, with_volume_of_another_case
+from ..scoring import one_vector_per_text, retrieval_hits, with_volume_of_another_case
 from .predictions import build_references
 from .scores import (
     CHANCE,
@@ -32,16 +32,18 @@ from .scores import (
     types_of_one_case,
 )
 from .statistics import bootstrap_interval
+from .tables import metric_title
 
 
 # Makes another volume of one of shape `(depth, height, width)`; the generator is the volume's own.
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 OTHER_CASE = "other case"
-# The mean is over the answers that name a side with the true volume.
-SIDES_CHANGED = "answers with a side that change"
+# Over the answers that name a side with the true volume: whether they name other sides, or the same in another order of first
+# mention. One that names none any more says nothing of where it saw them, and is counted as not changed.
+SIDES_CHANGED = "answers whose sides change"
 ANSWERS_CHANGED = "answers that change"
 COSINE = "cosine"
-SIDE = re.compile(r"\b(?:left|right)(?:-sided)?\b", re.IGNORECASE)
+SIDE = re.compile(r"\b(left|right)(?:-sided)?\b", re.IGNORECASE)
 
 
 def blank(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -141,8 +143,8 @@ class Dependence:
     Args:
         change (`str`): A key of `CHANGES`, "other case", or the name of a change of your own.
         task (`str`): One of `TASKS`, or "retrieval" for a dual encoder.
-        metric (`str`): A score, "answers that change", "answers with a side that change", or "cosine" to the vector of the
-            true volume.
+        metric (`str`): A score, "answers that change", "answers whose sides change", or "cosine" to the vector of the true
+            volume.
         original (`float`, *optional*): With the true volumes; a share that changes, and the cosine, have none.
         changed (`float`): With the changed ones.
         low, high (`float`): Ends of the 95 % interval of `changed - original`, or of `changed` if there is no original; cases
@@ -196,8 +198,9 @@ def check_image_dependence(
       not above 0 beyond its interval, while another case's score does fall.
     - "shifted": no score falls; the interval of the difference does not lie below 0. At most `stable_share` of the answers to
       questions change; whole reports may differ in a word. The mean cosine is at least `stable_cosine`.
-    - "mirrored": of the answers that name a side, more change than not. Where the image processor's orientation is `"none"`, or
-      a volume was made of slices, which do not state theirs, the width is flipped, and nothing is expected of it that could hold.
+    - "mirrored": of the answers that name a side, more name another than not, whatever else they say. Where the image processor's
+      orientation is `"none"`, or a volume was made of slices, which do not state theirs, the width is flipped, and nothing is
+      expected of it that could hold.
 
     Of a score that is not above chance with the true volumes, beyond its interval, nothing can be said: there is nothing that it
     could fall from. Chance of texts is the score of a true answer of another case to the same type of question, see
@@ -313,18 +316,25 @@ def compare_answers(
         guesses = score_samples(
             [references[place] for place in guessed], [others[place] for place in guessed], text_metrics or {}
         )
-    with_side = [place for place, answer in enumerate(original) if SIDE.search(answer)]
+    named = [sides_of(answer) for answer in original]
+    with_side = [place for place, sides in enumerate(named) if sides]
     rows = []
     for name, answers in changed.items():
         differs = [float(not has_same_words(one, other)) for one, other in zip(original, answers)]
         rows.append(_share_row(name, task, ANSWERS_CHANGED, differs, cases, stable_share, orientation))
-        sides, of_cases = [differs[place] for place in with_side], [cases[place] for place in with_side]
-        rows.append(_share_row(name, task, SIDES_CHANGED, sides, of_cases, stable_share, orientation))
+        moved = [float(bool(now := sides_of(answers[place])) and now != named[place]) for place in with_side]
+        of_cases = [cases[place] for place in with_side]
+        rows.append(_share_row(name, task, SIDES_CHANGED, moved, of_cases, stable_share, orientation))
         for metric, values in scores.items():
             chance = CHANCE.get(task, 0.0) if guesses is None else _mean(guesses[metric])
             of_other = scores_of[OTHER_CASE][metric]
             rows.append(_score_row(name, task, metric, values, scores_of[name][metric], of_other, cases, chance))
     return rows
+
+
+def sides_of(text: str) -> list[str]:
+    """The sides that a text names, "left" or "right", each once, in the order in which they are first named."""
+    return list(dict.fromkeys(side.lower() for side in SIDE.findall(text)))
 
 
 def _share_row(
@@ -340,9 +350,9 @@ def _share_row(
     low, high = bootstrap_interval(differs, cases)
     expectation, holds, remark = "", None, ""
     if metric == SIDES_CHANGED and change == "mirrored":
-        expectation = "most answers that name a side change"
+        expectation = "most answers that name a side name another"
         holds = share > 0.5 if differs else None
-        remark = f"{share:.0%} of {len(differs)} change" if differs else "no answer names a side"
+        remark = f"{share:.0%} of {len(differs)} do" if differs else "no answer names a side"
         if side_axis(orientation) is None:
             holds = None
             remark += "; which axis runs between right and left is not known, the orientation is 'none' or there are stacks of slices"
@@ -448,6 +458,7 @@ def compare_embeddings(
     if OTHER_CASE not in changed:
         raise ValueError(f"Expected vectors for {OTHER_CASE!r} among the changes, got {', '.join(changed)}.")
     group_ids = torch.tensor([text_group_id(text) for text in samples["answer"]])
+    text_embeds = one_vector_per_text(text_embeds, group_ids)
     cases = list(samples["case"])
 
     def hits(images: torch.Tensor) -> dict[str, list[float]]:
@@ -503,11 +514,12 @@ def format_dependence(rows: Sequence[Dependence]) -> str:
         )
         if math.isnan(row.changed):
             shown[1], interval = "-", ""
-        lines.append(f"| {row.task} | {row.change} | {row.metric} | {' | '.join(shown)} | {interval} | {row.count} |")
+        figure = metric_title(row.metric)
+        lines.append(f"| {row.task} | {row.change} | {figure} | {' | '.join(shown)} | {interval} | {row.count} |")
     outcomes = {True: "holds", False: "DOES NOT HOLD", None: "cannot be said"}
     expected = [row for row in rows if row.expectation]
     lines += [""] + [
-        f"- {row.task}, {row.change}, {row.metric}: {row.expectation}: {outcomes[row.holds]}"
+        f"- {row.task}, {row.change}, {metric_title(row.metric)}: {row.expectation}: {outcomes[row.holds]}"
         + (f" ({row.remark})." if row.remark else ".")
         for row in expected
     ]

@@ -1,5 +1,6 @@
 """
-Evaluations as folders whose work is not dealt out: zero-shot classification, and whether a model uses its volume.
+Evaluations as folders whose work cannot be split between processes: zero-shot classification, and whether a model uses its
+volume.
 
 As in [`runner`][train.evaluation.runner], a folder belongs to one model, one set of data and one set of settings. What takes
 minutes is made anew by a second call, not continued.
@@ -11,34 +12,27 @@ from typing import Any
 
 from ...modeling_med3dvlm.modeling_dcformer_siglip import DCFormerSiglipModel
 from ...modeling_med3dvlm.modeling_med3dvlm import Med3DVLMForConditionalGeneration
+from ..data.layout import Split, Task
 from ..data.preparation_record import check_not_prepared, prepared_options
-from ..data.samples import Split, Task
 from ..data.study import read_task
 from ..files import write_atomically, write_json_atomically
-from ..stages import SKIPPED
+from ..run_files import SKIPPED
+from .asked import check_blind_control, find_unreadable, leave_out_broken, read_asked
 from .folders import DEPENDENCE, ZERO_SHOT, describe_source, only_call_in, open_folder, versions
 from .image_dependence import check_image_dependence, format_dependence
-from .runner import (
-    MetricOptions,
-    begin,
-    build_text_metrics,
-    check_blind_control,
-    find_unreadable,
-    leave_out_broken,
-    notes_on_empty,
-    read_asked,
-)
-from .settings import (
-    EvaluationSettings,
-    Work,
+from .loading import (
     broken_scans_have_a_way_out,
     build_volumes,
     check_kind,
+    describe_work,
     find_model,
     load_for_evaluation,
     model_type_of,
     start_single_process,
 )
+from .notes import notes_on, notes_on_left_out
+from .runner import begin, build_text_metrics
+from .settings import EvaluationSettings, MetricOptions, Work
 from .zero_shot import (
     PHANTOM_PROMPTS,
     Labels,
@@ -98,7 +92,7 @@ def evaluate_zero_shot(
         FileNotFoundError: data, labels, prompts, model or a volume are not there.
         InvalidVolumeError: a volume cannot be read.
         ValueError: there are several processes; the folder holds an evaluation with other settings; files, rule, model and prompts
-            do not fit each other; no volume can be read.
+            do not fit each other; no volume can be read; volumes are prepared, and the settings say that they are not.
     """
     work = work or Work()
     start_single_process(work)
@@ -115,6 +109,7 @@ def evaluate_zero_shot(
     held = None if validation is None else read(validation, "validation")
     folder = find_model(model)
     check_kind(folder, DCFormerSiglipModel)
+    check_not_prepared(labelled.volumes[0].image, prepared_options(settings.prepared))
     folder_settings = {
         **asdict(settings),
         "model": describe_source(model, folder),
@@ -149,8 +144,9 @@ def evaluate_zero_shot(
                 work.progress,
             )
         result = replace(result, notes=[*result.notes, *notes])
-        text = f"# Zero-shot classification, {Path(model).name}\n\n{format_zero_shot(result)}\n"
-        return write_result(output / ZERO_SHOT, text, result.to_dict(), folder_settings)
+        text = f"# Zero-shot classification, {folder_settings['model']['name']}\n\n{format_zero_shot(result)}\n"
+        content = {**result.to_dict(), "settings": folder_settings, "work": describe_work(folder, settings, work)}
+        return write_result(output / ZERO_SHOT, text, content)
 
 
 def without_images(labels: Labels, broken: set[str], path: Path) -> Labels:
@@ -163,7 +159,8 @@ def without_images(labels: Labels, broken: set[str], path: Path) -> Labels:
     kept = [volume for volume in labels.volumes if volume.image not in broken]
     if not kept:
         raise ValueError(
-            f"{path}: not one of its {len(labels.volumes)} volumes can be read; {SKIPPED} lists the reasons."
+            f"{path}: not one of its {len(labels.volumes)} volumes can be read; {SKIPPED} lists the reasons. Mend them, and remove "
+            "this listing, so that all are read anew."
         )
     return replace(labels, volumes=kept)
 
@@ -194,33 +191,30 @@ def evaluate_dependence(
         FileNotFoundError: data, model or a volume are not there.
         InvalidVolumeError: a volume cannot be read.
         ValueError: there are several processes; the folder holds an evaluation with other settings or of other data; there is one
-            case only, or a task that the model does not do; volumes are prepared, and the settings say that they are not.
+            case only, or a task that the model does not do, or the model is of neither kind; volumes are prepared, and the settings
+            say that they are not.
     """
     work = work or Work()
     state = start_single_process(work)
     folder = find_model(model)
     is_dual = model_type_of(folder) == DCFormerSiglipModel.config_class.model_type
+    kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
+    check_kind(folder, kind)
     if not settings.tasks:
         settings = replace(settings, tasks=DUAL_ENCODER_TASKS if is_dual else GENERATION_TASKS)
-    samples, references, _, empty = read_asked(settings, work)
-    check_blind_control(settings, samples)
-    check_not_prepared(samples[0]["image"], prepared_options(settings.prepared))
+    asked = read_asked(settings, work)
+    check_blind_control(settings, asked.samples)
+    check_not_prepared(asked.samples[0]["image"], prepared_options(settings.prepared))
     metrics = {} if is_dual else build_text_metrics(DEPENDENCE_METRICS, settings.tasks)
     identity = {"model": describe_source(model, folder), "metrics": list(metrics), "seed": seed}
-    # What lacks a text is listed with the volumes: a listing that is there already would keep them from being read.
-    with begin(output, settings, identity, references, state) as folder_settings:
-        num_all = len(references) + len(empty)
-        samples, references, _, skipped_note = leave_out_broken(
-            output, settings, folder, samples, references, work, empty
-        )
-        notes = [*notes_on_empty(empty, num_all), *([] if skipped_note is None else [skipped_note])]
-        kind = DCFormerSiglipModel if is_dual else Med3DVLMForConditionalGeneration
+    with begin(output, settings, identity, asked.references, state) as folder_settings:
+        asked = leave_out_broken(output, settings, folder, asked, work)
         loaded, processor = load_for_evaluation(folder, kind, settings, work)
         with broken_scans_have_a_way_out(work):
             rows = check_image_dependence(
                 loaded,
                 processor,
-                samples,
+                asked.samples,
                 build_volumes(processor, settings, work),
                 text_metrics=metrics,
                 max_new_tokens=settings.max_new_tokens,
@@ -230,21 +224,25 @@ def evaluate_dependence(
                 show_progress=work.progress,
                 prepared=settings.prepared,
             )
-        text = "\n\n".join([f"# Image dependence, {Path(model).name}", format_dependence(rows), *notes])
-        result = {
+        notes = [*notes_on(settings, asked.is_part, asked.references, {}), *notes_on_left_out(asked)]
+        title = f"# Image dependence, {folder_settings['model']['name']}"
+        text = "\n\n".join([title, format_dependence(rows), *notes])
+        content = {
             "model": model,
-            "num_cases": len(set(samples["case"])),
-            "num_samples": len(references),
-            "num_skipped": num_all - len(references),
+            "num_cases": asked.num_cases,
+            "num_samples": len(asked.references),
+            "num_skipped": asked.num_skipped,
             "notes": notes,
             "rows": [row.to_dict() for row in rows],
+            "settings": folder_settings,
+            "work": describe_work(folder, settings, work),
         }
-        return write_result(output / DEPENDENCE, f"{text}\n", result, folder_settings)
+        return write_result(output / DEPENDENCE, f"{text}\n", content)
 
 
-def write_result(path: Path, text: str, result: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes a result with its settings and versions, and `README.md` beside it; returns what is in the file."""
-    content = {**result, "settings": settings, "versions": versions()}
+def write_result(path: Path, text: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes a result with the versions, and `README.md` beside it; returns what is in the file."""
+    content = {**content, "versions": versions()}
     write_json_atomically(content, path)
     write_atomically(text.encode(), path.with_name("README.md"))
     return content

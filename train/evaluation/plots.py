@@ -1,6 +1,5 @@
 """Pictures of an evaluation: bars by type of question, recall curves, and how far the confidence of answers can be trusted."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
+from ..figures import new_figure, save_png
 from .scores import Score
+from .tables import metric_title
 
 
 # Of Okabe and Ito 2008, "Color Universal Design": told apart by colour-blind eyes too.
@@ -53,12 +53,12 @@ def draw_type_bars(
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     width = max(4.5, 1.5 + 0.8 * max(map(len, panels.values())))
-    figure = _new_figure(width * columns, 0.6 + 3.4 * rows)
+    figure = new_figure(width * columns, 0.6 + 3.4 * rows)
     figure.suptitle(scores[0].task.replace("_", " "))
     for index, (metric, groups) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw_bars(axes, metric, list(groups.values()), (published or {}).get(metric, {}))
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _by_metric(scores: Sequence[Score]) -> dict[str, dict[str, Score]]:
@@ -135,7 +135,7 @@ def _draw_bars(axes: Any, metric: str, scores: Sequence[Score], published: Mappi
             levels.append(100 * published[score.group])
         highest, lowest = max(highest, *levels), min(lowest, *levels)
     axes.set_xticks(range(len(scores)), [f"{score.group}\nn = {score.count}" for score in scores], fontsize=8)
-    axes.set_title(metric.replace("_", " "), fontsize=11)
+    axes.set_title(metric_title(metric), fontsize=11)
     axes.set_xlabel("type of question, with the number of samples")
     axes.set_ylabel("score (%)")
     is_whole = any(word in metric for word in WHOLE_RANGE)
@@ -151,7 +151,7 @@ class RecallCurve:
     Recall over ranks, of one direction and size of gallery.
 
     Args:
-        direction (`str`): Such as "image to text".
+        direction (`str`): Such as "volume to report".
         gallery_size (`int`): Pairs in a gallery.
         recalls (`Mapping[int, float]`): Recall in [0, 1] by rank `k`, from 1 to `gallery_size`.
         blind (`Mapping[int, float]`, *optional*): The same with the volume of another case.
@@ -204,7 +204,7 @@ def draw_recall_curves(curves: Sequence[RecallCurve], path: Path) -> Path:
         sizes[curve.gallery_size] = curve
     if not panels:
         raise ValueError("Expected at least one recall curve to draw, got none.")
-    figure = _new_figure(5.2 * len(panels), 4.4)
+    figure = new_figure(5.2 * len(panels), 4.4)
     all_sizes = sorted({curve.gallery_size for curve in curves})
     for index, (direction, sizes) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
@@ -234,7 +234,7 @@ def draw_recall_curves(curves: Sequence[RecallCurve], path: Path) -> Path:
         axes.set_ylabel("recall at k (%)")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _points(values: Mapping[int, float]) -> tuple[list[int], list[float]]:
@@ -341,7 +341,7 @@ def draw_calibration(
     """
     bins = calibration_bins(confidences, hits)
     error = expected_calibration_error(bins)
-    figure = _new_figure(5.4, 6.4)
+    figure = new_figure(5.4, 6.4)
     figure.suptitle(f"{title}\nexpected calibration error {100 * error:.1f} % ({len(confidences)} answers)", wrap=True)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
     upper.plot([0, 100], [0, 100], color=CHANCE_GREY, linestyle="--", linewidth=1, label="calibrated")
@@ -378,24 +378,7 @@ def draw_calibration(
     lower.legend(fontsize=8)
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
-    return _save(figure, path)
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """A figure that needs no display and leaves matplotlib's global state alone; sizes in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    write_atomically(file.getvalue(), path)
-    return path
+    return save_png(figure, path)
 
 
 __all__ = [

@@ -6,6 +6,7 @@ Any system can be scored by the harness: `references.jsonl` lists what is asked,
 data is meant: best add `prediction` to the lines of `references.jsonl`, so that what was asked can be compared.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from ..data.samples import QUESTION_TYPES, TASKS
 from ..files import find_surrogate
+from ..naming import name_a_few
 from ..prompts import format_answer, format_question
 
 
@@ -121,7 +123,7 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
             keys = [f"{name} ({type(value).__name__})" for name, value in row.items()] if isinstance(row, dict) else []
             raise ValueError(
                 f'{path}, line {number}: expected {{"id": "...", "prediction": "..."}} with two texts, got '
-                f"{first_few(keys) or type(row).__name__}."
+                f"{name_a_few(keys, 3) or type(row).__name__}."
             )
         if (place := find_surrogate(row["id"] + row["prediction"])) is not None:
             raise ValueError(
@@ -144,9 +146,9 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
     problems = []
     if unknown:
         shown = [name if ID.fullmatch(name) else f"line {lines[name]}" for name in unknown]
-        problems.append(f"{len(unknown)} ids are not among the {len(wanted)} asked: {first_few(shown)}")
+        problems.append(f"{len(unknown)} ids are not among the {len(wanted)} asked: {name_a_few(shown, 3)}")
     if missing:
-        problems.append(f"{len(missing)} of {len(wanted)} have no prediction: {first_few(missing)}")
+        problems.append(f"{len(missing)} of {len(wanted)} have no prediction: {name_a_few(missing, 3)}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. The ids are those of references.jsonl.")
     return [found[name] for name in wanted]
@@ -154,7 +156,7 @@ def read_predictions(path: Path, references: Sequence[Reference]) -> list[str]:
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """
-    Lines of a JSONL file with their number from 1; empty lines are passed over.
+    Lines of a JSONL file with their number from 1; empty lines are passed over, and a byte order mark at the beginning.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -164,6 +166,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise FileNotFoundError(f"{path}: there is no such file of predictions.")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 try:
                     yield number, json.loads(line.decode("utf-8"))
@@ -175,9 +178,4 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
 
 
-def first_few(names: Sequence[str], number: int = 3) -> str:
-    """The first names, and dots if there are more."""
-    return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
-
-
-__all__ = ["Reference", "build_references", "first_few", "read_json_lines", "read_predictions"]
+__all__ = ["Reference", "build_references", "read_json_lines", "read_predictions"]

@@ -9,11 +9,10 @@ from typing import Any
 from ...processing.image_processing_med3dvlm import Med3DVLMImageProcessor
 from ..data.cache import volume_loader
 from ..data.dataset import VolumeLoader
-from ..data.layout import CAP_INDEX
+from ..data.layout import CAP_INDEX, PHANTOM_SETTINGS
 from ..data.manifest import find_manifest
 from ..data.prepare import REPORT_NAME
 from ..files import write_atomically
-from ..phantoms.study import SETTINGS_FILE as PHANTOM_SETTINGS
 from .clinical import LabelScore, format_labels
 from .folders import PREDICTIONS, SCORES, read_scores, snapshot_of
 from .html_report import AnsweredTask, write_html_report
@@ -21,8 +20,7 @@ from .plots import RecallCurve, draw_calibration, draw_recall_curves, draw_type_
 from .predictions import Reference, read_json_lines
 from .published import MissingResult, PublishedScore, read_missing, read_published
 from .retrieval import TASK as RETRIEVAL
-from .runner import HIT_METRICS
-from .scores import Score
+from .scores import CALIBRATED_TASKS, Score, calibration_hits
 from .settings import Work
 from .tables import build_tables, percent, write_tables
 
@@ -168,9 +166,11 @@ def draw_answers(
             if (figure.system, figure.task) == (PAPER_SYSTEM, task) and (figure.metric, figure.group) in known:
                 figures.setdefault(figure.metric, {})[figure.group] = figure.value
         plots[f"Scores, {task}"] = draw_type_bars(of_task, output / f"plots/{task}.png", figures)
-        if probabilities is not None and task in HIT_METRICS:
-            path, hits = output / f"plots/{task}_calibration.png", entry.scores[HIT_METRICS[task]]
-            plots[f"Calibration, {task}"] = draw_calibration(probabilities, hits, path, title=f"Calibration, {task}")
+        if probabilities is not None and task in CALIBRATED_TASKS:
+            path = output / f"plots/{task}_calibration.png"
+            hits = calibration_hits(entry.references, entry.predictions)
+            title = f"Calibration, {task}{', letter and text right' if task == 'closed_vqa' else ''}"
+            plots[f"Calibration, {task}"] = draw_calibration(probabilities, hits, path, title=title)
     return plots
 
 
@@ -215,7 +215,7 @@ def format_readme(
         lines += ["", "## Answers", "", collapse]
     for mode, labels in result["details"].get("report", {}).get("labels", {}).items():
         lines += ["", f"## Labels of reports, {mode}, %", "", format_labels([label_score(row) for row in labels])]
-    lines += ["", *(f"![{caption}]({path.relative_to(output)})" for caption, path in plots.items())]
+    lines += ["", *(f"![{caption}]({path.relative_to(output).as_posix()})" for caption, path in plots.items())]
     return "\n".join(lines) + "\n"
 
 

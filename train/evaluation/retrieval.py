@@ -15,6 +15,14 @@ DIRECTIONS = ("volume to report", "report to volume")
 TASK = "retrieval"
 
 
+def num_scored(num_pairs: int, gallery_sizes: Sequence[int] = GALLERY_SIZES) -> int:
+    """
+    How many of the first pairs any gallery has: the largest size that there are pairs for, or all pairs if there are fewer than
+    the smallest. The others need not be embedded.
+    """
+    return max((size for size in gallery_sizes if size <= num_pairs), default=num_pairs)
+
+
 def score_retrieval(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -90,4 +98,4 @@ def score_retrieval(
     return scores, curves
 
 
-__all__ = ["DIRECTIONS", "GALLERY_SIZES", "TASK", "score_retrieval"]
+__all__ = ["DIRECTIONS", "GALLERY_SIZES", "TASK", "num_scored", "score_retrieval"]

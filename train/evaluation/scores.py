@@ -1,13 +1,15 @@
 """From answers to scores: each sample by itself, then means by type of question with intervals, chance and blind control."""
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.samples import CHOICE_LETTERS, QUESTION_TYPES
-from ..prompts import parse_choice
+from ..prompts import MARKS, parse_choice, text_after_choice
+from ..scoring import from_half_way_round
 from .predictions import Reference
 from .statistics import bootstrap_interval
 
@@ -18,6 +20,10 @@ SampleScores = dict[str, list[float]]
 TextMetric = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 CHANCE = {"closed_vqa": 1 / len(CHOICE_LETTERS), "yes_no_vqa": 0.5}
+# Whose answers are right or wrong, so that a probability can be held against it; whole reports hardly ever are, in every word.
+CALIBRATED_TASKS = ("closed_vqa", "yes_no_vqa", "open_vqa")
+# In a question as `format_question` writes it.
+FIRST_CHOICE = re.compile(r" Choices: A\. (.*) B\. .* C\. .* D\. ", re.DOTALL)
 # Names of the lines that are no type of question: the mean over types, and over samples.
 MEAN_OF_TYPES, ALL_SAMPLES = "mean of types", "all"
 
@@ -62,9 +68,9 @@ def score_samples(
     """
     Scores of each sample of one task.
 
-    - Closed questions: `accuracy`, by the letter that the answer begins with, see [`~train.prompts.parse_choice`]; and
-      `original_accuracy`, the rule of the original evaluation, for which the letter and a full stop may stand anywhere
-      in the answer, so that one which names all four choices is right.
+    - Closed questions: `accuracy`, by the letter of the answer, see [`chosen_letter`]; and `original_accuracy`, the rule of the
+      original evaluation, for which the letter and a full stop may stand anywhere in the answer, so that one which names all
+      four choices is right.
     - Yes/no questions: `accuracy`, the same words whatever the case of letters and the full stop.
     - Open questions and reports: the text metrics, and `exact`, the same words.
 
@@ -92,7 +98,7 @@ def score_samples(
     pairs = list(zip(references, predictions))
     if tasks == {"closed_vqa"}:
         return {
-            "accuracy": [float(parse_choice(text) == entry.answer_choice) for entry, text in pairs],
+            "accuracy": [float(chosen_letter(entry, text) == entry.answer_choice) for entry, text in pairs],
             "original_accuracy": [float(f"{entry.answer_choice}." in text) for entry, text in pairs],
         }
     texts = [reference.reference for reference in references]
@@ -172,28 +178,53 @@ def summarise(
 def answers_of_another_case(references: Sequence[Reference]) -> list[str]:
     """
     For each reference a true answer of another case to the same type of question, half-way round the list of cases: what a
-    system says that knows the answers and has seen no volume. Empty where a type has one case only, see [`types_of_one_case`].
+    system says that knows the answers and has seen no volume. A case with the same volume is passed over; empty where there is no
+    other, see [`types_of_one_case`].
+    """
+    answers = [""] * len(references)
+    for places, others in _cases_to_guess_with(references):
+        for number, place in enumerate(places if others else []):
+            answers[place] = references[others[number % len(others)]].expected
+    return answers
+
+
+def _cases_to_guess_with(references: Sequence[Reference]) -> Iterator[tuple[list[int], list[int]]]:
+    """
+    For each type of question and each case that is asked it: the places of its references, and of those of the other case that
+    [`answers_of_another_case`] takes; none if there is no case with another volume.
     """
     places_of: dict[int, dict[str, list[int]]] = {}
     for place, reference in enumerate(references):
         places_of.setdefault(reference.question_type, {}).setdefault(reference.case, []).append(place)
-    answers = [""] * len(references)
     for by_case in places_of.values():
-        cases = list(by_case.values())
-        for turn, places in enumerate(cases):
-            others = cases[(turn + len(cases) // 2) % len(cases)]
-            for number, place in enumerate(places if len(cases) > 1 else []):
-                answers[place] = references[others[number % len(others)]].expected
-    return answers
+        cases = [(places, {references[place].image for place in places}) for places in by_case.values()]
+        for turn, (places, images) in enumerate(cases):
+            others = from_half_way_round(cases, turn)
+            yield places, next((other for other, shown in others if shown.isdisjoint(images)), [])
+
+
+def chosen_letter(reference: Reference, text: str) -> str | None:
+    """
+    The letter of the choice that an answer to a closed question names: that which it begins with, see
+    [`~train.prompts.parse_choice`]; or A, where its words are those of the first choice after an A, as `"A liver"` or `"A (liver)"`.
+    """
+    letter = parse_choice(text)
+    if (
+        letter is None
+        and (choice := FIRST_CHOICE.search(reference.question))
+        and any(has_same_words(text, said) for said in (f"A {choice[1]}", f"A ({choice[1]})"))
+    ):
+        return "A"
+    return letter
 
 
 def is_read(reference: Reference, text: str) -> bool:
     """
-    Whether an answer is of a form that can be right: to a closed question, it begins with the letter of a choice; to a yes/no
-    question, it is yes or no, and no more. Any text is, to the others.
+    Whether an answer is of a form that can be right: to a closed question, it has a [`chosen_letter`]; to a yes/no question, it
+    is yes or no, and no more. Any text is, to the others.
     """
     if reference.task == "closed_vqa":
-        return parse_choice(text) is not None
+        return chosen_letter(reference, text) is not None
     if reference.task == "yes_no_vqa":
         return any(has_same_words(text, word) for word in ("yes", "no", reference.reference))
     return True
@@ -217,16 +248,39 @@ def most_frequent_answers(references: Sequence[Reference]) -> dict[str, tuple[st
 
 
 def types_of_one_case(references: Sequence[Reference]) -> set[int]:
-    """Types of question that only one case is asked, so that there is no answer of another case to guess with."""
-    cases_of: dict[int, set[str]] = {}
-    for reference in references:
-        cases_of.setdefault(reference.question_type, set()).add(reference.case)
-    return {question_type for question_type, cases in cases_of.items() if len(cases) == 1}
+    """
+    Types of question that only one case is asked, or a case and none with another volume, so that there is no answer of another
+    case to guess with.
+    """
+    return {references[places[0]].question_type for places, others in _cases_to_guess_with(references) if not others}
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """1 for each prediction that [`has_same_words`] as its reference, else 0."""
     return [float(has_same_words(text, reference)) for text, reference in zip(predictions, references)]
+
+
+def calibration_hits(references: Sequence[Reference], predictions: Sequence[str]) -> list[float]:
+    """
+    What the probability of an answer is held against, one for each: 1 if the whole answer is right, else 0. To a closed question
+    it is the letter, in any form that [`chosen_letter`] reads, and the text that follows it, if there is any, though the letter
+    alone is scored: the probability is that of both.
+
+    Args:
+        references (`Sequence[Reference]`):
+            Of one of `CALIBRATED_TASKS`.
+        predictions (`Sequence[str]`):
+            In the same order.
+    """
+    return [float(_is_right(reference, text)) for reference, text in zip(references, predictions)]
+
+
+def _is_right(reference: Reference, text: str) -> bool:
+    if reference.task != "closed_vqa":
+        return has_same_words(text, reference.reference)
+    said = text_after_choice(text)  # of "A liver" there is none: its letter was told by its words
+    is_said = not said or has_same_words(said, reference.reference.strip(MARKS))
+    return is_said and chosen_letter(reference, text) == reference.answer_choice
 
 
 def has_same_words(text: str, other: str) -> bool:
@@ -241,11 +295,14 @@ def _mean(values: Sequence[float]) -> float:
 
 __all__ = [
     "ALL_SAMPLES",
+    "CALIBRATED_TASKS",
     "MEAN_OF_TYPES",
     "SampleScores",
     "Score",
     "TextMetric",
     "answers_of_another_case",
+    "calibration_hits",
+    "chosen_letter",
     "exact_matches",
     "fields_for_json",
     "has_same_words",

@@ -95,19 +95,17 @@ def _numbered(labels: Iterable[Any]) -> np.ndarray:
     return np.array([names.setdefault(label, len(names)) for label in labels])
 
 
-def describe_answers(answers: Sequence[str], order: int = 4) -> dict[str, float]:
+def describe_answers(answers: Sequence[str]) -> dict[str, float]:
     """
     Signs of template collapse: a model that gives everybody the same answer can score well on similar references.
 
     Args:
         answers (`Sequence[str]`):
             What a model said.
-        order (`int`, *optional*, defaults to 4):
-            Words in a run, for the repetition.
 
     Returns:
         `dict` with `distinct_share`, different answers per answer; `most_common_share`, the share of the most frequent one;
-        `empty_share`; `mean_words`; and `repetition`, the share of runs of `order` words within an answer that it has said
+        `empty_share`; `mean_words`; and `repetition`, the share of runs of four words within an answer that it has said
         before, as the mean over answers.
 
     Raises:
@@ -122,11 +120,11 @@ def describe_answers(answers: Sequence[str], order: int = 4) -> dict[str, float]
         "most_common_share": counts.most_common(1)[0][1] / len(answers),
         "empty_share": counts[""] / len(answers),
         "mean_words": sum(map(len, words)) / len(answers),
-        "repetition": sum(_repetition(entry, order) for entry in words) / len(answers),
+        "repetition": sum(_repetition(entry) for entry in words) / len(answers),
     }
 
 
-def _repetition(words: list[str], order: int) -> float:
+def _repetition(words: list[str], order: int = 4) -> float:
     runs = [tuple(words[start : start + order]) for start in range(len(words) - order + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 

@@ -20,7 +20,7 @@ METRIC_TITLES = {
     **CARD_TITLES,
     "accuracy": "accuracy",
     "original_accuracy": "accuracy, original rule",
-    "exact": "same words",
+    "exact": "every word right",
     **{f"recall_at_{rank}": f"R@{rank}" for rank in RECALL_RANKS},
 }
 TITLES = {
@@ -118,14 +118,11 @@ def _form_of(task: str, scores: Sequence[Score | PublishedScore]) -> _Form:
         )
     types = [name for name in (*QUESTION_TYPES.values(), MEAN_OF_TYPES) if name in groups]
     if not types:  # reports, or questions without types: a column for each metric
-        columns = {METRIC_TITLES.get(metric, metric): (metric, ALL_SAMPLES) for metric in metrics}
+        columns = {metric_title(metric): (metric, ALL_SAMPLES) for metric in metrics}
         return _Form("", {"": columns})
     return _Form(
         "metric",
-        {
-            METRIC_TITLES.get(metric, metric): {group: (metric, group) for group in (*types, ALL_SAMPLES)}
-            for metric in metrics
-        },
+        {metric_title(metric): {group: (metric, group) for group in (*types, ALL_SAMPLES)} for metric in metrics},
     )
 
 
@@ -168,6 +165,11 @@ def _build_table(
     )
 
 
+def metric_title(metric: str) -> str:
+    """The name of a metric for readers, of tables, plots and reports alike."""
+    return METRIC_TITLES.get(metric, metric.replace("_", " "))
+
+
 def format_score(score: Score | None) -> str:
     """Such as "84.0 [76.0, 91.0]"; without an interval where there is none."""
     if score is None:
@@ -196,4 +198,4 @@ def write_tables(tables: Sequence[Table], scores: Sequence[Score], folder: Path)
     write_atomically(Table("all_scores", "", names, rows).to_csv().encode(), folder / "all_scores.csv")
 
 
-__all__ = ["Table", "build_tables", "escape_cell", "format_score", "percent", "write_tables"]
+__all__ = ["Table", "build_tables", "escape_cell", "format_score", "metric_title", "percent", "write_tables"]

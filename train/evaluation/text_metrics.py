@@ -1,5 +1,6 @@
 """
-The four text metrics of the paper, as `evaluate.Metric` modules that work offline and score every sample by itself.
+The text metrics of the paper (BLEU-1, ROUGE-1, METEOR and BERTScore) and ROUGE-L, as `evaluate.Metric` modules that score every
+sample by itself. They download no script; METEOR's data and BERTScore's encoder must be there.
 
 They equal the metric scripts that Hugging Face publishes for `evaluate`, which the original evaluation uses, except that an
 empty prediction scores 0 where those scripts fail. Each rests on a library: sacrebleu, rouge_score, nltk and bert_score.
@@ -28,6 +29,8 @@ from sacrebleu.metrics import BLEU
 
 # BERTScore's encoder in the original, and the layer that bert_score takes of it.
 DEFAULT_ENCODER, DEFAULT_LAYER = "roberta-large", 17
+# A tokenizer that was saved without `model_max_length` has 10 ** 30, which bert_score cannot cut texts to.
+MOST_TOKENS = 10**6
 NLTK_DATA = ("corpora/wordnet", "tokenizers/punkt_tab/english")
 NLTK_HINT = (
     "METEOR needs data of NLTK: run `python -m nltk.downloader wordnet punkt_tab` where there is a network, and point the "
@@ -193,13 +196,14 @@ class BertScore(SampleMetric):
         """The loaded encoder."""
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
+        from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
         if self.model is not None and self.num_layers is None and self.model not in model2layers:
             raise ValueError(
                 f"BERTScore does not know which layer of {self.model!r} to compare: pass `num_layers`, such as the number "
                 "of its layers."
             )
-        return BERTScorer(
+        scorer = BERTScorer(
             model_type=self.model,
             num_layers=self.num_layers,
             lang=None if self.model else "en",
@@ -209,6 +213,15 @@ class BertScore(SampleMetric):
             device=self.device,
             batch_size=self.batch_size,
         )
+        if isinstance(scorer._tokenizer, (GPT2Tokenizer, RobertaTokenizer)):
+            # bert_score asks for the blank before the first word with each text, where transformers 5 no longer minds it.
+            # Without it, the first token of every text is another one than in the original.
+            scorer._tokenizer = AutoTokenizer.from_pretrained(scorer.model_type, add_prefix_space=True)
+        if scorer._tokenizer.model_max_length > MOST_TOKENS:
+            positions = getattr(scorer._model.config, "max_position_embeddings", None) or 0
+            # Models of RoBERTa's kind count positions from 2.
+            scorer._tokenizer.model_max_length = positions - 2 if positions > 2 else 512
+        return scorer
 
 
 def encoder_note(model: str | None = None, num_layers: int | None = None) -> str | None:

@@ -13,8 +13,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ from ..answering import embed_texts
 from ..data.collate import stack_volumes
 from ..data.dataset import VolumeLoader
 from ..data.m3d import read_csv_rows
-from ..scoring import check_finite
+from ..scoring import check_finite, from_half_way_round
 from .scores import fields_for_json
 from .tables import escape_cell, percent
 
@@ -162,6 +160,8 @@ def read_prompts(path: str | Path) -> list[ClassPrompts]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such set of prompts.")
+    from omegaconf import OmegaConf  # what else is evaluated in one process does without it, and without scikit-learn
+
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML library has its own family of errors; whatever it is, the file is at fault
@@ -515,7 +515,7 @@ def _places_of_another_case(cases: Sequence[str]) -> np.ndarray:
     names = list(first)
     if len(names) < 2:
         raise ValueError(f"Zero-shot classification needs volumes of at least two cases, got {len(names)}.")
-    other = {name: first[names[(turn + len(names) // 2) % len(names)]] for turn, name in enumerate(names)}
+    other = {name: first[next(from_half_way_round(names, turn))] for turn, name in enumerate(names)}
     return np.array([other[case] for case in cases])
 
 
@@ -528,6 +528,8 @@ def _known(name: str, volumes: Sequence[LabelledVolume]) -> tuple[np.ndarray, np
 def _score_class(
     name: str, probabilities: np.ndarray, blind: np.ndarray, volumes: Sequence[LabelledVolume]
 ) -> ZeroShotScore:
+    from sklearn.metrics import roc_auc_score
+
     places, truth = _known(name, volumes)
     given = probabilities[places]
     num_positive, num_negative = int(truth.sum()), int((truth == 0).sum())
@@ -557,6 +559,8 @@ def _score_class(
 
 def _at_threshold(truth: np.ndarray, given: np.ndarray, threshold: float) -> tuple[float, float]:
     """F1, NaN without positives, and accuracy, NaN without labels."""
+    from sklearn.metrics import accuracy_score, f1_score
+
     said = (given >= threshold).astype(int)
     f1 = float(f1_score(truth, said, zero_division=0)) if truth.any() else math.nan
     return f1, float(accuracy_score(truth, said)) if len(truth) else math.nan
@@ -599,6 +603,10 @@ def auroc_interval(
     """
     Percentile interval (95 %) of the AUROC, by resampling whole cases with replacement.
 
+    An AUROC of exactly 0 or 1 is the same in each draw, however few cases there are. The interval's other end is then the exact
+    bound of as many hits in a row as the rarer label has cases (Clopper and Pearson 1934), as in
+    [`~train.evaluation.statistics.bootstrap_interval`].
+
     Args:
         truth (`Sequence[int]`):
             1 or 0 for each volume.
@@ -617,6 +625,10 @@ def auroc_interval(
     rows = np.array([names.setdefault(name, len(names)) for name in clusters])
     if len(names) < 2:
         return math.nan, math.nan
+    with_1, with_0 = (given[truth == label] for label in (1, 0))
+    if len(with_1) and len(with_0) and (with_1.min() > with_0.max() or with_1.max() < with_0.min()):
+        bound = 0.025 ** (1 / min(len(np.unique(rows[truth == label])) for label in (1, 0)))
+        return (bound, 1.0) if with_1.min() > with_0.max() else (0.0, 1 - bound)
     order = np.argsort(given, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(given[order]) != 0))  # of equal values
     generator = np.random.default_rng(0)

@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from ..data.layout import CAP_INDEX, CHOICE_LETTERS, VQA_COLUMNS, VQA_SPLITS, vqa_file
+from ..data.layout import CAP_INDEX, CHOICE_LETTERS, PHANTOM_SETTINGS, VQA_COLUMNS, VQA_SPLITS, vqa_file
 from ..files import write_atomically, write_json_lines
 from ..processes import count_usable_cores, worker_pool
 from .anatomy import (
@@ -35,7 +35,6 @@ from .anatomy import (
 )
 
 
-SETTINGS_FILE = "phantom.json"
 TRUTH_FILE = "phantoms.jsonl"
 LABELS_FILE = "labels.csv"
 # Counts up when the same settings would give other files.
@@ -239,7 +238,7 @@ def claim_destination(destination: Path, settings: dict[str, Any]) -> None:
     Raises:
         FileExistsError: the folder holds something else, or a study with other settings.
     """
-    path = destination / SETTINGS_FILE
+    path = destination / PHANTOM_SETTINGS
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         names = sorted(settings.keys() | found.keys())

@@ -101,6 +101,17 @@ def test_folders_of_slices_are_cached_too(tmp_path, caplog):
     assert not torch.equal(cache.load(folder), first)
 
 
+def test_a_link_that_leads_nowhere_is_one_damaged_slice(tmp_path):
+    folder = write_stack(tmp_path / "series")
+    (tmp_path / "series/99.png").symlink_to(tmp_path / "nowhere")
+    cache = VolumeCache(tmp_path / "cache", image_processor())
+    with pytest.raises(ValueError, match="1 slices are damaged, beside 6 .*99.png: the picture cannot be read"):
+        cache.load(folder)
+    (tmp_path / "scan.nii.gz").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no such scan"):
+        cache.load(str(tmp_path / "scan.nii.gz"))
+
+
 def test_one_slice_replaced_by_another_of_the_same_size_is_noticed(tmp_path):
     folder = write_stack(tmp_path / "series")
     cache = VolumeCache(tmp_path / "cache", image_processor())

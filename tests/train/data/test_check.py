@@ -1,6 +1,7 @@
 """The integrity check: every kind of problem is found, named with its place, and nothing else."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import m3d_layout as layout
 import nibabel
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
 from med3dvlm import Med3DVLMImageProcessor
 from med3dvlm.train.data import check as check_module
 from med3dvlm.train.data.check import check_study, format_check_report
+from med3dvlm.train.data.preparation_record import MADE_BY
+from med3dvlm.train.data.prepare import encode_prepared_volume
 
 
 IMAGE_SIZE = tuple(reversed(layout.SHAPE))  # (depth, height, width)
@@ -82,6 +86,53 @@ def test_scans_are_found_by_their_ending_in_capitals_too(tmp_path):
     (tmp_path / "b.nii.gz").rename(tmp_path / "B.NII.GZ")
     report = check(tmp_path)
     assert report.num_volumes == 2 and report.is_ok
+
+
+def test_a_single_scan_is_checked_and_another_file_is_named_once(tmp_path):
+    layout.write_volume(tmp_path / "a.nii.gz")
+    report = check(tmp_path / "a.nii.gz")
+    assert (report.layout, report.num_volumes, report.problems) == ("volumes", 1, [])
+    (tmp_path / "a.txt").touch()
+    (problem,) = check(tmp_path / "a.txt").problems
+    assert problem.reason == "expected a manifest that ends in .csv or .jsonl, got '.txt'."
+
+
+def test_a_name_that_is_not_utf8_can_be_printed(tmp_path):
+    (tmp_path / os.fsdecode(b"M\xfcller.nii.gz")).write_bytes(b"no")
+    text = format_check_report(check(tmp_path))
+    assert "M\\udcfcller.nii.gz: not a NIfTI file" in text and text.encode()
+
+
+def write_manifest(folder):
+    names = sorted(path.name for path in folder.glob("*.nii.gz"))
+    lines = [f"{name},Finding {name[0]}.,train" for name in names]
+    (folder / "manifest.csv").write_text("\n".join(["image,report,split", *lines]))
+
+
+def test_headers_alone_make_no_prepared_volumes_of_scans(tmp_path):
+    for number in range(3):
+        layout.write_volume(tmp_path / f"{number}.nii.gz", array=random_array(seed=number) * 900)
+    layout.write_volume(tmp_path / "3.nii.gz", array=(random_array(seed=3, shape=(7, 6, 5)) * 900).astype(np.int16))
+    scan = nibabel.load(tmp_path / "0.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.asarray(scan.dataobj), None), tmp_path / "0.nii.gz")
+    for _ in range(2):  # a folder, and then a manifest
+        reports = [check(tmp_path, fast=fast) for fast in (False, True)]
+        assert [report.volumes for report in reports] == ["scans"] * 2
+        assert all(report.is_ok and kinds(report, "warning").count("unknown_orientation") == 1 for report in reports)
+        write_manifest(tmp_path)
+
+
+def test_headers_alone_tell_prepared_volumes_by_their_record(tmp_path):
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])[:, [2, 1, 0, 3]]
+    for number in range(3):
+        values = torch.rand(4, 6, 5 + number // 2, generator=torch.Generator().manual_seed(number))
+        content = encode_prepared_volume(values, affine, True, True, {"made_by": MADE_BY})
+        (tmp_path / f"{number}.nii.gz").write_bytes(content)
+    for _ in range(2):
+        for fast in (False, True):
+            report = check(tmp_path, fast=fast)
+            assert report.volumes == "prepared" and kinds(report) == ["wrong_shape"]
+        write_manifest(tmp_path)
 
 
 def test_scaled_scans_are_judged_by_their_values_and_kept_as_stored(tmp_path, monkeypatch):
@@ -367,6 +418,19 @@ def test_damaged_slices_are_an_error_and_other_files_a_warning(fast, tmp_path):
     assert "1 files are not among the slices (x.db: not a .png" in report.problems[2].reason
 
 
+def test_slices_that_are_missing_are_a_warning_and_misnamed_ones_an_error(tmp_path):
+    write_slices(tmp_path / "gap", "1.png", "2.png", "4.png")
+    write_slices(tmp_path / "mixed", "1.png", "2.PNG", "3.png")
+    (tmp_path / "manifest.csv").write_text("image,report\ngap,A cyst.\nmixed,A stone.")
+    report = check(tmp_path)
+    assert [(p.severity, p.kind, p.row) for p in report.problems] == [
+        ("error", "damaged_slices", 3),
+        ("warning", "missing_slice_numbers", 2),
+    ]
+    assert "2.PNG: its ending is not in small letters: rename to .png" in report.problems[0].reason
+    assert "1 numbers between the first slice and the last are missing (3)" in report.problems[1].reason
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_folders_of_slices_may_differ_in_number_and_size(fast, tmp_path):
     lines = ["image,report"]
@@ -405,6 +469,7 @@ def test_report_is_written_and_told(root):
     report = check(root, report_path=path)
     content = json.loads(path.read_text())
     assert content["counts"] == {"error": {"missing_volume": 1}, "warning": {}, "info": {}}
+    assert list(content)[-2:] == ["counts", "problems"]
     assert content["problems"][0]["row"] == '"train"[0]'
     assert [file.name for file in path.parent.iterdir()] == ["check.json"]
     text = format_check_report(report)

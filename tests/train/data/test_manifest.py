@@ -168,6 +168,14 @@ def test_other_separators_than_commas_are_told_of_before_any_row(folder, header,
     assert problem.kind == "invalid_file" and problem.severity == "error" and separator in problem.reason
 
 
+def test_blanks_after_commas_and_empty_rows_of_spreadsheets_do_not_matter(folder):
+    path = folder / "manifest.csv"
+    lines = ["image, report, split", 'scans/a.nii.gz, "abc", train', 'scans/b.nii.gz, "abc, def", train', ",,", " ,,,"]
+    path.write_text("\n".join(lines) + "\n")
+    dataset = read_manifest(path, "train")
+    assert dataset["answer"][:] == ["abc", "abc, def"]
+
+
 def test_columns_are_checked_before_any_row(folder):
     path = folder / "manifest.csv"
     for content, message in (("image,raport\na,b,c\n", "Did you mean 'report'"), ("report\n", "no column 'image'")):
@@ -200,7 +208,7 @@ def test_line_breaks_of_other_systems_are_not_learnt(folder, line_break):
         ({"choices": "liver|b|liver|d"}, "the text of one choice, got one that is the text of 2"),
         ({"choices": "a|liver|c|d", "answer_choice": "A"}, "'answer' is not the text of the choice A"),
         ({"choices": "liver|b|c|d", "answer_choice": SECRET}, "A to D, got something else"),
-        ({"choices": "[liver"}, "'choices' begins like a JSON list and is none"),
+        ({"choices": "[liver"}, "'choices' starts like a JSON list but is not valid JSON"),
         ({"choices": "[1, 2, 3, 4]"}, "expected a list of texts as 'choices'"),
         ({"question_type": SECRET}, "expected a question type out of 1 plane, .*, got something else"),
         ({"split": SECRET}, "expected a split out of train, validation, test, val or none"),

@@ -168,7 +168,7 @@ def test_everything_left_out_is_listed(original):
     assert reasons(report, "file") == {f"{series}/notes.db": "not a .png or .jpeg file"}
     content = json.loads((folder / "M3D_Cap_npy/preparation_report.json").read_text())
     assert content["num_dropped"] == {"case": 2, "series": 1, "sample": 0, "slice": 4, "file": 1}
-    assert content["is_ok"] is False
+    assert content["is_ok"] is False and list(content)[-2:] == ["num_dropped", "dropped"]
     with (folder / "M3D_Cap_npy/preparation_report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == content["dropped"] and len(rows) == 8
@@ -232,16 +232,24 @@ def test_a_prepared_scan_is_read_back_to_the_bit(code, tmp_path):
         assert nibabel.load(tmp_path / "out/1" / name).header["sform_code"] == 2 - code
 
 
-def test_a_prepared_volume_is_not_prepared_once_more(tmp_path):
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "SCAN.NII.GZ"])
+def test_a_prepared_volume_is_not_prepared_once_more(name, tmp_path):
     write_report(tmp_path / "in/1")
     write_scan(tmp_path / "in/1/scan.nii.gz")
     prepare_here(tmp_path / "in", tmp_path / "out")
-    path = str(tmp_path / "out/1/scan.nii.gz")
+    content = (tmp_path / "out/1/scan.nii.gz").read_bytes()
+    (tmp_path / "out/1/scan.nii.gz").unlink()
+    path = str(tmp_path / "out/1" / name)
+    Path(path).write_bytes(gzip.decompress(content) if name == "scan.nii" else content)
     processor = Med3DVLMImageProcessor(image_size=list(IMAGE_SIZE))
     for loader in (ProcessedVolumes(processor), VolumeCache(tmp_path / "cache", processor)):
         with pytest.raises(ValueError, match="data.volumes=prepared in a recipe, --prepared in an evaluation"):
             loader.load(path)
     assert ProcessedVolumes(processor, PREPARED).load(path).shape == IMAGE_SIZE
+    report = prepare_here(tmp_path / "out", tmp_path / "twice")
+    assert not report.is_ok and report.num_volumes == 0
+    (reason,) = reasons(report, "series").values()
+    assert "cropped and scaled already, and must not be once more: prepare from the scans" in reason
 
 
 def write_nifti_2(path):
@@ -429,6 +437,78 @@ def test_a_later_call_keeps_the_splits_of_the_first(tmp_path):
     assert prepare_here(source, tmp_path / "drawn").num_made == 0
 
 
+def test_another_source_does_not_replace_what_was_made_of_the_first(tmp_path):
+    """Whether they have a case of one name, or none."""
+    first, out = write_cases(tmp_path / "first", 2), tmp_path / "out"
+    prepare_here(first, out)
+    before = {name: (out / name).read_bytes() for name in all_files(out)}
+    for name, count in (("colliding", 1), ("disjoint", 1)):
+        write_cases(tmp_path / name, count)
+        write_series(tmp_path / name / "000001/Axial", seed=50)
+    (tmp_path / "disjoint/000001").rename(tmp_path / "disjoint/000009")
+    for name, cases in (("colliding", "1 cases that are not in .*000002"), ("disjoint", "2 cases .*000001, 000002")):
+        with pytest.raises(FileExistsError, match=f"it names {cases}.* an earlier call made it of {first}, .*both"):
+            prepare_here(tmp_path / name, out)
+        assert {name: (out / name).read_bytes() for name in all_files(out)} == before
+    first.rename(tmp_path / "moved")
+    moved = prepare_here(tmp_path / "moved", out)
+    assert moved.is_ok and moved.num_made == 0 and moved.warnings == []
+    write_cases(tmp_path / "other", 2)
+    warnings = prepare_here(tmp_path / "other", out).warnings
+    assert warnings == [
+        "2 volumes were replaced because their source changed (000001/Axial.nii.gz, 000002/Axial.nii.gz)"
+    ]
+
+
+def test_volumes_that_leave_the_index_are_told_of(tmp_path):
+    source = write_cases(tmp_path / "source", 3)
+    prepare_here(source, tmp_path / "M3D_Cap_npy")
+    shutil.rmtree(source / "000002")
+    report = prepare_here(source, tmp_path / "M3D_Cap_npy")
+    assert report.is_ok and report.warnings == [
+        "1 volumes of the former index left it (M3D_Cap_npy/000002/Axial.nii.gz): see whether the source is complete"
+    ]
+    assert report.warnings[0] in format_preparation_report(report)
+    assert prepare_here(source, tmp_path / "M3D_Cap_npy").warnings == []
+
+
+def test_names_that_are_not_utf8_are_listed_and_the_others_prepared(tmp_path):
+    source = write_cases(tmp_path / "source", 4)
+    bad = os.fsdecode(b"M\xfcller")
+    (source / f"000001/Axial/{bad}.doc").touch()
+    (source / "000002").rename(source / bad)
+    (source / "000003/text.txt").rename(source / f"000003/{bad}.txt")
+    write_series(source / f"000004/{bad}", seed=9)
+    report = prepare_here(source, tmp_path / "out")
+    assert reasons(report) == {
+        bad: "its name is not UTF-8: rename it",
+        "000003": f"the report {bad}.txt: its name is not UTF-8: rename it",
+        f"000004/{bad}": "its name is not UTF-8: rename it",
+        f"000001/Axial/{bad}.doc": "not a .png or .jpeg file",
+    }
+    index = json.loads(Path(report.index).read_text())
+    assert {entry["image"].split("/")[0] for entries in index.values() for entry in entries} == {"000001", "000004"}
+    text = format_preparation_report(report)
+    assert "  M\\udcfcller: its name is not UTF-8" in text and text.encode()
+    assert bad in [
+        row["case"] for row in json.loads((tmp_path / "out/preparation_report.json").read_text())["dropped"]
+    ]
+    assert "case,M\\udcfcller,,,its name" in (tmp_path / "out/preparation_report.csv").read_text()
+
+
+def test_an_index_that_names_none_of_the_cases_is_refused_before_work(tmp_path, caplog):
+    source = write_cases(tmp_path / "source/ct_case", 2)
+    index = write_index(tmp_path / "index.json", train=["ct_case/000001"])
+    message = "names none of the 2 cases in .*: it has ct_case/000001, the source 000001. Name the source folder"
+    with pytest.raises(ValueError, match=message):
+        prepare_here(source, tmp_path / "out", splits=index)
+    with pytest.raises(ValueError, match="names none of the 2 cases in .*: it is empty"):
+        prepare_here(source, tmp_path / "out", splits=write_index(tmp_path / "empty.json"))
+    assert not (tmp_path / "out").exists()
+    prepare_here(source.parent, tmp_path / "out", splits=index)
+    assert "1 of the 2 cases" in caplog.text and "will be in no split: ct_case/000002" in caplog.text
+
+
 def test_splits_that_an_earlier_version_drew_are_not_drawn_anew(tmp_path):
     source, destination = write_cases(tmp_path / "source", 3), tmp_path / "M3D_Cap_npy"
     report = prepare_here(source, destination)
@@ -593,6 +673,26 @@ def test_damaged_slices_stand_apart_from_cases_that_were_left_out(tmp_path, caps
     assert "with_failures=2" in capsys.readouterr().err
 
 
+def test_slices_with_other_endings_are_a_failure_and_missing_numbers_a_warning(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    folder = source / "000001/Axial"
+    (folder / "2.png").rename(folder / "2.PNG")
+    (folder / "4.png").rename(folder / "6.JPG")
+    for _ in range(2):
+        report = prepare_here(source, tmp_path / "out")
+        assert not report.is_ok and report.num_volumes == 1
+        assert reasons(report, "slice") == {
+            "000001/Axial/2.PNG": "its ending is not in small letters: rename to .png, in small letters",
+            "000001/Axial/6.JPG": f"not a .png or .jpeg file: {slices.JPG_REMEDY}",
+        }
+        text = format_preparation_report(report)
+        assert "misnamed slices: rename these, or delete them (1):\n  000001/Axial/2.PNG: its" in text
+        assert report.warnings == [
+            "000001/Axial: 2 numbers between the first slice and the last are missing (4 to 5): see whether all slices were "
+            "copied"
+        ]
+
+
 def test_two_slices_of_one_number_are_a_warning(tmp_path):
     source = write_cases(tmp_path / "source", 1)
     shutil.copy(source / "000001/Axial/1.png", source / "000001/Axial/01.jpeg")
@@ -714,7 +814,7 @@ def test_after_a_kill_the_same_call_goes_on(tmp_path):
     for path in done:
         assert read_back(path).shape == IMAGE_SIZE
     (output / "000030").mkdir(exist_ok=True)
-    (output / "000030/.Axial.nii.gz.0.tmp").write_bytes(b"half")  # as a kill within a write leaves it
+    (output / f"000030/.Axial.nii.gz.{'0f' * 16}.tmp").write_bytes(b"half")  # as a kill within a write leaves it
     report = prepare_here(source, output)
     assert report.is_ok and report.num_volumes == 30 and report.num_made == 30 - len(done)
     prepare_here(source, tmp_path / "at_once")
@@ -741,6 +841,18 @@ def test_two_calls_do_not_work_on_one_folder(tmp_path):
     ):
         prepare_here(source, tmp_path / "out")
     assert prepare_here(source, tmp_path / "out").is_ok
+
+
+def test_of_hidden_files_those_of_a_killed_call_alone_are_deleted(tmp_path):
+    source, out = write_cases(tmp_path / "source", 1), tmp_path / "out"
+    (out / "000001/.dir.tmp").mkdir(parents=True)
+    (out / f".{'0f' * 16}.tmp").mkdir()
+    (out / ".important.tmp").write_text("mine")
+    leftover = out / f"000001/.Axial.nii.gz.{'0f' * 16}.tmp"
+    leftover.write_bytes(b"half")
+    assert prepare_here(source, out).is_ok
+    assert (out / ".important.tmp").read_text() == "mine" and (out / "000001/.dir.tmp").is_dir()
+    assert not leftover.exists()
 
 
 def test_cases_may_lie_deeper(tmp_path):

@@ -60,9 +60,8 @@ def test_a_resumed_run_leaves_out_the_same_volumes_and_another_start_reads_again
     find_broken(SomeBroken(images[1]), images, listing, tmp_path)
     moved = [str(tmp_path / "elsewhere" / name) for name in ("a", "b")]
     later = SomeBroken(moved[0])
-    assert (
-        find_broken(later, moved, listing, tmp_path / "elsewhere", is_resumed=True) == [moved[1]] and not later.loaded
-    )
+    kept = find_broken(later, moved, listing, tmp_path / "elsewhere", reuse_listing=True)
+    assert kept == [moved[1]] and not later.loaded
     assert find_broken(later, moved, listing, tmp_path / "elsewhere") == [moved[0]]
     assert find_broken(SomeBroken(), images, listing, tmp_path) == [] and not listing.read_text()
 

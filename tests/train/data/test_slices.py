@@ -138,9 +138,16 @@ def of_16_bits_a_channel(channels, colour_type):
         ),
         ("three.png", lambda path: write_slice(path), "no whole number"),
         ("3.5.png", lambda path: write_slice(path), "no whole number"),
+        *(
+            (f"{name}.png", lambda path: write_slice(path), "no whole number")
+            for name in ("2_1", "+1", "-1", "\u0663")
+        ),
         ("._3.png", lambda path: path.write_bytes(b"x"), "no whole number"),
         ("3.png", lambda path: write_slice(path, (7, 5)), "7 x 5 pixels, most slices have 5 x 7"),
-        ("3.PNG", lambda path: write_slice(path), "not a .png or .jpeg file"),
+        ("3.PNG", lambda path: write_slice(path), "rename to .png, in small letters"),
+        ("3.Jpeg", lambda path: write_slice(path), "rename to .jpeg, in small letters"),
+        ("3.JPG", lambda path: write_slice(path), "not a .png or .jpeg file: rename to .jpeg, or prepare with"),
+        ("three.PNG", lambda path: write_slice(path), "not a .png or .jpeg file"),
     ],
 )
 def test_whatever_is_no_slice_is_listed_with_the_reason(name, write, reason, tmp_path):
@@ -153,7 +160,53 @@ def test_whatever_is_no_slice_is_listed_with_the_reason(name, write, reason, tmp
     assert dropped_name == name
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(text)
-    assert bool(damaged_slices(dropped)) == ("cannot be read" in reason)
+    assert bool(damaged_slices(dropped)) == ("cannot be read" in reason or "in small letters" in reason)
+
+
+def test_a_stack_that_lacks_slices_for_their_endings_is_refused(tmp_path):
+    for name in ("1.png", "2.PNG", "3.png", "6.JPG"):
+        write_slice(tmp_path / name.lower().replace("jpg", "jpeg")).rename(tmp_path / name)
+    message = "1 slices are damaged or misnamed, beside 2 that can be read .2.PNG: .* rename to .png, in small letters"
+    with pytest.raises(InvalidVolumeError, match=f"{message}.. Mend them; to do without them, delete them."):
+        open_scan(str(tmp_path))
+    _, dropped = read_slices(tmp_path, accept_jpg=True)
+    assert [name for name, _ in damaged_slices(dropped)] == ["2.PNG", "6.JPG"]
+
+
+@pytest.mark.parametrize(
+    "numbers, told",
+    [
+        ((1, 2, 4), "1 numbers between the first slice and the last are missing (3)"),
+        ((0, 2, 3, 40), "37 numbers between the first slice and the last are missing (1, 4 to 39)"),
+        ((1, 2, 3, 4), ""),
+        ((0, 1, 2), ""),
+        ((5, 10, 15), ""),
+        ((1, 2, 3, 10**15), f"{10**15 - 4} numbers"),
+    ],
+)
+def test_numbers_that_are_missing_are_told_of(numbers, told, tmp_path, caplog):
+    for number in numbers:
+        write_slice(tmp_path / f"{number}.png")
+    assert len(open_scan(str(tmp_path))[0].data) == len(numbers)
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+def test_a_slice_that_is_there_but_not_in_the_stack_is_no_gap(tmp_path, caplog):
+    for number, shape in ((1, (5, 7)), (2, (5, 7)), (3, (7, 5)), (4, (5, 7))):
+        write_slice(tmp_path / f"{number}.png", shape)
+    assert open_scan(str(tmp_path))[0].shape == (3, 5, 7)
+    assert "missing" not in caplog.text
+
+
+def test_what_a_mac_leaves_in_archives_is_no_case(tmp_path):
+    write_text(tmp_path / "1/text.txt")
+    write_slice(tmp_path / "1/Axial/1.png")
+    for name in ("__MACOSX/1/Axial/._1.png", "1/__MACOSX/Axial/._1.png", "1/Sagittal/._1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert find_cases(tmp_path) == ["1"]
+    assert [path.name for path in find_series(tmp_path / "1")] == ["Axial"]
+    assert not is_slice_folder(tmp_path / "1/Sagittal")
 
 
 def test_a_picture_too_large_for_pillow_is_listed(tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
 """A study of phantoms and two untrained models, small enough for seconds."""
 
+import json
 import shutil
 
+import nibabel
 import pytest
 from tiny import build_tiny_model
 
 from med3dvlm import DCFormerSiglipConfig, DCFormerSiglipModel, Med3DVLMImageProcessor, Med3DVLMProcessor
 from med3dvlm.hub_cards.publish import publish
 from med3dvlm.train.data.manifest import write_example_manifest
-from med3dvlm.train.models import train_word_piece_tokenizer
+from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
 from med3dvlm.train.phantoms.study import write_study
+from med3dvlm.train.tokenizers import train_word_piece_tokenizer
 
 
 IMAGE_SIZE = (32, 64, 96)
@@ -38,6 +41,18 @@ def with_broken_scans(tmp_path):
     manifest.write_text(text)
     for number in (2, 4):
         (manifest.parent / f"scan_{number}.nii.gz").write_bytes(b"no volume")
+    return manifest
+
+
+@pytest.fixture
+def with_prepared_scans(tmp_path):
+    """A manifest whose scans say that they were prepared."""
+    manifest = write_example_manifest(tmp_path / "example")
+    for scan in manifest.parent.glob("*.nii.gz"):
+        image = nibabel.load(scan)
+        record = nibabel.nifti1.Nifti1Extension(COMMENT, json.dumps({"made_by": MADE_BY}).encode())
+        image.header.extensions.append(record)
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(), image.affine, image.header), scan)
     return manifest
 
 

@@ -12,12 +12,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from med3dvlm.train import evaluation
 from med3dvlm.train.cli import app
 from med3dvlm.train.data.manifest import write_example_manifest
-from med3dvlm.train.evaluation import commands, one_process
-from med3dvlm.train.evaluation import settings as settings_module
+from med3dvlm.train.evaluation import commands, loading, one_process
 from med3dvlm.train.evaluation.folders import LOCK
 from med3dvlm.train.evaluation.presentation import is_m3d
+from med3dvlm.train.evaluation.settings import TEXT_METRICS
 from med3dvlm.train.files import only_one_at
 from med3dvlm.train.phantoms.study import write_labels
 
@@ -27,8 +28,18 @@ def run(*arguments):
 
 
 def test_all_makes_three_folders_with_tables_plots_and_reports(study, vlm, dual_encoder, tmp_path):
-    arguments = ["all", "-m", vlm, "--dual-encoder", dual_encoder, "-d", study, "-o", tmp_path / "out", "--cases", "3"]
-    arguments += ["--max-new-tokens", "4", "--metrics", "bleu_1", "--cache", tmp_path / "cache", "--json"]
+    arguments = ["all", "-m", vlm, "--dual-encoder", dual_encoder, "-d", study, "--output", tmp_path / "out"]
+    arguments += [
+        "--cases",
+        "3",
+        "--max-new-tokens",
+        "4",
+        "--metrics",
+        "bleu_1",
+        "--cache",
+        tmp_path / "cache",
+        "--json",
+    ]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     parts = json.loads(result.stdout)
@@ -210,6 +221,8 @@ def test_the_encoder_of_bertscore_can_be_chosen(study, tmp_path, monkeypatch):
     asked = []
 
     class Scorer:
+        _tokenizer = SimpleNamespace(model_max_length=512)
+
         def __init__(self, **settings):
             asked.append((settings["model_type"], settings["num_layers"]))
 
@@ -266,7 +279,7 @@ def test_results_go_into_the_card(study, vlm, tmp_path):
     options = ["-m", model, "-d", study, "--cases", "2", "--max-new-tokens", "2"]
     assert run("vqa", *options, "-o", tmp_path / "vqa", "--tasks", "closed_vqa").exit_code == 0
     assert run("report", *options, "-o", tmp_path / "report", "--metrics", "bleu_1").exit_code == 0
-    result = run("card", model, tmp_path / "vqa", tmp_path / "report", "--dataset", "Drawn phantoms")
+    result = run("card", model, tmp_path / "vqa", tmp_path / "report", "--dataset-name", "Drawn phantoms")
     assert result.exit_code == 0, result.output
     results = ModelCard.load(model / "README.md").data.eval_results
     assert {entry.dataset_type for entry in results} == {"Drawn-phantoms"}
@@ -277,6 +290,12 @@ def test_results_go_into_the_card(study, vlm, tmp_path):
     text = (model / "README.md").read_text()
     assert "| Accuracy | all |" in text and "| BLEU-1 | all |" in text
     assert text.count("**Only the first 2 cases of the split 'test' were scored.**") == 2
+    result = run("card", model, tmp_path / "vqa", "--dataset-name", "Drawn phantoms", "--dataset", "org/phantoms")
+    assert result.exit_code == 0, result.output
+    results = ModelCard.load(model / "README.md").data.eval_results
+    assert {(entry.dataset_name, entry.dataset_type) for entry in results} >= {("Drawn phantoms", "org/phantoms")}
+    old = run("card", model, tmp_path / "vqa", "--dataset-id", "org/phantoms")
+    assert old.exit_code == 2 and "No such option" in old.stderr and "--dataset-name" in old.stderr
     missing = run("card", model, tmp_path / "nowhere")
     assert missing.exit_code == 2 and "there are no scores" in missing.stderr
 
@@ -425,12 +444,15 @@ def test_a_mistyped_rule_is_known_before_the_folder_is_begun(study, dual_encoder
     assert "got 'softmax'" in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_what_is_not_dealt_out_refuses_several_processes(study, dual_encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(settings_module, "start_processes", lambda work: SimpleNamespace(num_processes=2))
+def test_what_cannot_be_split_refuses_several_processes(study, dual_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "start_processes", lambda work: SimpleNamespace(num_processes=2))
     labels = study / "labels.csv"
     for arguments in (["zero-shot", "--labels", labels], ["dependence", "-d", study]):
         result = run(*arguments, "-m", dual_encoder, "-o", tmp_path / "out")
-        assert result.exit_code == 2 and "Expected one process, got 2" in result.stderr, result.output
+        assert (
+            result.exit_code == 2
+            and "Expected one process, got 2: this evaluation cannot be split between processes" in result.stderr
+        ), result.output
         assert "without torchrun or accelerate" in result.stderr and not (tmp_path / "out").exists()
 
 
@@ -443,6 +465,19 @@ def test_dependence_compares_the_texts_of_reports(study, vlm, tmp_path):
     assert content["settings"]["max_new_tokens"] == 3
     result = run(*arguments, "--tasks", "report", "--seed", "1")
     assert result.exit_code == 2 and "other settings (seed)" in result.stderr
+
+
+def test_dependence_needs_no_package_of_zero_shot_alone(study, dual_encoder, tmp_path, monkeypatch):
+    for name in ("omegaconf", "sklearn", "sklearn.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("one_process", "zero_shot"):
+        monkeypatch.delitem(sys.modules, f"{evaluation.__name__}.{name}")
+        monkeypatch.setattr(evaluation, name, None, raising=False)  # put back with the module
+    arguments = ["-m", dual_encoder, "-o", tmp_path / "out"]
+    result = run("dependence", *arguments, "-d", study, "--cases", "2")
+    assert result.exit_code == 0, result.output
+    result = run("zero-shot", *arguments, "--labels", study / "labels.csv")
+    assert result.exit_code == 2 and "Missing packages: omegaconf" in result.stderr, result.output
 
 
 def test_labels_of_ones_own_need_prompts_of_ones_own(dual_encoder, tmp_path):
@@ -510,3 +545,38 @@ def test_mistyped_metrics_are_known_before_processes_are_started(study, vlm, tmp
     monkeypatch.setattr(commands, "start_processes_if_needed", lambda *_: pytest.fail("started"))
     result = run(*arguments, vlm, "-d", study, "-o", tmp_path / "out", "--metrics", "bleu_1,,meteor")
     assert result.exit_code == 2 and "'bleu_1,,meteor': one is empty" in result.stderr, result.output
+
+
+def options_of(name):
+    """The options of a command of `evaluate`, by their names in Python."""
+    return {option.name: option for option in typer.main.get_command(app).commands["evaluate"].commands[name].params}
+
+
+def test_options_say_what_they_are_of():
+    for name, lengths, batches in (
+        ("zero-shot", "Most tokens of a prompt.", "Volumes, or prompts, at a time."),
+        ("dependence", "Most tokens of a report, for a dual encoder.", "Questions, or pairs, at a time."),
+        ("retrieval", "Tokens of a report in retrieval.", "Questions, or pairs, at a time."),
+    ):
+        options = options_of(name)
+        assert (options["max_text_length"].help, options["batch_size"].help) == (lengths, batches)
+        assert options["out"].opts == ["--output", "--out", "-o"]
+    for name in ("report", "vqa", "all"):
+        assert options_of(name)["metrics"].default == ",".join(TEXT_METRICS)
+
+
+@pytest.mark.parametrize("command", [["card", "model", "evaluation"], ["references", "out.jsonl", "-d", "study"]])
+def test_missing_packages_are_named_with_what_installs_them(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = run(*command)
+    assert result.exit_code == 2 and "accelerate" in result.stderr and "pip install" in result.stderr, result.output
+
+
+def test_references_are_written_without_the_packages_of_metrics(study, tmp_path, monkeypatch):
+    for name in ("bert_score", "evaluate", "nltk", "rouge_score", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    command = ["-d", study, "--tasks", "closed_vqa"]
+    result = run("references", tmp_path / "references.jsonl", *command)
+    assert result.exit_code == 0 and result.stdout.endswith("30 lines\n"), result.output
+    result = run("vqa", *command, "-o", tmp_path / "out", "--predictions", "p")
+    assert result.exit_code == 2 and "bert_score" in result.stderr, result.output

@@ -132,7 +132,12 @@ def test_right_and_wrong_answers_are_marked_and_degrees_are_not(tmp_path):
     assert page.count("<strong>right</strong>") == page.count("<strong>wrong</strong>") == 1
     assert "<strong>right</strong>" in write(tmp_path, report_task(1.0))
     page = write(tmp_path, report_task(0.0))
-    assert "<strong>right" not in page and "<strong>wrong" not in page and "rouge 1: 40.00 %" in page
+    assert (
+        "<strong>right" not in page
+        and "<strong>wrong" not in page
+        and "ROUGE-1: 40.00 %" in page
+        and "every word right: " in page
+    )
 
 
 def test_slices_are_in_radiological_display():

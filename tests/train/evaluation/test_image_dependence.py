@@ -10,7 +10,6 @@ from tiny import IMAGE_SIZE, build_tiny_model, tiny_siglip
 
 from med3dvlm.train.answering import Answer, answer_samples, embed_samples
 from med3dvlm.train.data.samples import SAMPLE_FEATURES
-from med3dvlm.train.demo import build_tiny_tokenizer
 from med3dvlm.train.evaluation import image_dependence
 from med3dvlm.train.evaluation.image_dependence import (
     ANSWERS_CHANGED,
@@ -25,6 +24,7 @@ from med3dvlm.train.evaluation.image_dependence import (
     format_dependence,
 )
 from med3dvlm.train.scoring import retrieval_recall, with_volume_of_another_case
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 class Noise:
@@ -93,9 +93,8 @@ def test_without_known_directions_nothing_can_be_said_of_mirroring():
     assert find(compare_answers(samples, left, changed), "mirrored", SIDES_CHANGED).holds is True
     row = find(compare_answers(samples, left, changed, orientation="none"), "mirrored", SIDES_CHANGED)
     assert row.holds is None and row.changed == 1
-    assert (
-        "cannot be said (100% of 4 change; which axis runs between right and left is not known"
-        in format_dependence([row])
+    assert "cannot be said (100% of 4 do; which axis runs between right and left is not known" in format_dependence(
+        [row]
     )
 
 
@@ -188,7 +187,7 @@ def test_a_system_that_uses_its_volume_meets_every_expectation():
     assert find(rows, "shifted", ANSWERS_CHANGED).changed == pytest.approx(0.05)
     assert find(rows, "mirrored", SIDES_CHANGED).changed == 1
     text = format_dependence(rows)
-    assert "| open_vqa | blank | exact | 100.0 | 0.0 | -100.0 to -100.0 | 20 |" in text
+    assert "| open_vqa | blank | every word right | 100.0 | 0.0 | -100.0 to -100.0 | 20 |" in text
     assert "6 hold, 0 do not hold, and 0 cannot be said" in text
 
 
@@ -199,7 +198,7 @@ def test_a_system_that_answers_from_the_question_is_found_out():
     assert outcomes == {OTHER_CASE: False, "blank": False, "shuffled": False, "mirrored": False, "shifted": True}
     text = format_dependence(rows)
     assert (
-        "open_vqa, mirrored, answers with a side that change: most answers that name a side change: DOES NOT HOLD"
+        "open_vqa, mirrored, answers whose sides change: most answers that name a side name another: DOES NOT HOLD"
         in text
     )
     assert "with another case's volume the score is not lower" in text
@@ -310,6 +309,36 @@ def test_of_two_cases_nothing_can_be_said():
     )
 
 
+def test_only_another_side_counts_for_mirroring():
+    samples, other = make_samples(4, "report"), ["y"] * 4
+    true = ["Nodule of 8 mm in the left lung, right-sided effusion."] * 4
+    for mirrored, share in (
+        ("Nodule of 9 mm in the Left lung, effusion on the right.", 0),
+        ("Nodule of 8 mm in the right lung, left-sided effusion.", 1),
+    ):
+        rows = compare_answers(samples, true, {OTHER_CASE: other, "mirrored": [mirrored] * 4})
+        row = find(rows, "mirrored", SIDES_CHANGED)
+        assert (row.changed, row.holds) == (share, bool(share))
+        assert find(rows, "mirrored", ANSWERS_CHANGED).changed == 1
+
+
+@pytest.mark.parametrize(
+    "mirrored, share",
+    [
+        ("Cyst in the left kidney.", 0),
+        ("Cyst in the left kidney. The left lung is clear. Left pleura normal.", 0),
+        ("No lesion.", 0),
+        ("Cyst in the left kidney. The right lung is clear.", 1),
+        ("Cyst in the right kidney.", 1),
+    ],
+)
+def test_naming_a_side_more_or_less_often_is_no_other_side(mirrored, share):
+    true = ["Cyst in the left kidney. The left lung is clear."] * 4
+    rows = compare_answers(make_samples(4, "report"), true, {OTHER_CASE: ["y"] * 4, "mirrored": [mirrored] * 4})
+    row = find(rows, "mirrored", SIDES_CHANGED)
+    assert (row.changed, row.count, row.holds) == (share, 4, bool(share))
+
+
 def test_without_a_side_nothing_can_be_said_of_mirroring():
     rows = compare_answers(make_samples(4), ["liver"] * 4, {OTHER_CASE: ["a"] * 4, "mirrored": ["b"] * 4})
     row = find(rows, "mirrored", SIDES_CHANGED)
@@ -352,6 +381,18 @@ def test_expectations_of_vectors():
     )  # one vector for all: only its own report is nearest
     rows = compare_embeddings(samples, vectors, vectors, {OTHER_CASE: vectors, "shifted": vectors.roll(1, 0)})
     assert [row.holds for row in rows if row.expectation] == [False] * 5
+
+
+def test_rounding_does_not_decide_between_identical_reports():
+    samples = make_samples(4, "report").map(
+        lambda row: {"answer": "Clear." if row["image"] in "01" else row["answer"]}
+    )
+    images, texts = torch.eye(4, 5), torch.eye(4, 5)
+    images[0], images[1] = torch.tensor([0.8, 0, 0, 0, -0.6]), torch.tensor([0.8, 0, 0, 0, 0.6])
+    texts[1] = texts[0] + 1e-6 * torch.eye(5)[4]  # a little nearer to its own volume than the other report
+    rows = compare_embeddings(samples, images, texts, {OTHER_CASE: images.roll(2, 0)})
+    for direction in ("volume to report", "report to volume"):
+        assert find(rows, OTHER_CASE, f"recall_at_1, {direction}").original == 0.75  # half of each of the two
 
 
 def test_what_does_not_fit_is_refused():

@@ -4,6 +4,7 @@ import json
 import pytest
 from m3d_layout import write_cap
 
+from med3dvlm import DCFormerConfig
 from med3dvlm.train.data.manifest import write_example_manifest
 from med3dvlm.train.evaluation import one_process
 from med3dvlm.train.evaluation.one_process import evaluate_dependence, evaluate_zero_shot
@@ -46,6 +47,8 @@ def test_zero_shot_leaves_scans_out_that_cannot_be_read(with_broken_scans, dual_
     note = "2 of 5 volumes cannot be read and were left out; skipped.jsonl lists them."
     assert note in result["notes"] and note in (tmp_path / "out" / "README.md").read_text()
     assert json.loads(json.dumps(result)) == json.loads((tmp_path / "out" / "zero_shot.json").read_text())
+    assert result["work"]["batch_size"] == 1 and result["work"]["dtype"] == "float32"
+    assert (tmp_path / "out" / "README.md").read_text().startswith("# Zero-shot classification, dual\n")
 
     for number in (1, 3, 5):
         (labels.parent / f"scan_{number}.nii.gz").write_bytes(b"no volume")
@@ -93,9 +96,27 @@ def test_dependence_reads_all_scans_though_a_text_is_missing(dual_encoder, tmp_p
     assert result["notes"][1].startswith("1 volumes (1 cases) cannot be read")
 
 
+def test_what_does_not_fit_is_known_before_the_folder_is_begun(with_prepared_scans, dual_encoder, prompts, tmp_path):
+    out, encoder, manifest = tmp_path / "out", tmp_path / "encoder", with_prepared_scans
+    DCFormerConfig().save_pretrained(encoder)
+    with pytest.raises(
+        ValueError, match="expected a Med3DVLMForConditionalGeneration, got a model of the type 'dcformer'"
+    ):
+        evaluate_dependence(out, EvaluationSettings(str(manifest), (), "train"), str(encoder))
+    write_labels_of(manifest, manifest.parent / "labels.csv")
+    with pytest.raises(ValueError, match="--prepared in an evaluation"):
+        evaluate_zero_shot(
+            out, EvaluationSettings("", ("report",)), dual_encoder, manifest.parent / "labels.csv", prompts
+        )
+    assert not out.exists()
+
+
 def test_dependence_of_other_data_is_refused(study, dual_encoder, tmp_path):
     wanted = EvaluationSettings(str(study), (), num_cases=2)
     first = evaluate_dependence(tmp_path / "out", wanted, dual_encoder)
+    (note,) = first["notes"]
+    assert note == "Only the first 2 cases of the split 'test' were scored."
+    assert note in (tmp_path / "out" / "README.md").read_text() and first["work"]["batch_size"] == 16
     assert first == evaluate_dependence(tmp_path / "out", wanted, dual_encoder)
     path = tmp_path / "out" / "references.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -30,13 +30,13 @@ SCORES = [
 def figures(monkeypatch):
     """The figures that are saved, to look into."""
     saved = []
-    save = plots._save
+    save = plots.save_png
 
     def keep(figure, path):
         saved.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_png", keep)
     return saved
 
 
@@ -67,6 +67,7 @@ def test_bars_show_scores_intervals_blind_chance_and_published_figures(tmp_path,
         "mean of types\nn = 100",
     ]
     assert legend_of(second) == ["model"]
+    assert (first.get_title(), second.get_title()) == ("accuracy", "accuracy, original rule")
     for axes in (first, second):
         assert axes.get_ylim()[0] == 0 and axes.get_ylabel() == "score (%)" and axes.get_xlabel()
 

@@ -54,6 +54,16 @@ def test_white_space_around_predictions_does_not_count(tmp_path):
     assert read_predictions(write(tmp_path / "p.jsonl", *rows), build_references(SAMPLES[:1])) == ["Yes."]
 
 
+def test_a_byte_order_mark_does_not_count(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"id": "open_vqa/000000", "prediction": "Yes."})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets and PowerShell save UTF-8
+    assert read_predictions(path, build_references(SAMPLES[:1])) == ["Yes."]
+    path.write_bytes(
+        path.read_bytes().replace(b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n")
+    )  # on a line that is otherwise empty
+    assert read_predictions(path, build_references(SAMPLES[:1])) == ["Yes."]
+
+
 def test_answers_to_tasks_that_are_not_asked_are_passed_over(tmp_path):
     references = build_references(SAMPLES[:1])
     answers = [{"id": name, "prediction": name} for name in ("open_vqa/000000", "report/000000", "yes_no_vqa/000007")]
@@ -92,9 +102,9 @@ def test_answers_to_something_else_are_refused(tmp_path):
         ([{"id": "x", "prediction": ""}] * 2, "line 2: its id occurs a second time, first in line 1"),
         (
             [{"id": "x", "prediction": ""}],
-            r"1 ids are not among the 4 asked: line 1; 4 of 4 have no prediction: .*, \.\.\.",
+            "1 ids are not among the 4 asked: line 1; 4 of 4 have no prediction: .* and 1 more",
         ),
-        ([], "4 of 4 have no prediction: open_vqa/000000, closed_vqa/000000, open_vqa/000001, ..."),
+        ([], "4 of 4 have no prediction: open_vqa/000000, closed_vqa/000000, open_vqa/000001 and 1 more"),
     ],
 )
 def test_what_does_not_match_is_named(rows, message, tmp_path):

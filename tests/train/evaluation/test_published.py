@@ -14,8 +14,9 @@ from med3dvlm.train.evaluation.published import (
     read_published,
 )
 from med3dvlm.train.evaluation.retrieval import score_retrieval
-from med3dvlm.train.evaluation.runner import TEXT_METRICS, corpus_score
+from med3dvlm.train.evaluation.runner import corpus_score
 from med3dvlm.train.evaluation.scores import score_samples
+from med3dvlm.train.evaluation.settings import TEXT_METRICS
 
 
 ROW = {

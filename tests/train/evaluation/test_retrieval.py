@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from med3dvlm.train.evaluation.retrieval import score_retrieval
+from med3dvlm.train.evaluation.retrieval import num_scored, score_retrieval
 from med3dvlm.train.evaluation.statistics import bootstrap_interval
 
 
@@ -70,6 +70,11 @@ def test_intervals_resample_cases_and_chances_are_those_of_all_orders():
     # Cases are wider than pairs, and there is something to tell the two recalls apart by.
     assert all(score.low <= score.value <= score.high for score in scores)
     assert len({(score.low, score.high) for score in scores if score.low < score.high}) > 2
+
+
+@pytest.mark.parametrize("num_pairs, expected", [(450, 100), (500, 500), (9000, 2000), (40, 40), (0, 0)])
+def test_pairs_beyond_the_largest_gallery_are_not_scored(num_pairs, expected):
+    assert num_scored(num_pairs) == expected
 
 
 def test_fewer_pairs_than_the_smallest_gallery_are_one_gallery():

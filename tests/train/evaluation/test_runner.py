@@ -1,11 +1,9 @@
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
-import nibabel
+import datasets
 import pytest
 import torch
 from m3d_layout import vqa_row, write_cap, write_vqa
@@ -19,14 +17,17 @@ from med3dvlm.train.cli import app
 from med3dvlm.train.data import cache
 from med3dvlm.train.data.dataset import ProcessedVolumes
 from med3dvlm.train.data.manifest import write_example_manifest
-from med3dvlm.train.data.preparation_record import COMMENT, MADE_BY
+from med3dvlm.train.data.samples import SAMPLE_FEATURES
 from med3dvlm.train.data.study import read_task
-from med3dvlm.train.evaluation import runner
+from med3dvlm.train.evaluation import asked as asked_module
+from med3dvlm.train.evaluation import notes, runner
+from med3dvlm.train.evaluation.asked import questions_of, read_asked, read_samples
 from med3dvlm.train.evaluation.folders import LOCK, describe_source, read_scores
+from med3dvlm.train.evaluation.journal import Journal
 from med3dvlm.train.evaluation.predictions import Reference, read_json_lines
 from med3dvlm.train.evaluation.presentation import present
-from med3dvlm.train.evaluation.runner import MetricOptions, evaluate_answers, evaluate_retrieval, questions_of
-from med3dvlm.train.evaluation.settings import EvaluationSettings, Work
+from med3dvlm.train.evaluation.runner import evaluate_answers, evaluate_retrieval
+from med3dvlm.train.evaluation.settings import EvaluationSettings, MetricOptions, Work
 from med3dvlm.train.files import only_one_at
 
 
@@ -129,24 +130,32 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(study, vlm, evaluated
     ]
     total = sum(len(file.read_text().splitlines()) for file in (tmp_path / "out" / "journal").iterdir())
     assert total == 2 * 66  # nothing was answered twice
+    ended, last = json.loads((tmp_path / "out" / "scores.json").read_text())["calls"]
+    assert ended["num_new"] == last["num_before"] == {"given": answered, "blind": 0} and ended["seconds"] is None
+    assert last["num_new"] == {"given": 66 - answered, "blind": 66} and last["seconds"]["blind"] > 0
 
 
-def test_two_processes_give_what_one_gives(study, vlm, evaluated, tmp_path):
+def test_two_processes_give_what_one_gives(study, vlm, evaluated, tmp_path, monkeypatch, capfd):
     folder, _ = evaluated
-    command = [sys.executable, "-m", "med3dvlm.train.cli", "evaluate", "vqa", "--model", vlm, "--data", str(study)]
-    command += ["--out", str(tmp_path / "two"), "--tasks", "closed_vqa,open_vqa", "--max-new-tokens", "6"]
-    command += ["--metrics", "bleu_1,rouge_1", "--processes", "2", "--device", "cpu", "--batch-size", "5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    one = [line for line in lines_of(folder) if line["task"] != "report"]
+    command = ["evaluate", "vqa", "--model", vlm, "--data", str(study), "--out", str(tmp_path / "two")]
+    command += ["--tasks", "closed_vqa", "--max-new-tokens", "6"]
+    command += ["--processes", "2", "--device", "cpu", "--batch-size", "5"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["med3dvlm", *command])  # what the processes are started with
+    code = CliRunner().invoke(app, command).exit_code
+    printed = capfd.readouterr()
+    assert code == 0, printed.err
     two = lines_of(tmp_path / "two")
+    one = lines_of(folder)[: len(two)]
+    assert [line["id"] for line in two] == [f"closed_vqa/{row:06d}" for row in range(30)]
     assert [line["prediction"] for line in two] == [line["prediction"] for line in one]
     assert [line["blind_prediction"] for line in two] == [line["blind_prediction"] for line in one]
     assert len(list((tmp_path / "two" / "journal").glob("given.*"))) == 2  # both did a share
-    assert (tmp_path / "two" / "report.html").exists() and "closed" in result.stdout.lower()
+    assert (tmp_path / "two" / "report.html").exists() and "closed" in printed.out.lower()
     scores = json.loads((tmp_path / "two" / "scores.json").read_text())
     assert scores["work"]["num_processes"] == 2 and scores["samples_per_second"] > 0
+    (call,) = scores["calls"]
+    assert call["num_new"] == {"given": len(two), "blind": len(two)}
 
 
 def test_a_folder_of_something_else_is_refused(study, vlm, evaluated, tmp_path):
@@ -322,13 +331,14 @@ def test_missing_volumes_and_samples_without_a_text_are_left_out_and_the_others_
     assert json.loads((tmp_path / "file/skipped.jsonl").read_text()) == empty
 
     (root / "M3D_Cap_npy/ct_case/1/text.txt").unlink()
-    samples, references, _, left_out = runner.read_asked(replace(wanted, tasks=("report",)), Work(skip_broken=True))
-    assert [reference.id for reference in references] == [f"report/{row:06d}" for row in range(2, 8)]
-    assert len(samples) == 6 and left_out[1]["id"] == "report/000001" and left_out[1]["column"] == "report"
+    found = read_asked(replace(wanted, tasks=("report",)), Work(skip_broken=True))
+    assert [reference.id for reference in found.references] == [f"report/{row:06d}" for row in range(2, 8)]
+    assert len(found.samples) == 6 and (found.num_all, found.num_skipped) == (8, 2)
+    assert found.empty[1]["id"] == "report/000001" and found.empty[1]["column"] == "report"
     for path in root.rglob("text.txt"):
         path.unlink()
     with pytest.raises(ValueError, match="every sample of the task 'report' lacks a text"):
-        runner.read_asked(replace(wanted, tasks=("report",)), Work(skip_broken=True))
+        read_asked(replace(wanted, tasks=("report",)), Work(skip_broken=True))
 
 
 def test_questions_of_a_manifest_are_known_though_scans_are_missing(with_broken_scans):
@@ -356,15 +366,8 @@ def test_a_first_call_that_was_wrong_does_not_stand_in_the_way(study, vlm, evalu
 
 
 @pytest.mark.parametrize("kind", ["vlm", "dual_encoder"])
-def test_prepared_volumes_are_known_before_the_folder_is_begun(kind, request, tmp_path):
-    manifest = write_example_manifest(tmp_path / "example")
-    for scan in manifest.parent.glob("*.nii.gz"):
-        image = nibabel.load(scan)
-        image.header.extensions.append(
-            nibabel.nifti1.Nifti1Extension(COMMENT, json.dumps({"made_by": MADE_BY}).encode())
-        )
-        nibabel.save(nibabel.Nifti1Image(image.get_fdata(), image.affine, image.header), scan)
-    wanted = EvaluationSettings(str(manifest), ("report",), "train")
+def test_prepared_volumes_are_known_before_the_folder_is_begun(kind, request, with_prepared_scans, tmp_path):
+    wanted = EvaluationSettings(str(with_prepared_scans), ("report",), "train")
     model, options = request.getfixturevalue(kind), {"metrics": METRICS} if kind == "vlm" else {}
     evaluate = evaluate_answers if kind == "vlm" else evaluate_retrieval
     with pytest.raises(ValueError, match="--prepared in an evaluation"):
@@ -389,13 +392,19 @@ def test_what_answers_depend_on_beside_the_settings_is_kept(study, vlm, evaluate
     begun = json.loads((folder / "run.json").read_text())
     assert begun["versions"] == result["versions"] and "versions" not in result["settings"]
     wanted, out = asked(study, ("closed_vqa",), num_cases=2), tmp_path / "out"
-    evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=5))
+    first = evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=5))
     begun = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**begun, "versions": {**begun["versions"], "torch": "1.0"}}))
     said = []
     monkeypatch.setattr("med3dvlm.train.evaluation.folders.logger.warning", said.append)
-    evaluate_answers(out, wanted, vlm, metrics=METRICS)
+    again = evaluate_answers(out, wanted, vlm, metrics=METRICS, work=Work(batch_size=1))
     assert len(said) == 1 and "begun with other versions (torch)" in said[0]
+    # A call that answers nothing changes nothing of what the answers were made with.
+    (call,) = first["calls"]
+    assert again["calls"] == [call] and call["num_new"] == {"given": 10, "blind": 10}
+    assert again["work"] == first["work"] and again["work"]["batch_size"] == 5
+    assert again["samples_per_second"] == first["samples_per_second"] == pytest.approx(10 / call["seconds"]["given"])
+    assert set(call["versions"]) == {"torch", "transformers", "med3dvlm"}
     assert json.loads((out / "run.json").read_text())["versions"]["torch"] == "1.0"  # that of the first call
 
 
@@ -447,7 +456,7 @@ def test_the_encoder_of_bertscore_is_loaded_once_on_the_device_and_named(study, 
 def test_identical_reports_get_one_vector_whatever_batch_they_were_in(study, tmp_path, monkeypatch):
     texts, given = ["a", "b", "a", "c", "b", "d"], {}
     samples = read_task(study, "test", "report").remove_columns("answer").add_column("answer", texts)
-    monkeypatch.setattr(runner, "read_samples", lambda *_: (samples, False))
+    monkeypatch.setattr(asked_module, "read_samples", lambda *_: (samples, False))
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)
     save_file({"image_embeds": vectors, "text_embeds": vectors.roll(1, 0)}, tmp_path / "embeddings.safetensors")
@@ -559,7 +568,10 @@ def test_embeddings_that_are_there_are_kept(study, dual_encoder, tmp_path, monke
 
     monkeypatch.setattr(runner, "embed_all", counting)
     again = evaluate_retrieval(tmp_path / "whole", wanted, dual_encoder, work=Work(batch_size=2))
-    assert counts == [2] and again["scores"] == whole["scores"]
+    assert [count for count, _ in counts] == [2] and again["scores"] == whole["scores"]
+    assert [call["num_new"] for call in again["calls"]] == [{"given": 6}, {"given": 2}]
+    last = evaluate_retrieval(tmp_path / "whole", wanted, dual_encoder, work=Work(batch_size=1))
+    assert last["calls"] == again["calls"] and last["work"] == again["work"] and last["samples_per_second"] > 0
 
 
 def questions(task, *answers):
@@ -581,6 +593,18 @@ def test_answers_without_their_probability_have_no_calibration():
     for fields, has_calibration in (({"probability": 0.5}, True), ({"confidence": 0.5}, False), ({}, False)):
         _, details, _ = runner.score_all(asked, said("A.", "A.", **fields), {})
         assert ("calibration" in details["closed_vqa"]) is has_calibration
+
+
+def test_calibration_of_closed_questions_is_that_of_the_whole_answer():
+    (asked,) = questions("closed_vqa", "spleen")
+    asked = replace(asked, answer_choice="B")
+    for answer, hit in (("B. liver", 0), ("B. spleen", 1)):
+        scores, details, _ = runner.score_all([asked], said(answer, probability=0.9), {})
+        assert next(score.value for score in scores if score.metric == "accuracy") == 1  # the letter counts
+        calibration = details["closed_vqa"]["calibration"]
+        (entry,) = (entry for entry in calibration["bins"] if entry["count"])
+        assert entry["accuracy"] == hit
+        assert calibration["expected_calibration_error"] == pytest.approx(abs(hit - 0.9))
 
 
 def test_logits_that_are_nan_end_the_evaluation_and_leave_nothing_behind(study, vlm, tmp_path, monkeypatch):
@@ -612,30 +636,31 @@ def test_a_second_call_on_a_folder_waits_for_its_turn(study, evaluated, tmp_path
 def test_answers_that_cannot_be_read_are_counted():
     asked = [*questions("closed_vqa", *"ABC"), *questions("yes_no_vqa", "Yes", "No", "Ja")]
     answers = said("A large cyst", "B spleen", "", "Yes, it is", "no", "ja")
-    assert runner.notes_on_unread(asked, answers) == [
+    assert notes.notes_on_unread(asked, answers) == [
         "1 of 3 answers (given) begin with no letter of a choice, and count as wrong: closed_vqa/000000.",
         "1 of 3 answers (given) are neither yes nor no alone, and count as wrong: yes_no_vqa/000000.",
     ]
-    assert runner.notes_on_unread(asked, said("A", "B", "C", "yes", "No.", "Ja")) == []
+    assert notes.notes_on_unread(asked, said("A", "B", "C", "yes", "No.", "Ja")) == []
 
 
 def test_an_answer_that_is_right_too_often_is_said():
     asked = questions("yes_no_vqa", *["No"] * 17, *["Yes"] * 3)
     _, details, _ = runner.score_all(asked, said(*["no"] * 20), {})
     assert details["yes_no_vqa"]["most_frequent_answers"]["all"] == {"answer": "no", "share": 0.85, "count": 20}
-    assert runner.notes_on_balance(details) == [
+    assert notes.notes_on_balance(details) == [
         "Yes/no questions, organ: 85.0% of the true answers are no, all: 85.0% of the true answers are no; always saying so "
         "scores that, more than the 50% of chance."
     ]
     for number_no, number_yes in ((12, 8), (19, 0)):  # not that often, and of too few questions
         answers = [*["No"] * number_no, *["Yes"] * number_yes]
         _, details, _ = runner.score_all(questions("yes_no_vqa", *answers), said(*answers), {})
-        assert runner.notes_on_balance(details) == [], answers
-    assert runner.notes_on_balance({"report": {}}) == []
+        assert notes.notes_on_balance(details) == [], answers
+    assert notes.notes_on_balance({"report": {}}) == []
 
 
 def test_retrieval_takes_no_more_pairs_than_the_largest_gallery_has(study, dual_encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "GALLERY_SIZES", (2, 4))
+    for module in (runner, notes):
+        monkeypatch.setattr(module, "GALLERY_SIZES", (2, 4))
     wanted = asked(study, ("report",))
     result = evaluate_retrieval(tmp_path / "model", wanted, dual_encoder, work=Work(batch_size=4))
     tensors = load_file(tmp_path / "model" / "embeddings.safetensors")
@@ -646,8 +671,83 @@ def test_retrieval_takes_no_more_pairs_than_the_largest_gallery_has(study, dual_
     again = evaluate_retrieval(tmp_path / "file", wanted, embeddings=tmp_path / "other.safetensors")
     for found in (result, again):
         assert (found["num_samples"], found["num_cases"], found["num_skipped"]) == (4, 4, 0) and found["part_of_split"]
-        assert "Only the first 4 of 6 pairs were scored: no gallery has more." in found["notes"]
+        assert "Only the first 4 of 6 pairs were scored: galleries have 2, 4 pairs." in found["notes"]
     assert again["scores"] == result["scores"]
+
+
+def test_embeddings_that_are_written_can_be_given_for_the_same_data_alone(study, dual_encoder, tmp_path, monkeypatch):
+    for module in (runner, notes):
+        monkeypatch.setattr(module, "GALLERY_SIZES", (2, 4))
+    wanted, written = asked(study, ("report",)), tmp_path / "model" / "embeddings.safetensors"
+    result = evaluate_retrieval(tmp_path / "model", wanted, dual_encoder, work=Work(batch_size=4))
+    again = evaluate_retrieval(tmp_path / "file", wanted, embeddings=written)
+    assert again["scores"] == result["scores"] and again["num_samples"] == 4
+    tensors = load_file(written)
+    save_file({name: tensor[:3] for name, tensor in tensors.items()}, tmp_path / "three.safetensors")
+    message = (
+        "expected 6 embeddings, one for each report, or 4, of the first, which are all that galleries have, got 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate_retrieval(tmp_path / "three", wanted, embeddings=tmp_path / "three.safetensors")
+    # As many, but not the first: scans were left out.
+    others = [replace(entry, id=f"report/{place + 1:06d}") for place, entry in enumerate(questions("report", *"abcd"))]
+    runner.write_embeddings(tmp_path / "others.safetensors", others, tensors["image_embeds"], tensors["text_embeds"])
+    with pytest.raises(ValueError, match=r"its 4 embeddings are of others than the first 4 of the 6 reports.*--skip-"):
+        evaluate_retrieval(tmp_path / "others", wanted, embeddings=tmp_path / "others.safetensors")
+    assert not (tmp_path / "others").exists()
+
+
+def test_all_processes_gather_whatever_each_has_left(study, vlm, tmp_path, monkeypatch):
+    wanted, gathered = asked(study, ("open_vqa",), num_cases=2, blind=False), []
+    found = read_asked(wanted, Work())
+    answers = [{"id": entry.id, "prediction": "x", "probability": 0.5} for entry in found.references]
+    Journal(tmp_path / "journal", "given").append(answers)
+    monkeypatch.setattr(runner, "gather_object", lambda parts: gathered.append(parts) or parts)
+    for is_first in (True, False):
+        state = SimpleNamespace(
+            process_index=0, num_processes=1, is_main_process=is_first, wait_for_everyone=lambda: None
+        )
+        rows = runner.answer_all(tmp_path, wanted, vlm, found, Work(), state)
+        assert rows == ({"given": answers} if is_first else {})
+    assert gathered == [[{"given": (0, 0.0)}]] * 2 and not (tmp_path / "calls.json").exists()
+
+
+def test_answers_that_another_volume_leaves_as_they_are_are_counted():
+    blind = said("a", "b", "c")["given"]
+    _, details, _ = runner.score_all(questions("open_vqa", *"aab"), {**said("a", "a", "b"), "blind": blind}, {})
+    assert details["open_vqa"]["unchanged_by_another_volume"] == pytest.approx(1 / 3)
+
+
+def test_pairs_that_no_gallery_takes_are_told(tmp_path, monkeypatch):
+    rows = [
+        {
+            "image": f"/{row}.nii.gz",
+            "case": str(row),
+            "task": "report",
+            "question": "",
+            "choices": [],
+            "answer": f"Report {row}.",
+        }
+        for row in range(130)
+    ]
+    rows = [{**row, "answer_choice": "", "question_type": 0} for row in rows]
+    samples = datasets.Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    monkeypatch.setattr(asked_module, "read_samples", lambda settings, _: (samples, settings.num_cases is not None))
+    vectors = torch.randn(130, 4, generator=torch.Generator().manual_seed(0))
+    save_file({"image_embeds": vectors, "text_embeds": vectors.clone()}, tmp_path / "embeddings.safetensors")
+    wanted = EvaluationSettings("study", ("report",))
+    result = evaluate_retrieval(tmp_path / "out", wanted, embeddings=tmp_path / "embeddings.safetensors")
+    assert (result["num_samples"], result["num_skipped"], result["part_of_split"]) == (100, 0, True)
+    assert {score["count"] for score in result["scores"]} == {100}
+    assert result["notes"] == [
+        "Only the first 100 of 130 pairs were scored: galleries have 100, 500, 1000, 2000 pairs.",
+        "No gallery of 500, 1000, 2000: there are only 130 pairs.",
+    ]
+    assert (result["work"], result["calls"], result["samples_per_second"]) == (None, [], None)
+    some = evaluate_retrieval(
+        tmp_path / "some", replace(wanted, num_cases=130), embeddings=tmp_path / "embeddings.safetensors"
+    )
+    assert some["notes"] == ["Only the first 130 cases of the split 'test' were taken.", *result["notes"]]
 
 
 def test_a_labeller_that_fails_costs_its_own_figures_alone(study, evaluated, tmp_path, monkeypatch):
@@ -692,17 +792,17 @@ def test_ids_of_the_first_cases_do_not_depend_on_what_else_is_asked(tmp_path):
     images = [f"M3D_Cap_npy/ct_case/{case}/Axial.nii.gz" for case in (4, 3, 2, 1)]
     write_vqa(tmp_path, "M3D_VQA_test.csv", [vqa_row(Image_Path=image) for image in images])
     wanted = EvaluationSettings(str(tmp_path), ("report", "closed_vqa"), num_cases=2)
-    both, references, is_part, _ = runner.read_asked(wanted, Work())
-    assert is_part and list(dict.fromkeys(zip(both["task"], both["case"]))) == [
+    both = read_asked(wanted, Work())
+    assert both.is_part and list(dict.fromkeys(zip(both.samples["task"], both.samples["case"]))) == [
         *(("report", f"ct_case/{case}") for case in (1, 2)),
         *(("closed_vqa", f"ct_case/{case}") for case in (4, 3)),
     ]
-    alone = [runner.read_asked(replace(wanted, tasks=(task,)), Work())[1] for task in wanted.tasks]
-    assert references == [reference for part in alone for reference in part]
-    assert runner.notes_on(wanted, True, [], {}) == [
+    alone = [read_asked(replace(wanted, tasks=(task,)), Work()).references for task in wanted.tasks]
+    assert both.references == [reference for part in alone for reference in part]
+    assert notes.notes_on(wanted, True, [], {}) == [
         "Only the first 2 cases of each task of the split 'test' were scored."
     ]
-    assert runner.read_samples(replace(wanted, num_cases=4))[1] is False
+    assert read_samples(replace(wanted, num_cases=4))[1] is False
 
 
 def test_nan_that_an_earlier_version_kept_is_named_before_any_answer(study, vlm, tmp_path, monkeypatch):

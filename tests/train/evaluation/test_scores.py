@@ -1,20 +1,24 @@
+from dataclasses import replace
+
 import pytest
 
 from med3dvlm.train.evaluation.predictions import Reference
 from med3dvlm.train.evaluation.scores import (
     Score,
     answers_of_another_case,
+    calibration_hits,
     has_same_words,
     is_read,
     most_frequent_answers,
     score_samples,
     summarise,
+    types_of_one_case,
 )
 
 
-def references(task, *types, answer="liver", letter=""):
+def references(task, *types, answer="liver", letter="", question="?"):
     return [
-        Reference(f"{task}/{row:06d}", f"case{row // 2}", "x.nii.gz", task, question_type, "?", answer, letter)
+        Reference(f"{task}/{row:06d}", f"case{row // 2}", "x.nii.gz", task, question_type, question, answer, letter)
         for row, question_type in enumerate(types)
     ]
 
@@ -24,6 +28,54 @@ def test_closed_answers_by_the_strict_and_by_the_original_rule():
     scores = score_samples(references("closed_vqa", *[3] * 8, letter="B"), answers, {})
     assert scores["accuracy"] == [1, 1, 1, 0, 0, 0, 0, 0]
     assert scores["original_accuracy"] == [1, 0, 0, 0, 1, 1, 0, 0]
+
+
+def test_a_choice_after_its_letter_is_read_whichever_letter_it_is():
+    question = "Which organ?? Choices: A. liver B. spleen C. left kidney D. large cyst"
+    for answer, letter, text in (
+        ("liver", "A", "A liver"),
+        ("spleen", "B", "B spleen"),
+        ("left kidney", "C", "c Left  kidney."),
+    ):
+        (asked,) = references("closed_vqa", 3, answer=answer, letter=letter, question=question)
+        assert score_samples([asked], [text], {})["accuracy"] == [1] and is_read(asked, text)
+        assert score_samples([asked], ["A Liver."], {})["accuracy"] == [float(letter == "A")] and is_read(
+            asked, "A Liver."
+        )
+        for phrase in ("A large cyst", "A (small) cyst in the liver"):
+            assert score_samples([asked], [phrase], {})["accuracy"] == [0] and not is_read(asked, phrase)
+        assert score_samples([asked], ["A (liver)"], {})["accuracy"] == [float(letter == "A")]
+
+
+def test_calibration_holds_the_probability_against_the_whole_answer():
+    closed = references("closed_vqa", *[3] * 3, letter="B")
+    answers = ["B. spleen", "b. Liver", "A. liver"]
+    assert calibration_hits(closed, answers) == [0, 1, 0]
+    assert score_samples(closed, answers, {})["accuracy"] == [1, 1, 0]  # by the letter alone
+    right = [
+        "B",
+        "b",
+        "(b) liver",
+        "B) liver",
+        "B: liver",
+        "**B** liver",
+        "B liver",
+        "**B. liver**",
+        "B (liver)",
+        "B - liver",
+    ]
+    wrong = ["B. spleen", "(b) spleen", "A. liver", "B. liver, I think", "liver", ""]
+    asked = references("closed_vqa", *[3] * (len(right) + len(wrong)), letter="B")
+    assert calibration_hits(asked, [*right, *wrong]) == [1] * len(right) + [0] * len(wrong)
+    question = "Which organ? Choices: A. liver B. spleen C. left kidney D. large cyst"
+    first = references("closed_vqa", *[3] * 4, letter="A", question=question)
+    assert calibration_hits(first, ["A liver", "A (liver)", "A. Liver.", "A large cyst"]) == [1, 1, 1, 0]
+    assert calibration_hits(references("closed_vqa", 3, 3, answer="(-5 HU)", letter="B"), ["b: -5 HU", "b: 5 HU"]) == [
+        1,
+        0,
+    ]
+    yes_no = references("yes_no_vqa", 1, 1, answer="Yes")
+    assert calibration_hits(yes_no, ["yes.", "No"]) == score_samples(yes_no, ["yes.", "No"], {})["accuracy"] == [1, 0]
 
 
 def test_yes_and_no_are_words_whatever_their_case():
@@ -72,7 +124,7 @@ def test_reports_have_no_types_and_no_chance():
 def answered(*entries):
     """References to open questions, of a case, a type and an answer each."""
     return [
-        Reference(f"open_vqa/{row:06d}", case, "x.nii.gz", "open_vqa", question_type, "?", answer, "")
+        Reference(f"open_vqa/{row:06d}", case, f"{case}.nii.gz", "open_vqa", question_type, "?", answer, "")
         for row, (case, question_type, answer) in enumerate(entries)
     ]
 
@@ -97,6 +149,15 @@ def test_no_chance_where_a_type_has_one_case():
         "mean of types": None,
         "all": None,
     }
+
+
+def test_chance_is_no_answer_about_the_same_volume():
+    asked = answered(*[(case, 3, case) for case in "abcde"])
+    listed_twice = [replace(entry, image="c.nii.gz") if entry.case in "ce" else entry for entry in asked]
+    assert answers_of_another_case(listed_twice) == list("cdaab")  # half-way round from c is e, with its volume
+    assert types_of_one_case(listed_twice) == set()
+    same = [replace(entry, image="x.nii.gz") for entry in asked[:2]]
+    assert answers_of_another_case(same) == ["", ""] and types_of_one_case(same) == {3}
 
 
 def test_answers_of_a_form_that_cannot_be_right_are_known():

@@ -1,3 +1,7 @@
+import importlib
+import subprocess
+import sys
+
 import nibabel
 import numpy as np
 import pytest
@@ -5,10 +9,12 @@ import torch
 from tiny import build_tiny_model
 
 from med3dvlm import Med3DVLMForConditionalGeneration, Med3DVLMImageProcessor, Med3DVLMProcessor
-from med3dvlm.train.demo import build_tiny_tokenizer
-from med3dvlm.train.evaluation.settings import EvaluationSettings, Work, build_volumes, load_for_evaluation
+from med3dvlm.train.evaluation import asked, folders
+from med3dvlm.train.evaluation.loading import build_volumes, load_for_evaluation
+from med3dvlm.train.evaluation.settings import EvaluationSettings, Work
 from med3dvlm.train.recipe import DataRecipe
 from med3dvlm.train.stages import build_volume_loader
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 def test_prepared_volumes_of_another_size_are_seen_as_in_training(tmp_path):
@@ -62,3 +68,40 @@ def test_a_precision_gives_the_weights_of_the_file_rounded_to_it(dtype, saved):
     found = loaded.state_dict()
     for name, value in expected.state_dict().items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_wrong_option_is_known_before_torch_is_loaded(tmp_path):
+    program = """
+import sys
+from typer.testing import CliRunner
+import med3dvlm.train.evaluation.settings
+from med3dvlm.train.cli import app
+result = CliRunner().invoke(app, ["evaluate", "report", "--predictions", "p", "--split", "tset", *sys.argv[1:]])
+assert result.exit_code == 2 and "--split: expected one of train" in result.output, result.output
+print(*sorted({"torch", "datasets"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", program, "-d", str(tmp_path), "-o", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout.strip() == "", result.stderr + result.stdout
+
+
+def test_folders_and_what_is_asked_need_no_training_stage_and_no_metric(monkeypatch):
+    for name in (
+        "bert_score",
+        "evaluate",
+        "matplotlib",
+        "nltk",
+        "omegaconf",
+        "peft",
+        "rouge_score",
+        "sacrebleu",
+        "sklearn",
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "med3dvlm.train.stages", None)
+    kept = sys.modules[asked.__package__]
+    monkeypatch.setattr("med3dvlm.train.evaluation", kept)  # is put back, as the modules are
+    for name in [name for name in sys.modules if name.startswith(f"{kept.__name__}.") or name == kept.__name__]:
+        monkeypatch.delitem(sys.modules, name)
+    for module in (asked, folders):
+        assert importlib.import_module(module.__name__) is not module

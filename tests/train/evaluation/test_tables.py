@@ -2,7 +2,7 @@ import csv
 
 from med3dvlm.train.evaluation.published import PublishedScore
 from med3dvlm.train.evaluation.scores import Score
-from med3dvlm.train.evaluation.tables import build_tables, write_tables
+from med3dvlm.train.evaluation.tables import build_tables, metric_title, write_tables
 
 
 NAN = float("nan")
@@ -52,6 +52,19 @@ def test_tables_have_the_forms_of_the_paper_with_controls_and_published_figures_
         "volume to report, 100, identical reports match"
     ] * 3
     assert retrieval.header[-3:] == ("R@1", "R@5", "R@10") and retrieval.rows[0][-3:] == ("61.0", "", "")
+
+
+def test_metrics_have_one_name_for_readers():
+    names = ("exact", "meteor", "original_accuracy", "recall_at_5", "of_my_own")
+    assert [metric_title(name) for name in names] == [
+        "every word right",
+        "METEOR",
+        "accuracy, original rule",
+        "R@5",
+        "of my own",
+    ]
+    (table,) = build_tables([score("open_vqa", "exact", "organ", 0.5)], "ours")
+    assert table.rows[0][0] == "every word right"
 
 
 def test_files_hold_the_tables_and_every_field(tmp_path):

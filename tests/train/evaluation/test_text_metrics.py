@@ -4,6 +4,7 @@ import importlib.util
 import json
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("evaluate", reason="needs the extra `eval`")
 
 import evaluate
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from med3dvlm.train.evaluation import text_metrics
 from med3dvlm.train.evaluation.text_metrics import (
@@ -29,6 +31,9 @@ from med3dvlm.train.evaluation.text_metrics import (
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "goldens" / "text_metrics.json").read_text())
 PREDICTIONS, REFERENCES = ([pair[name] for pair in GOLDEN["pairs"]] for name in ("prediction", "reference"))
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 def has_nltk_data() -> bool:
@@ -127,6 +132,8 @@ def test_bertscore_is_the_f1_of_candidates_and_references_in_the_original_settin
     bert_score = pytest.importorskip("bert_score", reason="needs the extra `eval`")
 
     class Scorer:
+        _tokenizer = SimpleNamespace(model_max_length=512)
+
         def __init__(self, **settings):
             assert settings.pop("device") == "cpu" and settings.pop("batch_size") == 5
             layers = {"model_type": None, "num_layers": None, "lang": "en"}
@@ -140,6 +147,58 @@ def test_bertscore_is_the_f1_of_candidates_and_references_in_the_original_settin
     metric = BertScore(batch_size=5, device="cpu")
     result = metric.compute(predictions=["A cyst. ", "Clear."], references=["A mass.", "No cyst."])
     assert result["per_sample"] == pytest.approx([0.5, 1.0]) and result["per_sample"][1] == 1
+
+
+def test_the_first_word_is_encoded_as_within_a_text(tmp_path):
+    """As bert_score did it with transformers 4, in which the original's figures were made."""
+    bert_score = pytest.importorskip("bert_score", reason="needs the extra `eval`")
+    tokens = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<mask>",
+        *"\u0120Thelungs",
+        "Th",
+        "The",
+        "\u0120The",
+        "lu",
+        "lun",
+        "lung",
+        "lungs",
+        "\u0120lungs",
+    ]
+    merges = [
+        ("T", "h"),
+        ("Th", "e"),
+        ("\u0120", "The"),
+        ("l", "u"),
+        ("lu", "n"),
+        ("lun", "g"),
+        ("lung", "s"),
+        ("\u0120", "lungs"),
+    ]
+    vocabulary = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
+    RobertaTokenizer(vocab=vocabulary, merges=merges, model_max_length=30).save_pretrained(tmp_path)
+    config = RobertaConfig(**TINY, vocab_size=len(vocabulary), max_position_embeddings=32)
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer = BertScore(model=str(tmp_path), num_layers=1, device="cpu").scorer._tokenizer
+    ids = bert_score.utils.sent_encode(tokenizer, "The lungs")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "\u0120The", "\u0120lungs", "</s>"]
+    assert tokenizer.model_max_length == 30
+
+
+def test_texts_are_cut_where_a_tokenizer_does_not_say_how_long_they_may_be(tmp_path):
+    pytest.importorskip("bert_score", reason="needs the extra `eval`")
+    vocabulary = {
+        token: place for place, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cyst"])
+    }
+    BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
+    BertModel(BertConfig(**TINY, vocab_size=7, max_position_embeddings=32)).save_pretrained(tmp_path)
+    metric = BertScore(model=str(tmp_path), num_layers=1, device="cpu")
+    texts = ["A cyst", "a cyst " * 400]
+    assert metric.compute(predictions=texts, references=texts)["per_sample"] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert metric.scorer._tokenizer.model_max_length == 30
 
 
 def test_an_unknown_encoder_needs_its_layer():

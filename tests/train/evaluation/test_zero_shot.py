@@ -9,13 +9,15 @@ import torch
 from sklearn.metrics import f1_score, roc_auc_score
 from tiny import IMAGE_SIZE, tiny_siglip
 
-from med3dvlm.train.demo import build_tiny_tokenizer
 from med3dvlm.train.evaluation.zero_shot import (
     MEAN_OF_CLASSES,
     PHANTOM_PROMPTS,
     ClassPrompts,
     LabelledVolume,
     Labels,
+    ZeroShotResult,
+    ZeroShotScore,
+    _mean_of,
     auroc_interval,
     best_threshold,
     class_probabilities,
@@ -29,6 +31,7 @@ from med3dvlm.train.evaluation.zero_shot import (
 )
 from med3dvlm.train.phantoms.anatomy import ORGANS
 from med3dvlm.train.phantoms.study import write_labels
+from med3dvlm.train.tokenizers import build_tiny_tokenizer
 
 
 PROMPTS = [
@@ -141,7 +144,9 @@ def test_scores_are_those_of_scikit_learn_over_the_known_labels():
     assert score.f1 == pytest.approx(f1_score(truth, given[known] >= 0.5, zero_division=0))
     assert score.accuracy == pytest.approx(np.mean((given[known] >= 0.5) == truth))
     assert (score.num_positive, score.num_negative, score.num_unknown, score.reason) == (4, 3, 1, "")
-    assert score.low <= score.auroc <= score.high
+    assert (score.low, score.high) == auroc_interval(truth, given[known], [place // 2 for place in known])
+    again = run_zero_shot(model.eval(), processor, PROMPTS, labelled(liver), Noise())
+    assert again.probabilities == result.probabilities and not model.training
     # Cases 0 to 3 of two volumes each: another case is two further on, and its first volume stands for it.
     other = np.array([4, 4, 6, 6, 0, 0, 2, 2])
     assert score.blind_auroc == pytest.approx(roc_auc_score(truth, given[other][known])) != score.auroc
@@ -165,6 +170,19 @@ def test_a_class_with_one_label_stays_in_the_table_with_its_reason():
     assert nothing.reason.startswith("No AUROC of 'liver': no labels") and math.isnan(nothing.accuracy)
     ones = run_zero_shot(model, processor, PROMPTS[:1], labelled([1] * 4), Noise()).scores[0]
     assert "no volume with 0" in ones.reason and ones.f1 in (0.0, 1.0)
+
+
+def test_the_mean_and_the_table_have_every_figure():
+    rows = [
+        ZeroShotScore("a", 0.9, 0.8, 1.0, 0.5, 0.4, 0.7, 3, 4, 0, 0.1, 0.2, 0.3),
+        ZeroShotScore("b", 0.7, 0.6, 0.8, 0.3, 0.2, 0.5, 1, 6, 1, 0.2, 0.4, 0.5),
+    ]
+    mean = _mean_of(rows)
+    found = (mean.auroc, mean.blind_auroc, mean.f1, mean.accuracy, mean.f1_at_threshold, mean.accuracy_at_threshold)
+    assert found == pytest.approx((0.8, 0.4, 0.3, 0.6, 0.3, 0.4)) and math.isnan(mean.low) and mean.threshold is None
+    assert (mean.num_positive, mean.num_negative, mean.num_unknown) == (4, 10, 1)
+    lines = format_zero_shot(ZeroShotResult("sigmoid", rows, {}, [])).splitlines()
+    assert "| a | 90.0 | 80.0 to 100.0 | 50.0 | 40.0 | 70.0 | 0.1 | 20.0 | 30.0 | 3 | 4 | 0 |" in lines
 
 
 def test_a_threshold_is_chosen_on_other_volumes():
@@ -204,16 +222,33 @@ def test_the_interval_of_the_auroc_is_that_of_resampled_cases():
     truth = generator.integers(0, 2, 60)
     given = (truth + generator.normal(0, 1.5, 60)).round()  # with many ties
     cases = [place * 7 % 20 for place in range(60)]
-    draws = np.random.default_rng(0).multinomial(20, [1 / 20] * 20, size=100)
+    generator_of_draws = np.random.default_rng(0)
+    draws = generator_of_draws.multinomial(20, [1 / 20] * 20, size=100)
     numbers = list(dict.fromkeys(cases))
     weights = draws[:, [numbers.index(case) for case in cases]]
     values = [roc_auc_score(truth, given, sample_weight=row) for row in weights]
     assert auroc_interval(truth, given, cases, num_resamples=100) == pytest.approx(np.quantile(values, [0.025, 0.975]))
+    more = generator_of_draws.multinomial(20, [1 / 20] * 20, size=50)[:, [numbers.index(case) for case in cases]]
+    values += [roc_auc_score(truth, given, sample_weight=row) for row in more]  # of a second block
+    assert auroc_interval(truth, given, cases, num_resamples=150) == pytest.approx(np.quantile(values, [0.025, 0.975]))
     narrow = auroc_interval(np.repeat(truth, 4), np.repeat(given, 4), range(240))
     as_cases = auroc_interval(np.repeat(truth, 4), np.repeat(given, 4), np.repeat(np.arange(60), 4))
     assert narrow[1] - narrow[0] < 0.7 * (as_cases[1] - as_cases[0])
     assert all(map(math.isnan, auroc_interval([1, 1], [0.1, 0.2], [0, 1])))
     assert all(map(math.isnan, auroc_interval([1, 0], [0.1, 0.2], ["one case", "one case"])))
+
+
+def test_perfect_separation_has_the_exact_bound_of_the_rarer_label():
+    truth, given, cases = (
+        [1, 1, 1, 0, 0, 0, 0],
+        [0.9, 0.8, 0.7, 0.3, 0.2, 0.1, 0.1],
+        ["a", "a", "b", "c", "d", "e", "f"],
+    )
+    bound = 0.025 ** (1 / 2)  # the label 1 has two cases
+    assert auroc_interval(truth, given, cases) == pytest.approx((bound, 1.0))
+    assert auroc_interval([1 - label for label in truth], given, cases) == pytest.approx((0.0, 1 - bound))
+    given[3] = 0.7  # a tie is no separation
+    assert auroc_interval(truth, given, cases)[0] > bound
 
 
 def test_a_case_is_not_both_for_validation_and_scored():

@@ -296,6 +296,13 @@ def test_a_blind_reader_who_learnt_the_training_split_stays_near_chance() -> Non
     assert {row["Question"] for row in train} >= {row["Question"] for row in test if row["Answer Choice"]}
 
 
+def test_the_training_split_of_the_demonstration_has_each_report_at_least_twice() -> None:
+    """So that a report which is right in every word need not be a new one: what is unseen is the scan."""
+    counts = Counter(write_report(entry) for entry in draw_findings(4100, np.random.default_rng([0, 0, 0])))
+    assert len(counts) == np.prod([len(levels) for levels in FACTORS.values()]) == 1536
+    assert min(counts.values()) == 2
+
+
 def test_equal_findings_have_equal_reports_and_others_others() -> None:
     reports = {}
     for levels in itertools.product(*FACTORS.values()):

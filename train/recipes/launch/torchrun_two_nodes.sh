@@ -6,6 +6,7 @@
 # data.root, data.cache and training.output_dir must lie on a file system that both see. Two runs at a time with the same first
 # machine need a PORT and a RUN_ID each, the same on both machines.
 set -euo pipefail
+# Beside NCCL the processes use gloo: `export GLOO_SOCKET_IFNAME=eth0`, the name of the network, if it picks another.
 : "${HEAD:?set HEAD to the name of the first machine}"
 # Seconds that the processes have to save after SIGTERM; without it torchrun kills them after 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}"
