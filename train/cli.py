@@ -310,13 +310,13 @@ def train(
     """
     with bad_input_is_an_answer():
         require_extra("train", "accelerate", "datasets", "matplotlib", "omegaconf", "peft")
-        from .recipe import check_deepspeed, check_places, load_recipe, trackers_of
+        from .recipe import check_packages, check_places, load_recipe, trackers_of
 
         loaded = load_recipe(recipe, overrides)
         if "tensorboard" in trackers_of(loaded.training):
             require_extra("train", "tensorboard")
         check_places(loaded)  # before processes are started, whose errors come with much else
-        check_deepspeed(loaded)
+        check_packages(loaded)
         use_cpu = bool(loaded.training.get("use_cpu"))
         if is_to_be_launched(processes, use_cpu, needs_launcher=bool(loaded.training.get("deepspeed"))):
             command = ["train", recipe, *(overrides or []), *(["--json"] if as_json else [])]

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -247,9 +247,10 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     """
     described: Any
     merged: Any
-    merged, described, origin = _read_with_base(find_recipe(source), ())
+    merged, described, origin, layers = _read_with_base(find_recipe(source), ())
     try:
         merged = _apply_overrides(merged, overrides or [])
+        _check_epochs_count([*layers, OmegaConf.from_dotlist(overrides or [])], merged)
         _check_keys(OmegaConf.to_container(merged), Recipe, "")
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
     except OmegaConfBaseException as error:
@@ -502,7 +503,7 @@ def check_places(recipe: Recipe) -> None:
             )
 
 
-def check_deepspeed(recipe: Recipe) -> None:
+def check_packages(recipe: Recipe) -> None:
     """
     Raises:
         ImportError: the recipe needs DeepSpeed or the package of a tracker, which is not installed.
@@ -512,16 +513,25 @@ def check_deepspeed(recipe: Recipe) -> None:
             f"`training.deepspeed` {recipe.training['deepspeed']!r} needs the package deepspeed, which is not installed. On Linux "
             'install it, pip install ".[train]"; elsewhere train without it: training.deepspeed=null training.bf16=auto.'
         )
-    # The command line asks for TensorBoard itself; whether Azure ML and Flyte are there, transformers does not tell.
-    not_asked = ("all", "none", "tensorboard", "azure_ml", "flyte")
-    if trackers := [name for name in trackers_of(recipe.training) if name not in not_asked]:
-        from transformers.integrations import get_available_reporting_integrations
-
-        if missing := [name for name in trackers if name not in get_available_reporting_integrations()]:
+    for name in trackers_of(recipe.training):
+        if not _is_tracker_found(name):
+            elsewhere = "none" if name == "tensorboard" else "tensorboard"
             raise ImportError(
-                f"`training.report_to` {missing[0]!r} needs the package of that name, which is not installed. Install "
-                "it, or report elsewhere, training.report_to=tensorboard."
+                f"`training.report_to` names {name!r}, which transformers does not find here: install its package (of "
+                "dagshub, mlflow too; kubeflow needs KUBEFLOW_TRAINER_SERVER_URL), or report elsewhere, "
+                f"training.report_to={elsewhere}."
             )
+
+
+def _is_tracker_found(name: str) -> bool:
+    from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
+
+    if name in ("all", "none", "azure_ml", "flyte"):  # of the last two, transformers does not tell
+        return True
+    if name == "comet_ml":  # which transformers finds with a key alone, and its callback asks for one
+        return importlib.util.find_spec(name) is not None
+    # Apart from the others, some of which are imported when all are looked for.
+    return is_tensorboard_available() if name == "tensorboard" else name in get_available_reporting_integrations()
 
 
 def trackers_of(training: Mapping[str, Any]) -> list[str]:
@@ -537,10 +547,10 @@ def _training_fields() -> dict[str, Any]:
     return {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, DictConfig, str]:
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, DictConfig, str, list[DictConfig]]:
     """
-    The file merged over its `base`; and of the recipe that its `description` is of, itself or one that it is based on, the values
-    and the name.
+    The file merged over its `base`; of the recipe that its `description` is of, itself or one that it is based on, the
+    values and the name; and what each file says alone, the first base before the others.
     """
     path = path.resolve()
     if path in seen:
@@ -554,17 +564,19 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> tuple[DictConfig, Dic
     base = content.pop("base", None)
     name = next((name for name, place in packaged_recipes().items() if place.resolve() == path), path.name)
     if base is None:
-        return content, content, name
+        return content, content, name, [content]
     beside = path.parent / base
     base_path = beside if beside.is_file() else find_recipe(base)
-    values, described, origin = _read_with_base(base_path, (*seen, path))
+    values, described, origin, layers = _read_with_base(base_path, (*seen, path))
     if "description" in content:  # its own: what the base was begun from is no part of it
         values.pop("begun_from", None)
         values.pop("changed", None)
         values.pop("num_devices", None)
     merged = OmegaConf.merge(values, content)
     assert isinstance(merged, DictConfig)
-    return (merged, merged, name) if "description" in content else (merged, described, origin)
+    if "description" in content:
+        described, origin = merged, name
+    return merged, described, origin, [*layers, content]
 
 
 def _apply_overrides(merged: Any, overrides: list[str]) -> Any:
@@ -580,15 +592,23 @@ def _apply_overrides(merged: Any, overrides: list[str]) -> Any:
                 f"fields, {parent}={{...}}."
             )
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-    named = OmegaConf.select(OmegaConf.from_dotlist(overrides), "training")
-    if isinstance(named, DictConfig) and "num_train_epochs" in named and "max_steps" not in named:
-        max_steps = merged.training.get("max_steps", -1)
-        if isinstance(max_steps, int) and max_steps > 0:
-            raise ValueError(
-                f"`training.num_train_epochs` has no effect beside the recipe's `training.max_steps` {max_steps}: add "
-                "training.max_steps=-1."
-            )
     return merged
+
+
+def _check_epochs_count(layers: Sequence[DictConfig], merged: DictConfig) -> None:
+    """Refuses epochs in a file or the overrides, the last of `layers`, where steps of a file below count instead."""
+    trainings = [OmegaConf.select(layer, "training") for layer in layers]
+
+    def last(name: str) -> int:
+        places = (n for n, values in enumerate(trainings) if isinstance(values, DictConfig) and name in values)
+        return max(places, default=-1)
+
+    max_steps = OmegaConf.select(merged, "training.max_steps")
+    if last("num_train_epochs") > last("max_steps") and isinstance(max_steps, int) and max_steps > 0:
+        raise ValueError(
+            f"`training.num_train_epochs` has no effect beside the recipe's `training.max_steps` {max_steps}: add "
+            "training.max_steps=-1."
+        )
 
 
 def _note_origin(recipe: Recipe, merged: DictConfig, described: DictConfig, origin: str) -> None:
@@ -610,7 +630,7 @@ def _note_origin(recipe: Recipe, merged: DictConfig, described: DictConfig, orig
 def _packaged_recipe_of(values: DictConfig) -> str:
     """The recipe of this package whose stage and description these are, as in a file that an earlier version saved; or none."""
     for name, path in packaged_recipes().items():
-        recipe, _, origin = _read_with_base(path, ())
+        recipe, _, origin, _ = _read_with_base(path, ())
         if origin == name and all(recipe.get(key) == values.get(key) for key in ("description", "stage")):
             return name
     return ""
@@ -676,7 +696,7 @@ __all__ = [
     "DataRecipe",
     "ModelRecipe",
     "Recipe",
-    "check_deepspeed",
+    "check_packages",
     "check_places",
     "check_recipe",
     "find_recipe",

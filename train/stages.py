@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,13 +74,21 @@ from .recipe import (
     PLACES,
     DataRecipe,
     Recipe,
-    check_deepspeed,
+    check_packages,
     check_places,
     save_recipe,
     trackers_of,
 )
 from .run_files import PUBLISHED, RECIPE, SKIPPED, SUMMARY, folder_of
-from .trainers import AGAINST_DIVERGENCE, ContrastiveTrainer, GenerationTrainer, StudyTrainer, uses_deepspeed_autocast
+from .trainers import (
+    AGAINST_DIVERGENCE,
+    DIRECTIONS,
+    RECALLS,
+    ContrastiveTrainer,
+    GenerationTrainer,
+    StudyTrainer,
+    uses_deepspeed_autocast,
+)
 
 
 try:
@@ -92,6 +101,30 @@ logger = logging.get_logger(__name__)
 # Volumes of a study whose records say for all of them what they were made of.
 NUM_LOOKED_AT = 5
 
+# Fields of a DeepSpeed configuration that change how fast, with how much memory or with what reports it trains, but no number.
+FREE_DEEPSPEED_SETTINGS = (
+    "comet",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "wandb",
+)
+FREE_ZERO_SETTINGS = (
+    "allgather_bucket_size",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+)
+
 # Rates of learning that depend on the scores of validations.
 RATES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 
@@ -101,8 +134,8 @@ def run_recipe(recipe: Recipe) -> Path:
     Trains what a recipe says, or goes on with it where an earlier start was ended.
 
     The output folder holds `published/`, the result, which the next stage starts from; `recipe.yaml`, the whole recipe;
-    `summary.json`, speed, memory and final scores; `curves.png` and `curves.csv`; `answers/` of the validations; `runs/` for
-    TensorBoard; `skipped.jsonl`, if cases were skipped; and the last checkpoints.
+    `summary.json`, speed, memory and final scores, null where one is not known; `curves.png` and `curves.csv`; `answers/` of the
+    validations; `runs/` for TensorBoard; `skipped.jsonl`, if cases were skipped; and the last checkpoints.
 
     Args:
         recipe ([`Recipe`]):
@@ -113,15 +146,16 @@ def run_recipe(recipe: Recipe) -> Path:
 
     Raises:
         FileNotFoundError: the data, or what the run starts from, is not there.
-        ImportError: the recipe needs DeepSpeed, which is not installed.
+        ImportError: the recipe needs DeepSpeed or the package of a tracker, which is not installed.
         ValueError: data, models and recipe do not fit each other, the output folder holds another run, the record of a
             training beside a model is damaged, or the loss or a trained weight is not finite.
         RuntimeError: training ended before its last step, and not because of a signal.
         BlockingIOError: another run is at work in the output folder.
         SystemExit: the run was asked to stop by a signal; its state is saved.
     """
+    check_best_metric(recipe)
     check_places(recipe)
-    check_deepspeed(recipe)
+    check_packages(recipe)
     for name in PLACES:
         if isinstance(place := getattr(recipe.model, name), str):
             read_training_record(place)  # a damaged one is to be known now, not when the result is published
@@ -141,6 +175,24 @@ def run_recipe(recipe: Recipe) -> Path:
     set_seed(arguments.seed)
     with only_run_in(output_dir):
         return train_and_publish(recipe, stated, arguments, samples, settings, left_out)
+
+
+def check_best_metric(recipe: Recipe) -> None:
+    """
+    Checks the name of the score that the best checkpoint is chosen by, before anything is read. Whether there is a gallery of
+    its size is known to the trainer.
+
+    Raises:
+        ValueError: no validation of the stage measures such a score.
+    """
+    name, known = recipe.training.get("metric_for_best_model"), ["eval_loss"]
+    if recipe.stage == "contrastive":
+        known += [f"eval_{direction}_{recall}_of_N" for direction in DIRECTIONS for recall in RECALLS]
+    if name is not None and f"eval_{re.sub('[0-9]+$', 'N', str(name)).removeprefix('eval_')}" not in known:
+        raise ValueError(
+            f"`training.metric_for_best_model`: expected one of {', '.join(known)}, with or without `eval_`"
+            f"{', N being a number of pairs' if len(known) > 1 else ''}, got {name!r}, which no validation measures."
+        )
 
 
 def train_and_publish(
@@ -223,7 +275,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "remove_unused_columns": False,  # the collators need columns that no model takes
         "ddp_find_unused_parameters": False,
         "logging_steps": 10,
-        "logging_nan_inf_filter": False,  # which would log 0 for a loss that is lost
+        # It logs 0 for a loss that is lost. In float16 single ones are: their steps are left out.
+        "logging_nan_inf_filter": bool(recipe.training.get("fp16")),
         "disable_tqdm": not sys.stderr.isatty(),  # in files and pipes a progress bar is noise
         **recipe.training,
         "report_to": trackers_of(recipe.training),
@@ -272,7 +325,8 @@ def read_deepspeed_config(source: str | Mapping[str, Any], bf16: bool) -> dict[s
 
     Raises:
         FileNotFoundError: `source` is neither a file nor a configuration of this package.
-        ValueError: with it the trained weights could not be published, or its autocast is not to bfloat16.
+        ValueError: see [`load_deepspeed_config`]; or with it the trained weights could not be published, or its autocast is not to
+            bfloat16.
     """
     name, config = load_deepspeed_config(source)
     zero = config.get("zero_optimization", {})
@@ -300,18 +354,39 @@ def load_deepspeed_config(source: str | Mapping[str, Any]) -> tuple[str, dict[st
 
     Raises:
         FileNotFoundError: `source` is neither a file nor a configuration of this package.
-        ValueError: the file is not JSON.
+        ValueError: `source` is none of these, the file is not JSON, or a part of the configuration is no mapping.
     """
     if isinstance(source, Mapping):
-        return "`training.deepspeed`", copy.deepcopy(dict(source))
-    packaged = Path(__file__).parent / "recipes" / "deepspeed" / f"{source}.json"
-    path = packaged if packaged.is_file() else Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`training.deepspeed` {source!r}: expected a JSON file, or one of this package: "
-            f"{', '.join(sorted(file.stem for file in packaged.parent.glob('*.json')))}."
+        name, config = "`training.deepspeed`", copy.deepcopy(dict(source))
+    elif isinstance(source, str):
+        packaged = packaged_deepspeed_configs()
+        path = packaged.get(source, Path(source).expanduser())
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`training.deepspeed` {source!r}: expected a JSON file, or one of this package: {', '.join(packaged)}."
+            )
+        name = str(path)
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a DeepSpeed configuration in JSON, got {error}.") from error
+    else:
+        raise ValueError(
+            f"`training.deepspeed`: expected a JSON file, one of {', '.join(packaged_deepspeed_configs())}, or a mapping, got "
+            f"{source!r}."
         )
-    return str(path), json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{name}: expected a DeepSpeed configuration, a mapping, got {type(config).__name__}.")
+    for part in ("zero_optimization", "torch_autocast", "bf16", "fp16"):
+        if not isinstance(config.get(part, {}), dict):
+            raise ValueError(f"{name}: expected a mapping as `{part}`, or to be without it, got {config[part]!r}.")
+    return name, config
+
+
+def packaged_deepspeed_configs() -> dict[str, Path]:
+    """The DeepSpeed configurations of this package by their names."""
+    folder = Path(__file__).parent / "recipes" / "deepspeed"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
 def splits_of(arguments: TrainingArguments) -> tuple[Split, ...]:
@@ -606,7 +681,7 @@ def publish_result(recipe: Recipe, trainer: StudyTrainer, settings: Mapping[str,
 
 def check_finite_weights(saved: Path) -> None:
     """
-    Checks the files of weights of a folder in the output folder. The folder is removed if they are not to be published.
+    Checks the weights in `saved`, a folder of the output folder. It is removed if they are not to be published.
 
     Raises:
         ValueError: a weight, or a statistic of batches, is NaN or infinite.
@@ -619,7 +694,8 @@ def check_finite_weights(saved: Path) -> None:
         shutil.rmtree(saved)
         raise ValueError(
             f"{saved.parent}: training diverged, {len(lost)} weights or statistics of batches are not finite, such as {lost[0]}, so "
-            f"nothing is published. {AGAINST_DIVERGENCE}"
+            f"nothing is published. {AGAINST_DIVERGENCE} If the logged losses are finite, look for NaN in the weights that the run "
+            "starts from."
         )
 
 
@@ -685,9 +761,23 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     has_cache = settings["data"].pop("cache") is not None and recipe.stage != "language"
     settings["data"]["is_cached"] = has_cache and recipe.data.cache_dtype != "float32"
     settings["training"] = without_free_settings(settings["training"])
-    if settings["training"].get("deepspeed"):  # what it says, wherever the file lies
-        settings["training"]["deepspeed"] = load_deepspeed_config(settings["training"]["deepspeed"])[1]
+    if source := settings["training"].get("deepspeed"):
+        settings["training"]["deepspeed"] = fixed_deepspeed_settings(source)
     return json.loads(json.dumps(settings))
+
+
+def fixed_deepspeed_settings(source: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """
+    What stands for a DeepSpeed configuration in the settings of a run: the name of one of this package, or what another one
+    says that changes numbers, wherever the file lies.
+    """
+    if isinstance(source, str) and source in packaged_deepspeed_configs():
+        return source
+    config = load_deepspeed_config(source)[1]
+    config = {name: value for name, value in config.items() if name not in FREE_DEEPSPEED_SETTINGS}
+    if zero := config.get("zero_optimization"):
+        config["zero_optimization"] = {name: value for name, value in zero.items() if name not in FREE_ZERO_SETTINGS}
+    return config
 
 
 def without_free_settings(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -717,16 +807,16 @@ def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """
     Settings that an earlier version of this package wrote, in the form of `settings`: fields of the recipe that came since have
     their defaults, those that are free by now are gone, and whether there was a cache, which was not written down, is as it is
-    now. So is a DeepSpeed configuration that was written down as a file's name, if that file is gone.
+    now. So is a DeepSpeed configuration that was written down as the name of a file which is gone by now.
     """
     defaults = fixed_settings(Recipe())
     defaults["data"]["is_cached"] = settings["data"]["is_cached"]
     before = without_places(with_defaults(before, defaults))
     before.pop("num_answers", None)
     before["training"] = without_free_settings(before["training"])
-    if isinstance(source := before["training"].get("deepspeed"), str):
+    if source := before["training"].get("deepspeed"):
         try:
-            before["training"]["deepspeed"] = load_deepspeed_config(source)[1]
+            before["training"]["deepspeed"] = fixed_deepspeed_settings(source)
         except FileNotFoundError:
             before["training"]["deepspeed"] = settings["training"].get("deepspeed") or source
     return before

@@ -31,7 +31,7 @@ AGAINST_DIVERGENCE = (
     "Begin anew in another training.output_dir, with a smaller training.learning_rate, a longer training.warmup_steps or a "
     "training.max_grad_norm such as 1.0."
 )
-# Of a validation of pairs.
+# What retrieval among validation pairs measures: which way, and with which matches.
 DIRECTIONS = ("image_to_text", "text_to_image")
 RECALLS = ("recall_at_1", "deduplicated_recall_at_1")
 # Outputs of the dual encoder that make no sense across batches.
@@ -73,15 +73,22 @@ class StudyTrainer(Trainer):
         self.add_callback(TellEpoch(self._set_epoch))
         if self.args.metric_for_best_model is not None and self.eval_dataset is not None:
             measured = self.metric_names()
-            if f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}" not in measured:
+            if (
+                measured is not None
+                and f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}" not in measured
+            ):
                 raise ValueError(
                     f"`training.metric_for_best_model` must be one of {', '.join(measured)}, with or without `eval_`, got "
                     f"{self.args.metric_for_best_model!r}, which no validation of this run measures."
                 )
 
-    def metric_names(self) -> list[str]:
-        """What a validation measures, by the names that are logged, chance aside."""
-        return ["eval_loss"]
+    def metric_names(self) -> list[str] | None:
+        """
+        What a validation measures, by the names that are logged, chance aside. `None` where it is not known: with a function for
+        metrics of the caller's, or several sets to validate on, whose names become part of these.
+        """
+        is_known = self.compute_metrics is None and not isinstance(self.eval_dataset, dict)
+        return ["eval_loss"] if is_known else None
 
     def _set_epoch(self, epoch: int) -> None:
         if self.sampler is not None:
@@ -217,7 +224,7 @@ def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
 
 def uses_deepspeed_autocast(config: Any) -> bool:
     """Whether a DeepSpeed configuration has `torch_autocast`, as [`~train.stages.read_deepspeed_config`] writes it."""
-    return isinstance(config, dict) and bool(config.get("torch_autocast", {}).get("enabled"))
+    return isinstance(config, dict) and bool((config.get("torch_autocast") or {}).get("enabled"))
 
 
 class ContrastiveTrainer(StudyTrainer):
@@ -282,11 +289,13 @@ class ContrastiveTrainer(StudyTrainer):
         kwargs["ignore_keys"] = kwargs.get("ignore_keys") or OUTPUTS_OF_A_BATCH  # `train` passes None
         return super().evaluate(*args, **kwargs)
 
-    def metric_names(self) -> list[str]:
-        """The loss, and both recalls in both directions for each gallery."""
+    def metric_names(self) -> list[str] | None:
+        """The loss, and both recalls in both directions for each gallery; see [`StudyTrainer.metric_names`]."""
+        if self.compute_metrics != self._retrieval or isinstance(self.eval_dataset, dict):
+            return None
         galleries = self._galleries(len(cast(Sized, self.eval_dataset)))
         recalls = [f"{direction}_{recall}" for direction in DIRECTIONS for recall in RECALLS]
-        return [*super().metric_names(), *(f"eval_{name}_of_{size}" for size in galleries for name in recalls)]
+        return ["eval_loss", *(f"eval_{name}_of_{size}" for size in galleries for name in recalls)]
 
     def _galleries(self, num_pairs: int) -> list[int]:
         return [size for size in self.gallery_sizes if size < num_pairs] + [num_pairs]

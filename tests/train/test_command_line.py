@@ -37,7 +37,7 @@ def test_a_recipe_for_the_cpu_counts_no_gpus(overrides, options, expected, monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr("med3dvlm.train.cli.launch", lambda count, command: started.append(count) or 0)
     monkeypatch.setattr("med3dvlm.train.recipe.check_places", lambda recipe: None)
-    monkeypatch.setattr("med3dvlm.train.recipe.check_deepspeed", lambda recipe: None)
+    monkeypatch.setattr("med3dvlm.train.recipe.check_packages", lambda recipe: None)
     command = ["train", "phantom/projector", "training.deepspeed=zero2", *overrides, *options]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert started == [expected]

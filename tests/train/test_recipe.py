@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from med3dvlm import DCFormerConfig, Med3DVLMConfig
 from med3dvlm.train.models import vision_config_fields
 from med3dvlm.train.recipe import (
-    check_deepspeed,
+    check_packages,
     check_places,
     find_recipe,
     load_recipe,
@@ -125,6 +125,22 @@ def test_epochs_count_where_steps_are_taken_back_and_steps_go_before_epochs(tmp_
     save_recipe(load("paper/finetune", "training.max_steps=5"), tmp_path / "recipe.yaml")
     saved = load_recipe(tmp_path / "recipe.yaml", ["training.seed=1"])
     assert (saved.training["num_train_epochs"], saved.training["max_steps"]) == (5, 5)
+
+
+def test_epochs_of_a_file_do_not_count_beside_steps_of_its_base(tmp_path):
+    own = tmp_path / "own.yaml"
+    (tmp_path / "above.yaml").write_text("base: own.yaml\ntraining: {seed: 1}\n")
+    own.write_text("base: phantom/finetune\ntraining: {num_train_epochs: 3}\n")
+    for path in (own, tmp_path / "above.yaml"):
+        with pytest.raises(ValueError, match="`training.max_steps` 1280: add training.max_steps=-1"):
+            load_recipe(path, ["training.seed=2"])
+        for max_steps in (-1, 5):
+            assert load_recipe(path, [f"training.max_steps={max_steps}"]).training["max_steps"] == max_steps
+    own.write_text("base: phantom/finetune\ntraining: {num_train_epochs: 3, max_steps: -1}\n")
+    assert load_recipe(tmp_path / "above.yaml").training["num_train_epochs"] == 3
+    own.write_text("base: phantom/finetune\ntraining: {max_steps: 7}\n")
+    with pytest.raises(ValueError, match="`training.max_steps` 7: add training.max_steps=-1"):
+        load_recipe(own, ["training.num_train_epochs=3"])
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
@@ -341,24 +357,52 @@ def test_places_that_are_not_there_are_named(tmp_path, monkeypatch):
         check_places(load_recipe("pretrained/contrastive", ["data.root=data"]))
 
 
+def hide_packages(monkeypatch, *names):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in names else find(name, *rest))
+
+
 def test_a_deepspeed_that_is_not_there_is_told_with_the_remedy(monkeypatch):
     recipe = load_recipe("paper/contrastive")
     without = load_recipe("paper/contrastive", ["training.deepspeed=null", "training.bf16=auto"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    hide_packages(monkeypatch, "deepspeed")
     with pytest.raises(
         ImportError, match=r"'zero2' needs the package deepspeed.*training.deepspeed=null training.bf16=auto"
     ):
-        check_deepspeed(recipe)
-    check_deepspeed(without)
+        check_packages(recipe)
+    check_packages(without)
 
 
 def test_a_tracker_that_is_not_there_is_told_with_the_remedy(monkeypatch):
     monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", lambda: ["mlflow"])
     recipe = load_recipe("paper/finetune", ["training.deepspeed=null", "training.report_to=[tensorboard, wandb]"])
-    with pytest.raises(ImportError, match="`training.report_to` 'wandb' needs .*training.report_to=tensorboard"):
-        check_deepspeed(recipe)
+    with pytest.raises(ImportError, match="names 'wandb', which .* not find here.*training.report_to=tensorboard"):
+        check_packages(recipe)
     for names in ("mlflow", "none", "[]", "[all]"):
-        check_deepspeed(load_recipe("paper/finetune", ["training.deepspeed=null", f"training.report_to={names}"]))
+        check_packages(load_recipe("paper/finetune", ["training.deepspeed=null", f"training.report_to={names}"]))
+
+
+def test_the_default_tracker_is_looked_for_too(monkeypatch):
+    hide_packages(monkeypatch, "tensorboard", "tensorboardX")
+    with pytest.raises(ImportError, match="names 'tensorboard', which .*training.report_to=none"):
+        check_packages(load_recipe("paper/finetune", ["training.deepspeed=null"]))
+
+
+def test_comet_is_found_without_a_key_and_kubeflow_told_what_it_needs(monkeypatch):
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
+    comet, kubeflow = (
+        load_recipe("paper/finetune", ["training.deepspeed=null", f"training.report_to={name}"])
+        for name in ("comet_ml", "kubeflow")
+    )
+    with pytest.raises(ImportError, match="kubeflow needs KUBEFLOW_TRAINER_SERVER_URL"):
+        check_packages(kubeflow)
+    hide_packages(monkeypatch, "comet_ml")
+    with pytest.raises(ImportError, match="names 'comet_ml'"):
+        check_packages(comet)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, package=None: object()
+    )  # installed, but without a key
+    check_packages(comet)
 
 
 LAUNCH = find_recipe("paper/contrastive").parents[1] / "launch"

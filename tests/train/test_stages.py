@@ -260,6 +260,17 @@ def test_a_best_checkpoint_by_what_is_not_measured_is_refused_before_training(ma
         ValueError, match="`training.metric_for_best_model` must be one of eval_loss, .*got 'accuracy'"
     ):
         trainer_of(recipe_of("language", manifest, tmp_path, LANGUAGE, *options))
+    # By its form before anything is read.
+    for stage, name, known in (
+        ("contrastive", "accuracy", "eval_loss, eval_image_to_text_recall_at_1_of_N, .*N being"),
+        ("contrastive", "chance_recall_at_1_of_5", "eval_loss, "),
+        ("finetune", "eval_image_to_text_recall_at_1_of_5", "eval_loss, with or without `eval_`,"),
+    ):
+        recipe = Recipe(stage=stage, data=DataRecipe(root="gone"), training={"metric_for_best_model": name})
+        with pytest.raises(ValueError, match=rf"`training.metric_for_best_model`: expected one of {known}.*{name}"):
+            run_recipe(recipe)
+    for name in ("loss", "eval_text_to_image_deduplicated_recall_at_1_of_100"):
+        stages.check_best_metric(Recipe(stage="contrastive", training={"metric_for_best_model": name}))
 
 
 @pytest.mark.parametrize("stage", ["projector", "finetune"])
@@ -737,6 +748,12 @@ def test_a_training_that_diverges_publishes_nothing(strategy, fault, manifest, t
     assert not any((tmp_path / name).exists() for name in ("published", "_result", "summary.json"))
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_lost_loss_is_hidden_in_float16_alone_whose_scale_leaves_out_single_steps(fp16, tmp_path):
+    recipe = Recipe(training={"output_dir": str(tmp_path), "fp16": fp16, "use_cpu": True})
+    assert build_training_arguments(recipe).logging_nan_inf_filter is fp16
+
+
 def test_a_summary_is_json_whatever_is_not_known(manifest, tmp_path, monkeypatch):
     """As on Windows, which does not tell the peak of memory."""
     monkeypatch.setattr(stages, "resource", None)
@@ -956,6 +973,33 @@ def test_a_deepspeed_configuration_is_a_part_of_a_run_by_its_content(tmp_path, m
         assert stages.bring_up_to_date({**now, "training": {"deepspeed": str(source)}}, now) == now
     path.write_text('{"zero_optimization": {"stage": 1}}')
     assert differing_keys(now, settings(path)) == ["training.deepspeed.zero_optimization.stage"]
+    # What changes no number, such as where it is reported to, is free and not written down.
+    path.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "wandb": {"team": "a"}}')
+    assert settings(path) == now == stages.bring_up_to_date(now, now)
+    assert settings("zero2")["training"]["deepspeed"] == "zero2"  # later versions may tune those of the package
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        ("{", "mine.json: expected a DeepSpeed configuration in JSON, got "),
+        ("[]", "mine.json: expected a DeepSpeed configuration, a mapping, got list"),
+        (
+            '{"torch_autocast": null}',
+            "mine.json: expected a mapping as `torch_autocast`, or to be without it, got None",
+        ),
+        (True, r"`training.deepspeed`: expected a JSON file, one of zero2, zero3, or a mapping, got True"),
+        ("gone", "'gone': expected a JSON file, or one of this package: zero2, zero3"),
+    ],
+)
+def test_what_is_no_deepspeed_configuration_is_refused(content, fault, tmp_path):
+    source = content
+    if isinstance(content, str) and content != "gone":
+        source = tmp_path / "mine.json"
+        source.write_text(content)
+        source = str(source)
+    with pytest.raises((ValueError, FileNotFoundError), match=fault):
+        read_deepspeed_config(source, bf16=True)
 
 
 def test_bfloat16_under_deepspeed_is_its_autocast():

@@ -170,7 +170,8 @@ def test_the_best_checkpoint_is_chosen_by_what_a_validation_measures(tmp_path):
         arguments = TrainingArguments(
             output_dir=tmp_path, use_cpu=True, report_to="none", metric_for_best_model=metric
         )
-        return trainer_class(model=tiny.tiny_siglip(), args=arguments, eval_dataset=["a", "b", "c"], **options)
+        options = {"eval_dataset": ["a", "b", "c"], **options}
+        return trainer_class(model=tiny.tiny_siglip(), args=arguments, **options)
 
     with pytest.raises(ValueError, match=r"must be one of eval_loss, with or without `eval_`, got 'accuracy'"):
         build(StudyTrainer, "accuracy")
@@ -182,6 +183,10 @@ def test_the_best_checkpoint_is_chosen_by_what_a_validation_measures(tmp_path):
     logged = {f"eval_{name}" for name in trainer._retrieval(EvalPrediction((vectors, vectors), np.arange(3)))}
     measured = {name for name in logged if "chance" not in name}
     assert len(measured) == 8 and set(trainer.metric_names()) == {"eval_loss", *measured}
+    # What a caller measures besides is not known.
+    for trainer_class in (StudyTrainer, ContrastiveTrainer):
+        build(trainer_class, "accuracy", compute_metrics=lambda prediction: {"accuracy": 1.0})
+        build(trainer_class, "mine_loss", eval_dataset={"mine": ["a"]})
 
 
 def trainer_of(folder, num_train, num_validation):

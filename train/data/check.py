@@ -192,15 +192,16 @@ def check_study(
 
     What lies at `root` is found out: a manifest (`.csv` or `.jsonl`, or a folder that holds `manifest.csv` or
     `manifest.jsonl`), the layout of M3D (`M3D_Cap_npy/M3D_Cap.json` and `M3D-VQA/*.csv`, either or both), a folder of
-    NIfTI files, or the folder of a `VolumeCache`.
+    NIfTI files or a single one, or the folder of a `VolumeCache`.
 
     Errors are:
 
     - files that cannot be read, unknown columns, splits, letters and question types, rows that contradict themselves;
     - missing volumes and reports, empty reports, questions, answers and choices, an answer that is not the text of the
       choice that its letter names;
-    - volumes that cannot be read or are no single 3D volume, hold NaN or infinity, or one value only, damaged slices; for
-      prepared ones also another shape than `image_size` or the others have, integers, and values outside [0, 1];
+    - volumes that cannot be read or are no single 3D volume, hold NaN or infinity, or one value only, damaged or
+      misnamed slices; for prepared ones also another shape than `image_size` or the others have, integers, and values
+      outside [0, 1];
     - the same volume file, the same case, or the same voxels in two splits.
 
     Warnings are the same voxels, or the same report or question of a volume, twice in a split, choices that are the same,
@@ -209,7 +210,7 @@ def check_study(
 
     Args:
         root (`str` or `Path`):
-            Folder or manifest.
+            Folder, manifest or scan.
         volumes (`str`, *optional*, defaults to `"auto"`):
             `"prepared"` volumes, as `med3dvlm prepare m3d-cap` writes them, are held to one shape and [0, 1]; `"scans"`
             are not. `"auto"` takes them as prepared if `image_size` is given, or if most of them are stored as
@@ -338,7 +339,7 @@ def _check_options(volumes: str, image_size: Sequence[int] | None, num_workers: 
 def _read_rows(root: Path, problems: list[Problem]) -> tuple[str, list[_Row]]:
     """The layout of what lies at `root`, and its rows; for a folder of volumes, or a single one, one for each file."""
     if not root.exists():
-        raise FileNotFoundError(f"There is no {root}. Expected a folder or a manifest.")
+        raise FileNotFoundError(f"There is no {root}. Expected a folder, a manifest or a scan.")
     manifest = None if is_nifti_file(root) else find_manifest(root)
     if manifest is not None:
         return "manifest", _read_manifest(manifest, problems)

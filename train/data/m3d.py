@@ -472,7 +472,10 @@ def read_csv_rows(
                     )
                 yield row, dict(zip(header, cells))
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}, is not valid CSV: {error}.") from error
+            raise ValueError(
+                f"{path}, line {reader.line_num}, is not valid CSV: {error}. A text that begins with a double quote "
+                "must stand in double quotes, each one in it doubled."
+            ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
 

@@ -50,9 +50,9 @@ from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
     JPG_REMEDY,
-    MISNAMED,
     SLICE_ENDINGS,
     DroppedSlice,
+    describe_misnaming,
     describe_missing,
     describe_repeated,
     find_cases,
@@ -61,6 +61,7 @@ from .slices import (
     find_series,
     folders_without_series,
     is_damage,
+    is_misnaming,
     is_nifti_file,
     missing_numbers,
     read_report,
@@ -442,7 +443,7 @@ def format_preparation_report(report: PreparationReport) -> str:
     for entry in report.dropped:
         if entry.is_failure:
             place = "/".join(filter(None, (entry.case, entry.series, entry.name)))
-            of_slices = misnamed if entry.reason.startswith(MISNAMED) else damaged
+            of_slices = misnamed if is_misnaming(entry.reason) else damaged
             (of_slices if entry.level == "slice" else left_out).append(f"{place}: {entry.reason}")
     for title, entries in (
         ("Cases and series that were left out", left_out),
@@ -648,7 +649,12 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
             f"{output / name} exists, and preparation has not made it, so it is not replaced: move it away"
         )
     is_replaced = record is not None and record.get("source") != state
-    if record is None or is_replaced or record.get("settings") not in accepted:
+    if (
+        record is None
+        or is_replaced
+        or record.get("settings") not in accepted
+        or (is_stack and _has_untold_misnaming(path, record, settings.accept_jpg))
+    ):
         scan: Any = open_volume(path) if not is_stack else None
         is_orientation_known = not is_stack and scan.is_orientation_known
         dropped: list[DroppedSlice] = []
@@ -666,7 +672,6 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
             "preprocessing_report": report,
             "dropped": dropped,
             "repeated": repeated_numbers(path, dropped) if is_stack else [],
-            "missing": missing_numbers(path) if is_stack else [],
         }
         content = encode_prepared_volume(
             inputs["pixel_values"][0, 0], np.array(report["affine"]), not is_stack, is_orientation_known, record
@@ -676,10 +681,20 @@ def _prepare_series(path: Path, name: str, output: Path, settings: _Settings, re
         if is_replaced:
             result.replaced.append(f"{result.case}/{name}")
     result.volumes.append(name)
-    for key, describe in (("repeated", describe_repeated), ("missing", describe_missing)):
-        if record.get(key):  # earlier versions kept no note of it
-            result.warnings.append(f"{result.case}/{path.name}: {describe(record[key])}")
+    if record.get("repeated"):  # earlier versions kept no note of it
+        result.warnings.append(f"{result.case}/{path.name}: {describe_repeated(record['repeated'])}")
+    if is_stack and (gaps := missing_numbers(path)):
+        result.warnings.append(f"{result.case}/{path.name}: {describe_missing(gaps)}")
     result.drop_from_series(path.name, [(file, reason) for file, reason in record["dropped"]])
+
+
+def _has_untold_misnaming(folder: Path, record: Mapping[str, Any], accept_jpg: bool) -> bool:
+    """Whether slices are misnamed that an earlier version stacked, or left out without calling that a failure."""
+    told = {name for name, reason in record["dropped"] if is_damage(reason)}
+    return any(
+        path.name not in told and describe_misnaming(path, accept_jpg) and not path.is_dir()
+        for path in folder.iterdir()
+    )
 
 
 def is_readable_volume(path: Path) -> bool:

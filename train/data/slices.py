@@ -24,8 +24,10 @@ SLICE_ENDINGS = (".png", ".jpeg")
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 # What to do with `.jpg` slices, which messages end with.
 JPG_REMEDY = "rename to .jpeg, or prepare with --accept-jpg (in Python `accept_jpg=True`)"
-# How the reason begins for a file that would be a slice, but is damaged or has its ending in capitals.
-DAMAGED, MISNAMED = "the picture cannot be read", "its ending is not in small letters"
+# How the reason begins for a file that would be a slice, but is damaged, has its ending in capitals, or a number that
+# Python takes for one and slices do not have.
+DAMAGED = "the picture cannot be read"
+MISNAMED, MISNUMBERED = "its ending is not in small letters", "its number is not in plain digits"
 # Place of the byte in a PNG file that tells the bits of a channel: after signature, length, name, width and height.
 PNG_BIT_DEPTH = 24
 # A report that keeps fewer characters than this after a heading was not written under that heading.
@@ -189,8 +191,8 @@ def read_slices(folder: str | Path, accept_jpg: bool = False) -> tuple[np.ndarra
     Returns:
         `np.ndarray` of shape `(depth, height, width)`, float32 in [0, 1]; and a `list[tuple[str, str]]` of every other
         entry of the folder by name, each with the reason why no slice was made of it: another kind of file, a name that
-        is no number, a damaged file (see [`damaged_slices`]), more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, more than 8
-        bits a channel, another shape.
+        is no number, a damaged or misnamed file (see [`damaged_slices`]), more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`, more than 8 bits a channel, another shape.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -247,8 +249,13 @@ def damaged_slices(dropped: Sequence[DroppedSlice]) -> list[DroppedSlice]:
 
 
 def is_damage(reason: str) -> bool:
-    """Whether the reason why a file is no slice is that it is damaged, or that its ending has capital letters."""
-    return reason.startswith((DAMAGED, MISNAMED))
+    """Whether the reason why a file is no slice is that it is damaged or misnamed."""
+    return reason.startswith(DAMAGED) or is_misnaming(reason)
+
+
+def is_misnaming(reason: str) -> bool:
+    """Whether the reason why a file is no slice is one of [`describe_misnaming`]."""
+    return reason.startswith((MISNAMED, MISNUMBERED))
 
 
 def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
@@ -259,7 +266,7 @@ def open_scan(path: str) -> tuple[str | Volume, list[DroppedSlice]]:
         `str` or [`Volume`]; and what was left out of a stack, see [`read_slices`], which a warning names too.
 
     Raises:
-        InvalidVolumeError: no stack can be made of the slices, or some are damaged.
+        InvalidVolumeError: no stack can be made of the slices, or some are damaged or misnamed.
     """
     if not is_slice_folder(Path(path)):
         refuse_other_pictures(Path(path))
@@ -326,7 +333,7 @@ def describe_missing(gaps: Sequence[tuple[int, int]]) -> str:
 
 def describe_damaged(num_slices: int, damaged: Sequence[DroppedSlice]) -> str:
     """What is wrong with a stack of `num_slices` slices that lacks the damaged and misnamed ones, and what to do."""
-    is_misnamed = any(reason.startswith(MISNAMED) for _, reason in damaged)
+    is_misnamed = any(is_misnaming(reason) for _, reason in damaged)
     what, remedy = ("damaged or misnamed", "Mend") if is_misnamed else ("damaged", "Copy or download")
     return (
         f"{len(damaged)} slices are {what}, beside {num_slices} that can be read ({show_dropped(damaged)}). {remedy} them"
@@ -483,6 +490,20 @@ def slice_number(path: Path) -> int | None:
     return int(path.stem) if path.stem.isascii() and path.stem.isdecimal() else None
 
 
+def describe_misnaming(path: Path, accept_jpg: bool = False) -> str:
+    """What is wrong with the name of a file that would be a slice under another one, and what to do; else empty."""
+    try:
+        int(path.stem)
+    except ValueError:
+        return ""
+    ending = path.suffix.lower()
+    if ending not in _endings(accept_jpg):
+        return ""
+    if path.suffix != ending:
+        return f"{MISNAMED}: rename to {ending}, in small letters"
+    return f"{MISNUMBERED}: rename it, 0 or 1 being the first" if slice_number(path) is None else ""
+
+
 def _endings(accept_jpg: bool) -> tuple[str, ...]:
     return (*SLICE_ENDINGS, ".jpg") if accept_jpg else SLICE_ENDINGS
 
@@ -493,17 +514,16 @@ def _sort_by_number(folder: Path, accept_jpg: bool) -> tuple[list[Path], list[Dr
         if path.is_dir():
             dropped.append((path.name, "a folder"))
             continue
-        number, ending = slice_number(path), path.suffix.lower()
-        if path.name.endswith(_endings(accept_jpg)):
-            if number is None:
-                dropped.append((path.name, "its name is no whole number, so it has no place in the stack"))
-            else:
-                numbered.append((number, path.name, path))
-        elif number is not None and ending in _endings(accept_jpg):
-            dropped.append((path.name, f"{MISNAMED}: rename to {ending}, in small letters"))
-        else:
-            hint = f": {JPG_REMEDY}" if ending == ".jpg" else ""
+        if misnaming := describe_misnaming(path, accept_jpg):
+            dropped.append((path.name, misnaming))
+        elif not path.name.endswith(_endings(accept_jpg)):
+            remedy = JPG_REMEDY if path.suffix == ".jpg" else "rename to .jpeg, in small letters"
+            hint = f": {remedy}" if path.suffix.lower() == ".jpg" else ""
             dropped.append((path.name, f"not a .png or .jpeg file{hint}"))
+        elif (number := slice_number(path)) is None:
+            dropped.append((path.name, "its name is no whole number, so it has no place in the stack"))
+        else:
+            numbered.append((number, path.name, path))
     return [path for _, _, path in sorted(numbered)], dropped
 
 
@@ -515,6 +535,7 @@ __all__ = [
     "DroppedSlice",
     "damaged_slices",
     "describe_damaged",
+    "describe_misnaming",
     "describe_missing",
     "describe_repeated",
     "describe_rival_texts",
@@ -525,6 +546,7 @@ __all__ = [
     "find_series",
     "folders_without_series",
     "is_damage",
+    "is_misnaming",
     "is_nifti_file",
     "is_slice_folder",
     "missing_numbers",

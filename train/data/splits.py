@@ -136,7 +136,7 @@ def check_index_may_be_written(
     Raises:
         FileExistsError: there is an index that `splits` names, that no earlier call has made, or that one has made with other
             splits than those now `chosen`, or drawn as earlier versions did, which kept no note of it: it may hold the only
-            copy of official splits. Or it names cases of another source that are not in this one.
+            copy of official splits. Or it cannot be read, or names cases of another source that are not in this one.
     """
     if not index.exists():
         return set()
@@ -171,7 +171,12 @@ def check_index_may_be_written(
             "from one split to another. Pass the same `splits` (--splits) and `seed` (--seed), or delete the index to split "
             "anew."
         )
-    volumes = {image for split in SPLITS for image, _ in read_cap_index(index, split)}
+    try:
+        volumes = {image for split in SPLITS for image, _ in read_cap_index(index, split)}
+    except ValueError as error:
+        raise FileExistsError(
+            f"{error} Preparation wrote this file and it was changed since: delete it to have it made anew."
+        ) from error
     lost = sorted({PurePosixPath(image).parent.as_posix() for image in volumes} - set(folders))
     if lost and Path(content["source"]).resolve() != source.resolve():
         raise FileExistsError(

@@ -6,6 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from med3dvlm import Med3DVLMImageProcessor
+from med3dvlm.train.data import dataset as dataset_module
 from med3dvlm.train.data.augmentation import augment_laterality_safe
 from med3dvlm.train.data.cache import VolumeCache
 from med3dvlm.train.data.dataset import (
@@ -146,6 +147,27 @@ def test_groups_take_every_sample_once_an_epoch_and_stay_with_their_volume():
     assert drawn[1] == [groups.rows_of(index, seed=0, epoch=1) for index in range(len(groups))]
     with pytest.raises(ValueError, match="at least 1 question per volume, got 0"):
         QuestionGroups(owners, 0)
+
+
+def test_order_groups_and_items_have_random_numbers_of_their_own(monkeypatch):
+    def numbers(draw):
+        taken = []
+
+        def noted(seed, epoch, number):
+            taken.append(number)
+            return item_generator(seed, epoch, number)
+
+        monkeypatch.setattr(dataset_module, "item_generator", noted)
+        draw()
+        return set(taken)
+
+    rows = samples(6, ["1", "1", "1", "2", "2", "3"])
+    dataset = StudyDataset(rows, Constant(), ConversationBuilder(), questions_per_volume=2)
+    order = numbers(lambda: list(EpochSampler(len(dataset), seed=0)))
+    groups = numbers(lambda: [dataset.groups.rows_of(index, 0, 0) for index in range(len(dataset))])
+    groups_and_items = numbers(lambda: [dataset[index] for index in range(len(dataset))])
+    assert (len(order), len(groups), len(dataset)) == (1, 3, 4)
+    assert len(order | groups_and_items) == 1 + 3 + 4
 
 
 def test_questions_of_a_group_come_with_one_volume():

@@ -171,7 +171,7 @@ def test_bad_rows_are_named(root, cells, message):
         ),
         ("", "lacks the columns Image Path, .*Its columns: none"),
         (",".join(layout.VQA_COLUMNS) + "\na,b,c\n", "row 2: expected 10 cells as in the header, got 3"),
-        (",".join(layout.VQA_COLUMNS) + '\na,"b" c\n', "line 2, is not valid CSV"),
+        (",".join(layout.VQA_COLUMNS) + '\na,"b" c\n', "line 2, is not valid CSV: .* each one in it doubled"),
         (",".join((*layout.VQA_COLUMNS, "Answer")) + "\n", "names columns twice: Answer"),
         (",".join(layout.VQA_COLUMNS) + "\n", "holds no samples"),
         (";".join(layout.VQA_COLUMNS) + "\na;b\n", "M3D_VQA_train.csv, header: expected commas .*, got semicolons"),

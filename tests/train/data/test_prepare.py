@@ -472,6 +472,21 @@ def test_volumes_that_leave_the_index_are_told_of(tmp_path):
     assert prepare_here(source, tmp_path / "M3D_Cap_npy").warnings == []
 
 
+def test_a_written_index_that_was_changed_is_refused_with_a_remedy(tmp_path):
+    source = write_cases(tmp_path / "source", 2)
+    index = Path(prepare_here(source, tmp_path / "out").index)
+    content = index.read_bytes()
+    for changed in ("{", '{"train": []}'):
+        index.write_text(changed)
+        with pytest.raises(
+            FileExistsError, match=r"M3D_Cap.json.*\. Preparation wrote this file .*: delete it to have it"
+        ):
+            prepare_here(source, tmp_path / "out")
+    index.unlink()
+    assert prepare_here(source, tmp_path / "out").num_made == 0 and index.read_bytes() == content
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="its file system takes UTF-8 names only")
 def test_names_that_are_not_utf8_are_listed_and_the_others_prepared(tmp_path):
     source = write_cases(tmp_path / "source", 4)
     bad = os.fsdecode(b"M\xfcller")
@@ -683,7 +698,7 @@ def test_slices_with_other_endings_are_a_failure_and_missing_numbers_a_warning(t
         assert not report.is_ok and report.num_volumes == 1
         assert reasons(report, "slice") == {
             "000001/Axial/2.PNG": "its ending is not in small letters: rename to .png, in small letters",
-            "000001/Axial/6.JPG": f"not a .png or .jpeg file: {slices.JPG_REMEDY}",
+            "000001/Axial/6.JPG": "not a .png or .jpeg file: rename to .jpeg, in small letters",
         }
         text = format_preparation_report(report)
         assert "misnamed slices: rename these, or delete them (1):\n  000001/Axial/2.PNG: its" in text
@@ -691,6 +706,45 @@ def test_slices_with_other_endings_are_a_failure_and_missing_numbers_a_warning(t
             "000001/Axial: 2 numbers between the first slice and the last are missing (4 to 5): see whether all slices were "
             "copied"
         ]
+
+
+def test_slices_with_numbers_that_are_not_in_plain_digits_are_a_failure(tmp_path):
+    source = write_cases(tmp_path / "source", 1)
+    for number, name in ((0, "-1"), (4, "1_10")):
+        (source / f"000001/Axial/{number}.png").rename(source / f"000001/Axial/{name}.png")
+    report = prepare_here(source, tmp_path / "out")
+    assert not report.is_ok and report.num_volumes == 1
+    reason = "its number is not in plain digits: rename it, 0 or 1 being the first"
+    assert reasons(report) == {"000001/Axial/-1.png": reason, "000001/Axial/1_10.png": reason}
+    text = format_preparation_report(report)
+    assert "misnamed slices: rename these, or delete them (2):\n  000001/Axial/-1.png: its number" in text
+
+
+def test_volumes_that_lack_misnamed_slices_untold_are_made_anew(tmp_path, monkeypatch):
+    source = write_cases(tmp_path / "source", 2)
+    for number, name in ((2, "2.PNG"), (4, "+4.png")):
+        (source / f"000001/Axial/{number}.png").rename(source / f"000001/Axial/{name}")
+    (source / "000002/Axial/-1.png").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(slices, "describe_misnaming", lambda path, accept_jpg: "")  # as earlier versions
+        assert prepare_here(source, tmp_path / "out").is_ok
+    for num_made in (1, 0):
+        report = prepare_here(source, tmp_path / "out")
+        assert not report.is_ok and report.num_made == num_made
+        assert [entry.name for entry in report.dropped if entry.is_failure] == ["+4.png", "2.PNG"]
+
+
+def test_numbers_that_are_missing_are_told_of_volumes_made_before(tmp_path, monkeypatch):
+    source = write_cases(tmp_path / "source", 1)
+    (source / "000001/Axial/2.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "missing_numbers", lambda folder: [])  # as earlier versions
+        assert prepare_here(source, tmp_path / "out").warnings == []
+    report = prepare_here(source, tmp_path / "out")
+    assert report.num_made == 0
+    assert [warning[:60] for warning in report.warnings] == [
+        "000001/Axial: 1 numbers between the first slice and the last"
+    ]
 
 
 def test_two_slices_of_one_number_are_a_warning(tmp_path):

@@ -139,14 +139,14 @@ def of_16_bits_a_channel(channels, colour_type):
         ("three.png", lambda path: write_slice(path), "no whole number"),
         ("3.5.png", lambda path: write_slice(path), "no whole number"),
         *(
-            (f"{name}.png", lambda path: write_slice(path), "no whole number")
+            (f"{name}.png", lambda path: write_slice(path), "not in plain digits: rename it, 0 or 1 being the first")
             for name in ("2_1", "+1", "-1", "\u0663")
         ),
         ("._3.png", lambda path: path.write_bytes(b"x"), "no whole number"),
         ("3.png", lambda path: write_slice(path, (7, 5)), "7 x 5 pixels, most slices have 5 x 7"),
         ("3.PNG", lambda path: write_slice(path), "rename to .png, in small letters"),
         ("3.Jpeg", lambda path: write_slice(path), "rename to .jpeg, in small letters"),
-        ("3.JPG", lambda path: write_slice(path), "not a .png or .jpeg file: rename to .jpeg, or prepare with"),
+        ("3.JPG", lambda path: write_slice(path), "not a .png or .jpeg file: rename to .jpeg, in small letters$"),
         ("three.PNG", lambda path: write_slice(path), "not a .png or .jpeg file"),
     ],
 )
@@ -160,7 +160,8 @@ def test_whatever_is_no_slice_is_listed_with_the_reason(name, write, reason, tmp
     assert dropped_name == name
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(text)
-    assert bool(damaged_slices(dropped)) == ("cannot be read" in reason or "in small letters" in reason)
+    is_misnamed = name in ("3.PNG", "3.Jpeg") or "plain digits" in reason
+    assert bool(damaged_slices(dropped)) == ("cannot be read" in reason or is_misnamed)
 
 
 def test_a_stack_that_lacks_slices_for_their_endings_is_refused(tmp_path):
@@ -171,6 +172,14 @@ def test_a_stack_that_lacks_slices_for_their_endings_is_refused(tmp_path):
         open_scan(str(tmp_path))
     _, dropped = read_slices(tmp_path, accept_jpg=True)
     assert [name for name, _ in damaged_slices(dropped)] == ["2.PNG", "6.JPG"]
+
+
+def test_a_stack_that_lacks_slices_for_their_numbers_is_refused(tmp_path):
+    for number in range(-2, 4):
+        write_slice(tmp_path / f"{number}.png")
+    message = "2 slices are damaged or misnamed, beside 4 that can be read .-1.png: its number is not in plain digits"
+    with pytest.raises(InvalidVolumeError, match=f"{message}: rename .*Mend them; to do without them, delete them."):
+        open_scan(str(tmp_path))
 
 
 @pytest.mark.parametrize(
