@@ -59,6 +59,16 @@ class TellEpoch(TrainerCallback):
         self.listener(int(state.epoch or 0))
 
 
+class LogLastStep(TrainerCallback):
+    """Logs the last step too, so that no step is without a loss in log and curves, however short the training is."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
+
 class StudyTrainer(Trainer):
     """
     Trainer whose order of samples, prompts and augmentations depends on seed, epoch and sample alone.
@@ -71,6 +81,7 @@ class StudyTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.sampler: EpochSampler | None = None
         self.add_callback(TellEpoch(self._set_epoch))
+        self.add_callback(LogLastStep())
         if self.args.metric_for_best_model is not None and self.eval_dataset is not None:
             measured = self.metric_names()
             if (

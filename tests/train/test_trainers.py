@@ -165,6 +165,34 @@ def test_a_validation_has_the_scores_of_the_evaluation_under_their_names(tmp_pat
     assert score_retrieval(images, texts, ids, list("abcde"), None, (5,), (1,))[0][0].value > expected[0].value
 
 
+@pytest.mark.parametrize("strategy, logged", [("steps", [2, 3]), ("epoch", [3]), ("no", [])])
+def test_the_last_step_is_logged_too(strategy, logged, tmp_path):
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return {"loss": (self.weight * x).mean()}
+
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        use_cpu=True,
+        report_to="none",
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        logging_strategy=strategy,
+        logging_steps=2,
+        learning_rate=0.0,
+        train_sampling_strategy="sequential",
+    )
+    trainer = StudyTrainer(model=Line(), args=arguments, train_dataset=[{"x": float(x)} for x in range(3)])
+    trainer.train()
+    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    means = {"steps": [0.5, 2.0], "epoch": [1.0], "no": []}[strategy]  # of the steps since the row before
+    assert losses == pytest.approx(dict(zip(logged, means)))
+
+
 def test_the_best_checkpoint_is_chosen_by_what_a_validation_measures(tmp_path):
     def build(trainer_class, metric, **options):
         arguments = TrainingArguments(
