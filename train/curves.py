@@ -45,7 +45,7 @@ def save_curves(log_history: Sequence[dict[str, Any]], destination: str | Path, 
     """
     series = read_series(log_history)
     if not series:
-        logger.warning("No curves: nothing was logged. Choose `logging_steps` below the number of steps.")
+        logger.warning("No curves: nothing was logged. Set `logging_strategy` to steps.")
         return []
     picture, table = (Path(destination) / name for name in ("curves.png", "curves.csv"))
     save_png(draw(series, title), picture)

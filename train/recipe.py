@@ -52,6 +52,29 @@ FREE_SETTINGS = (
     "save_total_limit",
     "torch_empty_cache_steps",
 )
+# Fields of a DeepSpeed configuration that change how fast, with how much memory or with what reports it trains, but no number.
+FREE_DEEPSPEED_SETTINGS = (
+    "comet",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "wandb",
+)
+FREE_ZERO_SETTINGS = (
+    "allgather_bucket_size",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+)
 # What a run may have of its own and still have the numbers of a recipe's description: places, and what is validated and
 # written down.
 NOT_OF_DESCRIPTION = (
@@ -68,6 +91,8 @@ NOT_OF_DESCRIPTION = (
     "training.eval_steps",
     "training.per_device_eval_batch_size",
     *(f"training.{name}" for name in FREE_SETTINGS),
+    *(f"training.deepspeed.{name}" for name in FREE_DEEPSPEED_SETTINGS),
+    *(f"training.deepspeed.zero_optimization.{name}" for name in FREE_ZERO_SETTINGS),
 )
 
 
@@ -524,12 +549,20 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def _is_tracker_found(name: str) -> bool:
-    from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
+    from transformers.integrations import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+        is_tensorboard_available,
+    )
 
     if name in ("all", "none", "azure_ml", "flyte"):  # of the last two, transformers does not tell
         return True
-    if name == "comet_ml":  # which transformers finds with a key alone, and its callback asks for one
-        return importlib.util.find_spec(name) is not None
+    if name == "comet_ml":  # which transformers finds with a key alone; its callback does without one
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except RuntimeError:  # it is not installed, or too old
+            return False
+        return True
     # Apart from the others, some of which are imported when all are looked for.
     return is_tensorboard_available() if name == "tensorboard" else name in get_available_reporting_integrations()
 
@@ -607,7 +640,7 @@ def _check_epochs_count(layers: Sequence[DictConfig], merged: DictConfig) -> Non
     if last("num_train_epochs") > last("max_steps") and isinstance(max_steps, int) and max_steps > 0:
         raise ValueError(
             f"`training.num_train_epochs` has no effect beside the recipe's `training.max_steps` {max_steps}: add "
-            "training.max_steps=-1."
+            f"training.max_steps=-1; or training.max_steps={max_steps} to keep the steps, as a run begun with both before must."
         )
 
 

@@ -70,7 +70,9 @@ from .models import (
 )
 from .prompts import REPORT_PROMPTS, format_answer, format_question
 from .recipe import (
+    FREE_DEEPSPEED_SETTINGS,
     FREE_SETTINGS,
+    FREE_ZERO_SETTINGS,
     PLACES,
     DataRecipe,
     Recipe,
@@ -100,30 +102,6 @@ logger = logging.get_logger(__name__)
 
 # Volumes of a study whose records say for all of them what they were made of.
 NUM_LOOKED_AT = 5
-
-# Fields of a DeepSpeed configuration that change how fast, with how much memory or with what reports it trains, but no number.
-FREE_DEEPSPEED_SETTINGS = (
-    "comet",
-    "comms_logger",
-    "csv_monitor",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "steps_per_print",
-    "tensorboard",
-    "wall_clock_breakdown",
-    "wandb",
-)
-FREE_ZERO_SETTINGS = (
-    "allgather_bucket_size",
-    "contiguous_gradients",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-)
 
 # Rates of learning that depend on the scores of validations.
 RATES_BY_SCORE = ("reduce_lr_on_plateau", "greedy")
@@ -275,7 +253,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "remove_unused_columns": False,  # the collators need columns that no model takes
         "ddp_find_unused_parameters": False,
         "logging_steps": 10,
-        # It logs 0 for a loss that is lost. In float16 single ones are: their steps are left out.
+        # It logs 0 for a loss that is lost. In float16 single ones may be, see StudyTrainer.
         "logging_nan_inf_filter": bool(recipe.training.get("fp16")),
         "disable_tqdm": not sys.stderr.isatty(),  # in files and pipes a progress bar is noise
         **recipe.training,
@@ -768,16 +746,19 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
 
 def fixed_deepspeed_settings(source: str | Mapping[str, Any]) -> str | dict[str, Any]:
     """
-    What stands for a DeepSpeed configuration in the settings of a run: the name of one of this package, or what another one
-    says that changes numbers, wherever the file lies.
+    What stands for a DeepSpeed configuration in the settings of a run: what it says that changes numbers, wherever the file
+    lies, or the name of the configuration of this package that says the same.
     """
-    if isinstance(source, str) and source in packaged_deepspeed_configs():
-        return source
-    config = load_deepspeed_config(source)[1]
-    config = {name: value for name, value in config.items() if name not in FREE_DEEPSPEED_SETTINGS}
-    if zero := config.get("zero_optimization"):
-        config["zero_optimization"] = {name: value for name, value in zero.items() if name not in FREE_ZERO_SETTINGS}
-    return config
+
+    def numbers_of(source: str | Mapping[str, Any]) -> dict[str, Any]:
+        config = load_deepspeed_config(source)[1]
+        config = {name: value for name, value in config.items() if name not in FREE_DEEPSPEED_SETTINGS}
+        if zero := config.get("zero_optimization"):
+            config["zero_optimization"] = {key: value for key, value in zero.items() if key not in FREE_ZERO_SETTINGS}
+        return config
+
+    config = numbers_of(source)
+    return next((name for name in packaged_deepspeed_configs() if numbers_of(name) == config), config)
 
 
 def without_free_settings(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -807,7 +788,7 @@ def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """
     Settings that an earlier version of this package wrote, in the form of `settings`: fields of the recipe that came since have
     their defaults, those that are free by now are gone, and whether there was a cache, which was not written down, is as it is
-    now. So is a DeepSpeed configuration that was written down as the name of a file which is gone by now.
+    now. So is a DeepSpeed configuration that was written down as the name of a file which is gone or damaged by now.
     """
     defaults = fixed_settings(Recipe())
     defaults["data"]["is_cached"] = settings["data"]["is_cached"]
@@ -817,7 +798,7 @@ def bring_up_to_date(before: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     if source := before["training"].get("deepspeed"):
         try:
             before["training"]["deepspeed"] = fixed_deepspeed_settings(source)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             before["training"]["deepspeed"] = settings["training"].get("deepspeed") or source
     return before
 

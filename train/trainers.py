@@ -80,6 +80,7 @@ class StudyTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sampler: EpochSampler | None = None
+        self.num_steps_since_log = self.num_lost_since_log = 0
         self.add_callback(TellEpoch(self._set_epoch))
         self.add_callback(LogLastStep())
         if self.args.metric_for_best_model is not None and self.eval_dataset is not None:
@@ -130,18 +131,44 @@ class StudyTrainer(Trainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, dtype, cache_enabled=cache_enabled)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        Trainer's step. In float16 it counts the losses that are not finite, since with `logging_nan_inf_filter` Trainer puts a
+        mean of the others in their places.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.args.fp16:
+            self.num_steps_since_log += 1
+            self.num_lost_since_log += not math.isfinite(loss.item())
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """
         Logs as Trainer does.
 
         Raises:
-            ValueError: in all processes, that the loss of training is not finite: no step after it could mend the weights.
+            ValueError: in all processes, that the loss of training is not finite: no step after it could mend the weights. In
+                float16, whose scaler leaves out the steps that overflow, that no loss since the row before is.
         """
         super().log(logs, *args, **kwargs)
-        if not math.isfinite(logs.get("loss", 0.0)):
+        if "loss" not in logs:
+            return
+        loss = logs["loss"]
+        if self.args.fp16 and self.num_steps_since_log:
+            counts = torch.tensor([self.num_lost_since_log, self.num_steps_since_log], device=self.args.device)
+            lost, steps = self.accelerator.reduce(counts, "sum").tolist()
+            self.num_steps_since_log = self.num_lost_since_log = 0
+            if lost == steps:
+                loss = math.nan
+            elif lost:
+                logger.warning(
+                    f"{lost} of {steps} losses before step {self.state.global_step} overflowed in float16; nothing is learnt from "
+                    "them."
+                )
+        if not math.isfinite(loss):
             raise ValueError(
                 f"{self.args.output_dir}: training diverged at step {self.state.global_step} or shortly before: the loss is "
-                f"{logs['loss']}, not finite. {AGAINST_DIVERGENCE} If the first loss is lost already, look for NaN in the weights that "
+                f"{loss}, not finite. {AGAINST_DIVERGENCE} If the first loss is lost already, look for NaN in the weights that "
                 "the run starts from and in the volumes."
             )
 
@@ -169,8 +196,12 @@ class StudyTrainer(Trainer):
         """
         if is_distributed():
             share_buffers(self.accelerator.unwrap_model(self.model), self.args.device)
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
+        filters, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False  # no loss is passed over
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = filters
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """

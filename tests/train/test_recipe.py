@@ -12,6 +12,7 @@ import pytest
 import transformers
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 
 from med3dvlm import DCFormerConfig, Med3DVLMConfig
 from med3dvlm.train.models import vision_config_fields
@@ -396,13 +397,30 @@ def test_comet_is_found_without_a_key_and_kubeflow_told_what_it_needs(monkeypatc
     )
     with pytest.raises(ImportError, match="kubeflow needs KUBEFLOW_TRAINER_SERVER_URL"):
         check_packages(kubeflow)
-    hide_packages(monkeypatch, "comet_ml")
-    with pytest.raises(ImportError, match="names 'comet_ml'"):
-        check_packages(comet)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, package=None: object()
-    )  # installed, but without a key
+    for is_installed, is_recent in ((False, None), (True, False)):
+        monkeypatch.setattr(integration_utils, "_is_comet_installed", is_installed)
+        monkeypatch.setattr(integration_utils, "_is_comet_recent_enough", is_recent)
+        with pytest.raises(ImportError, match="names 'comet_ml'"):
+            check_packages(comet)
+    monkeypatch.setattr(integration_utils, "_is_comet_recent_enough", True)
     check_packages(comet)
+
+
+def test_where_deepspeed_reports_is_no_change_of_a_recipe():
+    given = "{zero_optimization: {stage: 1, reduce_bucket_size: 5}, comet: {enabled: true, api_key: SECRET}}"
+    recipe = load_recipe("paper/contrastive", [f"training.deepspeed={given}"])
+    changed = {key: value for key, value in recipe.changed.items() if key.startswith("training.deepspeed")}
+    assert changed == {"training.deepspeed.zero_optimization.stage": "1"}
+
+
+def test_commands_in_ablations_write_to_folders_of_their_own():
+    folders = [load_recipe(name).training["output_dir"] for name in packaged_recipes()]
+    for path in packaged_recipes().values():
+        for line in path.read_text().splitlines():
+            if line.startswith("#   med3dvlm train "):
+                recipe, *overrides = line.split()[3:]
+                folders.append(load_recipe(recipe, overrides).training["output_dir"])
+    assert len(folders) == len(packaged_recipes()) + 2 == len(set(folders))
 
 
 LAUNCH = find_recipe("paper/contrastive").parents[1] / "launch"

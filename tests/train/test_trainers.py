@@ -1,6 +1,7 @@
 """World size 1 equals 2 in both kinds of stages, plain and with DeepSpeed, and the order of data is exact."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -165,16 +166,17 @@ def test_a_validation_has_the_scores_of_the_evaluation_under_their_names(tmp_pat
     assert score_retrieval(images, texts, ids, list("abcde"), None, (5,), (1,))[0][0].value > expected[0].value
 
 
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return {"loss": (self.weight * 0 + x).mean()}
+
+
 @pytest.mark.parametrize("strategy, logged", [("steps", [2, 3]), ("epoch", [3]), ("no", [])])
 def test_the_last_step_is_logged_too(strategy, logged, tmp_path):
-    class Line(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return {"loss": (self.weight * x).mean()}
-
     arguments = TrainingArguments(
         output_dir=tmp_path,
         use_cpu=True,
@@ -191,6 +193,29 @@ def test_the_last_step_is_logged_too(strategy, logged, tmp_path):
     losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
     means = {"steps": [0.5, 2.0], "epoch": [1.0], "no": []}[strategy]  # of the steps since the row before
     assert losses == pytest.approx(dict(zip(logged, means)))
+
+
+def test_float16_may_lose_some_losses_but_not_all_of_a_row(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(trainers.logger, "warning", warnings.append)
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        logging_steps=2,
+        train_sampling_strategy="sequential",
+        label_names=["x"],
+    )
+    values = [{"x": x} for x in (math.nan, 1.0, math.nan, math.inf, 1.0)]
+    trainer = StudyTrainer(model=Line(), args=arguments, train_dataset=values, eval_dataset=values[:2])
+    trainer.args.fp16 = True  # which accelerate starts on GPUs alone
+    with pytest.raises(ValueError, match="training diverged at step 4 or shortly before: the loss is nan"):
+        trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0.5
+    assert warnings == ["1 of 2 losses before step 2 overflowed in float16; nothing is learnt from them."]
+    assert math.isnan(trainer.evaluate()["eval_loss"]) and trainer.args.logging_nan_inf_filter
 
 
 def test_the_best_checkpoint_is_chosen_by_what_a_validation_measures(tmp_path):
