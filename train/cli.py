@@ -51,6 +51,7 @@ def main() -> None:
 
 LicenseNameOption = Annotated[str | None, typer.Option(help="With --license other: its name, such as qwen-research.")]
 LicenseLinkOption = Annotated[str | None, typer.Option(help="With --license other: where its text is.")]
+SIZE_METAVAR = "DEPTH HEIGHT WIDTH"
 LICENSE_OPTIONS = {"license": "--license", "license_name": "--license-name", "license_link": "--license-link"}
 
 
@@ -462,11 +463,10 @@ def prepare_m3d_cap_command(
         Path, typer.Argument(help="Folder of case folders: series of PNG or JPEG slices, or NIfTI files, and a text.")
     ],
     destination: Annotated[Path, typer.Argument(help="Folder for the volumes, usually ROOT/M3D_Cap_npy.")],
-    image_size: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a volume: depth, height, width.")] = (
-        128,
-        256,
-        256,
-    ),
+    image_size: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Voxels of a volume.", metavar=SIZE_METAVAR, show_default="128 256 256"),
+    ] = (128, 256, 256),
     splits: Annotated[
         Path | None,
         typer.Option(
@@ -530,7 +530,7 @@ def prepare_check_command(
     ] = "auto",
     image_size: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(help="Voxels of prepared volumes: depth, height, width.", show_default="the most frequent"),
+        typer.Option(help="Voxels of prepared volumes.", metavar=SIZE_METAVAR, show_default="the most frequent"),
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Read headers only: damage, NaN and values are not found.")
@@ -638,11 +638,10 @@ def bench(
         list[str] | None,
         typer.Option(help="Size of the DCFormer, from nano to large; may be repeated.", show_default="small"),
     ] = None,
-    image_size: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a volume: depth, height, width.")] = (
-        128,
-        256,
-        256,
-    ),
+    image_size: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Voxels of a volume.", metavar=SIZE_METAVAR, show_default="128 256 256"),
+    ] = (128, 256, 256),
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Volumes at once; may be repeated.", show_default="1")
     ] = None,
@@ -658,13 +657,13 @@ def bench(
         ),
     ] = None,
     training_size: Annotated[
-        tuple[int, int, int], typer.Option(help="Voxels of volumes in the training step: depth, height, width.")
-    ] = (
-        64,
-        128,
-        128,
-    ),
-    scan_shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels of the scan to prepare.")] = (512, 512, 300),
+        tuple[int, int, int],
+        typer.Option(help="Voxels of volumes in the training step.", metavar=SIZE_METAVAR, show_default="64 128 128"),
+    ] = (64, 128, 128),
+    scan_shape: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Voxels of the scan to prepare.", metavar="X Y Z", show_default="512 512 300"),
+    ] = (512, 512, 300),
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that torch uses.", show_default="torch's choice")
     ] = None,

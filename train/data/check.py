@@ -196,7 +196,7 @@ def check_study(
 
     Errors are:
 
-    - files that cannot be read, unknown columns, splits, letters and question types, rows that contradict themselves;
+    - files that cannot be read, data without a sample, unknown columns, splits, letters and question types, rows that contradict themselves;
     - missing volumes and reports, empty reports, questions, answers and choices, an answer that is not the text of the
       choice that its letter names;
     - volumes that cannot be read or are no single 3D volume, hold NaN or infinity, or one value only, damaged or
@@ -244,6 +244,8 @@ def check_study(
     root = Path(root)
     problems: list[Problem] = []
     layout, rows = _read_rows(root, problems)
+    if not rows and not problems:
+        problems.append(Problem("error", "no_samples", str(root), None, "it holds no samples"))
     first_rows: dict[str, _Row] = {}
     for row in rows:
         first_rows.setdefault(row.image, row)

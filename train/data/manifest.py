@@ -163,6 +163,8 @@ def read_manifest(
     fault = describe_rows_without_split(splits)
     if split is not None and fault:
         logger.warning_once(f"{path}: {fault}.")
+    if split is not None and not splits:
+        raise ValueError(f"{path} has no rows.")
     if split is not None and split not in splits.values():
         found = (
             ", ".join(sorted(set(splits.values()) - {""}))
@@ -365,6 +367,10 @@ def _right_choice(texts: dict[str, str], choices: list[str], where: str) -> tupl
         if texts["answer"] and texts["answer"] != choice:
             raise ValueError(f"{where}: 'answer' is not the text of the choice {letter}, which 'answer_choice' names.")
         return letter, choice
+    if not texts["answer"]:
+        raise ValueError(
+            f"{where}: neither 'answer', the text of the right choice, nor 'answer_choice', its letter, is filled in."
+        )
     if choices.count(texts["answer"]) != 1:
         raise ValueError(
             f"{where}: expected an 'answer' that is the text of one choice, got one that is the text of "

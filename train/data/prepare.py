@@ -80,6 +80,8 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 CAP_FOLDER = Path(CAP_INDEX).parent.name
 REPORT_NAME = "preparation_report"
+# How the reason begins for a case that gave no volume.
+NO_SERIES, NO_VOLUME = "there is no series", "none of its series could be prepared"
 DEFAULT_HU_RANGE = (-1000.0, 1000.0)
 # Axes (width, height, depth) that grow to the left, to posterior and to superior, in steps of one pixel.
 STACK_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -176,7 +178,9 @@ class PreparationReport:
     dropped: list[Dropped] = field(default_factory=list)
 
     def count(self, level: Level) -> int:
-        """How many things of a level were left out."""
+        """How many things of a level were left out; a case counts once, whatever it lacks."""
+        if level == "case":
+            return len({entry.case for entry in self.dropped if entry.level == level})
         return sum(entry.level == level for entry in self.dropped)
 
     @property
@@ -426,13 +430,17 @@ def encode_prepared_volume(
 
 
 def format_preparation_report(report: PreparationReport) -> str:
-    """The report as a table for a reader, with the reasons for what was left out, the most frequent first."""
+    """
+    The report as a table for a reader, with the reasons for what was left out. Those of series come first; that a case is left
+    without one is told where nothing is told of its series.
+    """
     rows = {
         "cases": f"{report.num_cases}",
         "volumes": f"{report.num_volumes}, {report.num_made} made now, {report.num_volumes - report.num_made} before",
         "samples": ", ".join(f"{count} {split}" for split, count in report.num_samples.items()),
-        "read them with": f'read_m3d_cap("{report.root}", "train")',
     }
+    if any(report.num_samples.values()):
+        rows["read them with"] = f'read_m3d_cap("{report.root}", "train")'
     rows |= {f"dropped, {level}": str(report.count(level)) for level in LEVELS}
     rows["listed in"] = str(Path(report.destination) / f"{REPORT_NAME}.csv")
     width = max(map(len, rows))
@@ -440,8 +448,9 @@ def format_preparation_report(report: PreparationReport) -> str:
     left_out: list[str] = []
     damaged: list[str] = []
     misnamed: list[str] = []
-    for entry in report.dropped:
-        if entry.is_failure:
+    told = {entry.case for entry in report.dropped if entry.level == "series" and entry.is_failure}
+    for entry in sorted(report.dropped, key=lambda entry: entry.level == "case"):
+        if entry.is_failure and not (entry.reason.startswith((NO_SERIES, NO_VOLUME)) and entry.case in told):
             place = "/".join(filter(None, (entry.case, entry.series, entry.name)))
             of_slices = misnamed if is_misnaming(entry.reason) else damaged
             (of_slices if entry.level == "slice" else left_out).append(f"{place}: {entry.reason}")
@@ -544,8 +553,8 @@ def _prepare_case(case: str, settings: _Settings) -> _CaseResult:
         result.drop("case", _reason(error, folder))
         return result
     if not result.volumes:
-        reason = "none of its series could be prepared" if series else "there is no series"
-        result.drop("case", f"{reason}: expected folders of .png or .jpeg slices, or NIfTI files")
+        expected = "expected folders of .png or .jpeg slices, or NIfTI files"
+        result.drop("case", NO_VOLUME if series else f"{NO_SERIES}: {expected}")
     return result
 
 
@@ -599,7 +608,12 @@ def _list_what_is_no_series(folder: Path, series: list[Path], result: _CaseResul
         elif path in unused:
             names = [entry.name for entry in visible_entries(path)]
             found = f"got {name_a_few(names)}" if names else "it is empty"
-            hint = f": {JPG_REMEDY}" if any(name.endswith(".jpg") for name in names) else ""
+            if any(name.endswith(".jpg") for name in names):
+                hint = f": {JPG_REMEDY}"
+            elif any(name.lower().endswith((*SLICE_ENDINGS, ".jpg")) for name in names):
+                hint = ": rename them to .png or .jpeg, in small letters"
+            else:
+                hint = ""
             result.drop("series", f"expected .png or .jpeg slices, {found}{hint}", path.name)
 
 

@@ -26,6 +26,10 @@ def check_splits(
         ValueError: the fractions are none, or the index has another form.
     """
     if isinstance(splits, (str, Path)):
+        if not Path(splits).is_file():
+            raise FileNotFoundError(
+                f"{splits}: there is no such file. `splits` (--splits) names an index, M3D_Cap.json."
+            )
         # A volume may be in two splits there: it stays in both, as protocols have it, and the report tells.
         given = [(key_of_volume(image), split) for split in SPLITS for image, _ in read_cap_index(Path(splits), split)]
         return {}, list(dict.fromkeys(given))

@@ -505,6 +505,16 @@ def test_wrong_options_are_refused(root, options, message):
         check(root, **options)
 
 
+def test_data_without_a_sample_is_an_error(tmp_path):
+    manifest, root = tmp_path / "manifest.csv", tmp_path / "m3d"
+    manifest.write_text("image,report,split\n")
+    (root / "M3D_Cap_npy").mkdir(parents=True)
+    (root / "M3D_Cap_npy/M3D_Cap.json").write_text('{"train": [], "validation": [], "test": []}')
+    for place in (manifest, root):
+        (problem,) = check(place).problems
+        assert (problem.severity, problem.kind, problem.reason) == ("error", "no_samples", "it holds no samples")
+
+
 def test_nothing_to_check_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds nothing to check. Expected a manifest"):
         check(tmp_path)

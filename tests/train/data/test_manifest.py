@@ -198,6 +198,13 @@ def test_line_breaks_of_other_systems_are_not_learnt(folder, line_break):
         assert question["choices"] == ["A cyst.\nNo stone.", "b", "c", "d"]
 
 
+def test_a_table_without_rows_is_not_told_to_have_splits(folder):
+    path = folder / "manifest.csv"
+    path.write_text("image,report,split\n")
+    with pytest.raises(ValueError, match=r"manifest\.csv has no rows\.$"):
+        read_manifest(path, "train")
+
+
 @pytest.mark.parametrize(
     "cells, message",
     [
@@ -205,6 +212,7 @@ def test_line_breaks_of_other_systems_are_not_learnt(folder, line_break):
         ({"choices": "a|b|c"}, "expected four choices, A to D, got 3"),
         ({"choices": "a|b||d"}, "expected four choices, A to D, got 3"),
         ({"choices": "a|b|c|d"}, "the text of one choice, got one that is the text of 0"),
+        ({"choices": "a|b|c|d", "answer": ""}, "neither 'answer', .*, nor 'answer_choice', its letter, is filled in"),
         ({"choices": "liver|b|liver|d"}, "the text of one choice, got one that is the text of 2"),
         ({"choices": "a|liver|c|d", "answer_choice": "A"}, "'answer' is not the text of the choice A"),
         ({"choices": "liver|b|c|d", "answer_choice": SECRET}, "A to D, got something else"),

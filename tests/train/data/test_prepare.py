@@ -177,6 +177,25 @@ def test_everything_left_out_is_listed(original):
     assert f'read_m3d_cap("{folder}", "train")' in text
 
 
+def test_reasons_of_series_come_before_what_follows_for_their_cases(tmp_path):
+    source = tmp_path / "source"
+    for number in range(11):
+        (source / f"{number}/Axial").mkdir(parents=True)
+        if number < 10:
+            write_report(source / str(number))
+        name = "0.PNG" if number == 0 else "0.jpg"
+        Image.new("L", (4, 5)).save(source / f"{number}/Axial/{name}")
+    report = prepare_here(source, tmp_path / "out")
+    assert sum(entry.level == "case" for entry in report.dropped) == 12  # the last has no report either
+    assert report.num_cases == report.count("case") == 11
+    text = format_preparation_report(report)
+    assert "--accept-jpg" in text and "got 0.PNG: rename them to .png or .jpeg, in small letters" in text
+    assert "dropped, case    11" in text and text.count("there is no series") <= 1 and "read_m3d_cap" not in text
+    for path in (tmp_path / "nowhere.json", source):
+        with pytest.raises(FileNotFoundError, match=r"there is no such file\. `splits` \(--splits\) names an index"):
+            prepare_here(source, tmp_path / "other", splits=path)
+
+
 def test_affine_of_slices_tells_crop_and_scale_in_pixels(original):
     folder, _ = original
     path = folder / "M3D_Cap_npy/000001/Axial_non_contrast.nii.gz"
@@ -929,7 +948,7 @@ def test_cases_may_lie_deeper(tmp_path):
         ({"splits": {"val": 0.5}}, "must be an index, or fractions of the cases"),
         ({"splits": {"validation": 0.7, "test": 0.5}}, "must be an index, or fractions of the cases"),
         ({"splits": {"train": 0.5, "test": 0.2}}, "must be an index, or fractions of the cases"),
-        ({"splits": "nowhere.json"}, "There is no file nowhere.json"),
+        ({"splits": "nowhere.json"}, r"nowhere.json: there is no such file\. `splits` \(--splits\) names an index"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_written(options, message, tmp_path):
