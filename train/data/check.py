@@ -196,7 +196,8 @@ def check_study(
 
     Errors are:
 
-    - files that cannot be read, data without a sample, unknown columns, splits, letters and question types, rows that contradict themselves;
+    - files that cannot be read, data without a sample, unknown columns, splits, letters and question types, rows that
+      contradict themselves;
     - missing volumes and reports, empty reports, questions, answers and choices, an answer that is not the text of the
       choice that its letter names;
     - volumes that cannot be read or are no single 3D volume, hold NaN or infinity, or one value only, damaged or
