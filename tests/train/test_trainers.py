@@ -175,20 +175,27 @@ class Line(torch.nn.Module):
         return {"loss": (self.weight * 0 + x).mean()}
 
 
-@pytest.mark.parametrize("strategy, logged", [("steps", [2, 3]), ("epoch", [3]), ("no", [])])
-def test_the_last_step_is_logged_too(strategy, logged, tmp_path):
+def build_line_trainer(output_dir, train_values, eval_values=(), **options):
+    """Its losses are the values, in their order, one a step."""
     arguments = TrainingArguments(
-        output_dir=tmp_path,
+        output_dir=output_dir,
         use_cpu=True,
         report_to="none",
         num_train_epochs=1,
         per_device_train_batch_size=1,
-        logging_strategy=strategy,
+        per_device_eval_batch_size=1,
         logging_steps=2,
-        learning_rate=0.0,
         train_sampling_strategy="sequential",
+        label_names=["x"],
+        **options,
     )
-    trainer = StudyTrainer(model=Line(), args=arguments, train_dataset=[{"x": float(x)} for x in range(3)])
+    train, validation = ([{"x": value} for value in values] for values in (train_values, eval_values))
+    return StudyTrainer(model=Line(), args=arguments, train_dataset=train, eval_dataset=validation or None)
+
+
+@pytest.mark.parametrize("strategy, logged", [("steps", [2, 3]), ("epoch", [3]), ("no", [])])
+def test_the_last_step_is_logged_too(strategy, logged, tmp_path):
+    trainer = build_line_trainer(tmp_path, [0.0, 1.0, 2.0], logging_strategy=strategy)
     trainer.train()
     losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
     means = {"steps": [0.5, 2.0], "epoch": [1.0], "no": []}[strategy]  # of the steps since the row before
@@ -198,18 +205,7 @@ def test_the_last_step_is_logged_too(strategy, logged, tmp_path):
 def test_float16_may_lose_some_losses_but_not_all_of_a_row(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(trainers.logger, "warning", warnings.append)
-    arguments = TrainingArguments(
-        output_dir=tmp_path,
-        use_cpu=True,
-        report_to="none",
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        logging_steps=2,
-        train_sampling_strategy="sequential",
-        label_names=["x"],
-    )
-    values = [{"x": x} for x in (math.nan, 1.0, math.nan, math.inf, 1.0)]
-    trainer = StudyTrainer(model=Line(), args=arguments, train_dataset=values, eval_dataset=values[:2])
+    trainer = build_line_trainer(tmp_path, [math.nan, 1.0, math.nan, math.inf, 1.0], [math.nan, 1.0])
     trainer.args.fp16 = True  # which accelerate starts on GPUs alone
     with pytest.raises(ValueError, match="training diverged at step 4 or shortly before: the loss is nan"):
         trainer.train()

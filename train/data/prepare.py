@@ -49,7 +49,6 @@ from .layout import CAP_INDEX, VQA_FOLDER
 from .preparation_record import COMMENT, MADE_BY, read_preparation_record
 from .samples import SPLITS, Split
 from .slices import (
-    JPG_REMEDY,
     SLICE_ENDINGS,
     DroppedSlice,
     describe_misnaming,
@@ -66,6 +65,7 @@ from .slices import (
     missing_numbers,
     read_report,
     read_slices,
+    remedy_for_endings,
     repeated_numbers,
     to_ascii,
     visible_entries,
@@ -606,15 +606,11 @@ def _list_what_is_no_series(folder: Path, series: list[Path], result: _CaseResul
             hint = ": slices belong in a folder for each series" if path.name.endswith(SLICE_ENDINGS) else ""
             result.drop("file", f"neither a report (.txt) nor a NIfTI file{hint}", name=path.name)
         elif path in unused:
-            names = [entry.name for entry in visible_entries(path)]
+            entries = visible_entries(path)
+            names = [entry.name for entry in entries]
             found = f"got {name_a_few(names)}" if names else "it is empty"
-            if any(name.endswith(".jpg") for name in names):
-                hint = f": {JPG_REMEDY}"
-            elif any(name.lower().endswith((*SLICE_ENDINGS, ".jpg")) for name in names):
-                hint = ": rename them to .png or .jpeg, in small letters"
-            else:
-                hint = ""
-            result.drop("series", f"expected .png or .jpeg slices, {found}{hint}", path.name)
+            remedy = remedy_for_endings({entry.suffix for entry in entries})
+            result.drop("series", f"expected .png or .jpeg slices, {found}{remedy and f': {remedy}'}", path.name)
 
 
 def _name_series(folder: Path, series: list[Path], result: _CaseResult) -> Iterator[tuple[Path, str]]:

@@ -5,7 +5,7 @@ import struct
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -356,11 +356,18 @@ def refuse_other_pictures(path: Path) -> None:
     endings = {entry.suffix for entry in visible_entries(path) if slice_number(entry) is not None}
     found = sorted(ending for ending in endings if ending.lower() in (*SLICE_ENDINGS, ".jpg"))
     if found:
-        remedy = JPG_REMEDY if ".jpg" in found else "rename them to .png or .jpeg, in small letters"
         raise InvalidVolumeError(
             f"{path}: expected a NIfTI file or a folder of slices, .png or .jpeg, got a folder of {', '.join(found)} files: "
-            f"{remedy}."
+            f"{remedy_for_endings(found)}."
         )
+
+
+def remedy_for_endings(endings: Collection[str]) -> str:
+    """What to do with files of these endings that would be slices under others; empty where none of them would."""
+    if ".jpg" in endings:
+        return JPG_REMEDY
+    would_be_slices = any(ending.lower() in (*SLICE_ENDINGS, ".jpg") for ending in endings)
+    return "rename them to .png or .jpeg, in small letters" if would_be_slices else ""
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -555,6 +562,7 @@ __all__ = [
     "read_report",
     "read_slices",
     "refuse_other_pictures",
+    "remedy_for_endings",
     "repeated_numbers",
     "show_dropped",
     "slice_number",
